@@ -1,0 +1,90 @@
+/* Free space: which units of the file are used and which are free. Integers only; no system call, no pointer
+ * into the file.
+ *
+ * The space is counted in units (region.c: one unit is `alignment` bytes). The units [0, mark) are partitioned
+ * into extents, each used or free, so that every extent but the first and last has two neighbours. No two free
+ * extents are neighbours: a released extent joins the free ones it touches at once.
+ *
+ * Two indexes, kept consistent by construction:
+ *   by address  every extent is a node in one doubly linked list, so neighbours are one step away;
+ *   by size     free extents sit in bins, one per power of two; a bin is a bitwise trie on the length, and
+ *               extents of the same length form a ring at one trie node. A bit map tells which bins are empty.
+ * Finding the best fit, taking and releasing cost O(log length) steps, whatever the number of extents.
+ *
+ * An extent is named by the index of its node, which stays the same until it is released. A used extent carries
+ * its holder's `tag` (region.c: the slot number). A node is 40 bytes.
+ */
+#ifndef NDM_EXTENTS_H
+#define NDM_EXTENTS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#define NDM_I_NONE UINT32_MAX /* no extent; no tag */
+
+typedef struct ndm_i_node ndm_i_node;
+
+typedef struct {
+    ndm_i_node *nodes;
+    uint32_t node_count;    /* nodes ever used; the rest of `nodes` is room */
+    uint32_t node_room;
+    uint32_t spare;         /* chain of nodes ready for reuse */
+    uint32_t spare_count;
+    uint32_t first, last;   /* ends of the address list */
+    uint64_t mark;          /* end of the last extent: the high-water mark, in units */
+    uint64_t free_units;    /* sum over the free extents */
+    uint64_t free_count;
+    uint64_t bin_map;       /* bit b: bin b has an extent */
+    uint32_t bins[64];      /* trie roots; bin b holds lengths in [2^b, 2^(b+1)) */
+} ndm_i_extents;
+
+/* Where a value would go. `hole` is the free extent whose start it would take, or NDM_I_NONE for fresh space at
+ * the mark. Good until the next change. */
+typedef struct {
+    uint64_t offset;
+    uint32_t hole;
+} ndm_i_place;
+
+void ndm_i_extents_init(ndm_i_extents *extents);
+void ndm_i_extents_fini(ndm_i_extents *extents);
+
+/* The best place for `length` units (1 or more): the start of the shortest free extent that holds them; if none
+ * does, the start of the free extent that touches the mark; if there is none, the mark. Changes nothing. In the
+ * last two cases offset + length lies beyond the mark: the caller sees to the room there before taking it. */
+ndm_i_place ndm_i_extents_find(const ndm_i_extents *extents, uint64_t length);
+
+/* Make sure that the next ndm_i_extents_take() needs no memory. false: malloc failed, or 2^32 - 2 extents exist. */
+bool ndm_i_extents_reserve(ndm_i_extents *extents);
+
+/* Take what find() found; the rest of a hole stays free. Cannot fail after reserve(). Returns the extent. */
+uint32_t ndm_i_extents_take(ndm_i_extents *extents, ndm_i_place place, uint64_t length, uint32_t tag);
+
+/* Give a used extent back; it joins its free neighbours. Its name is void afterwards. Cannot fail. */
+void ndm_i_extents_release(ndm_i_extents *extents, uint32_t extent);
+
+uint64_t ndm_i_extents_offset(const ndm_i_extents *extents, uint32_t extent);
+uint64_t ndm_i_extents_length(const ndm_i_extents *extents, uint32_t extent);
+bool ndm_i_extents_is_free(const ndm_i_extents *extents, uint32_t extent);
+uint32_t ndm_i_extents_tag(const ndm_i_extents *extents, uint32_t extent);
+void ndm_i_extents_set_tag(ndm_i_extents *extents, uint32_t extent, uint32_t tag);
+
+/* Walk in address order: the first extent, and the one after (or before) a given one; NDM_I_NONE at the end. */
+uint32_t ndm_i_extents_first(const ndm_i_extents *extents);
+uint32_t ndm_i_extents_next(const ndm_i_extents *extents, uint32_t extent);
+uint32_t ndm_i_extents_previous(const ndm_i_extents *extents, uint32_t extent);
+
+/* Length of the longest free extent, 0 if there is none. */
+uint64_t ndm_i_extents_largest(const ndm_i_extents *extents);
+
+/* Exchange a free extent with the used one right after it: the used one starts where the hole started, the hole
+ * follows it and joins a free neighbour there. Returns the hole after the exchange. Cannot fail. The caller has
+ * moved the bytes. */
+uint32_t ndm_i_extents_slide(ndm_i_extents *extents, uint32_t hole);
+
+/* Lower the mark past the free extent that touches it, if there is one. Returns the mark. */
+uint64_t ndm_i_extents_trim(ndm_i_extents *extents);
+
+/* How many invariants are broken. 0 in a sound structure. Linear. */
+uint64_t ndm_i_extents_check(const ndm_i_extents *extents);
+
+#endif

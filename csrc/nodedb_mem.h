@@ -1,0 +1,168 @@
+/* nodedb_mem: overflow regions for data engines. The public C API and its manual.
+ *
+ * A region is one memory-mapped file, owned by one thread, into which an engine spills cold values and from
+ * which it reads them back without a copy. A value lives in a slot, named by a small integer.
+ *
+ * Caveats, first:
+ *
+ *  - One owner. Every ndm_region_* function may be called only by the thread that opened the region, in the
+ *    process that opened it; elsewhere it returns NDM_ERR_WRONG_THREAD and changes nothing. A forked child is
+ *    not the owner. The exceptions are ndm_view_release() and ndm_region_destroy(), which any thread may call.
+ *  - A view (ndm_region_read) pins its slot: the bytes stay where they are, unchanged, until every view of them is
+ *    released, even after the slot is freed or the region is closed. A view that is never released leaks its
+ *    extent and keeps the mapping, and so the file's lock, until the process ends.
+ *  - In a forked child the views taken before the fork stay readable, but nothing pins them for the child: once
+ *    the parent has freed and released a slot, the child sees what the parent writes there next.
+ *  - If another program shortens the file, touching a lost page is SIGBUS. Growing and preparing space notice a
+ *    short file and return NDM_ERR_IO with EIO; reading cannot notice.
+ *  - Link with -pthread. Linux only.
+ *
+ * Errors: a function that returns an integer returns a negative ndm_status on failure, one that returns a
+ * pointer returns NULL; ndm_last_error() then tells the details, for the calling thread. A function that fails
+ * has changed nothing and has not written to its output parameters.
+ *
+ * Sizes, offsets and capacities are bytes, always.
+ */
+#ifndef NODEDB_MEM_H
+#define NODEDB_MEM_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define NDM_VERSION "0.1.0"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)
+#endif
+
+/* [cdef: the Python binding is generated from the lines up to the closing mark] */
+
+typedef struct ndm_region ndm_region;
+
+enum ndm_status {
+    NDM_OK = 0,
+    NDM_ERR_ARGUMENT = -1,     /* a size, capacity, alignment or engine outside its range */
+    NDM_ERR_NO_SLOT = -2,      /* the slot never existed */
+    NDM_ERR_FREED_SLOT = -3,   /* the slot existed and has been freed */
+    NDM_ERR_CAPACITY = -4,     /* more than max_capacity: ndm_error.required and .limit */
+    NDM_ERR_WRONG_THREAD = -5, /* not the owning thread of the owning process */
+    NDM_ERR_CLOSED = -6,       /* the region is closed, or the pointer is NULL */
+    NDM_ERR_BUSY = -7,         /* the file is locked by another region */
+    NDM_ERR_IO = -8,           /* the system refused: ndm_error.os_errno */
+    NDM_ERR_MEMORY = -9        /* malloc failed */
+};
+
+typedef struct {
+    int32_t status;      /* an ndm_status */
+    int32_t os_errno;    /* NDM_ERR_IO: errno; else 0 */
+    uint64_t required;   /* NDM_ERR_CAPACITY: bytes of capacity the request needs; else 0 */
+    uint64_t limit;      /* NDM_ERR_CAPACITY: the ceiling in force; else 0 */
+    const char *message; /* what was wrong or what was tried, a static string */
+} ndm_error;
+
+/* Details of the last failure on this thread. The pointer stays good for the life of the thread, its contents
+ * until the next failure. */
+const ndm_error *ndm_last_error(void);
+
+typedef struct {
+    uint64_t initial_capacity; /* bytes of file at first; an existing file keeps its own size */
+    uint64_t max_capacity;     /* the ceiling; address space for all of it is reserved where the system allows */
+    uint64_t alignment;        /* of every value: a power of two, 1 to 4096 */
+} ndm_options;
+
+/* Create or open the region at `path` (mode 0600), and lock it. The calling thread becomes its owner. The region
+ * starts empty. Beside it, `path` + ".slots" holds the slot table. A path that is no regular file, or holds data
+ * that no region wrote, is refused untouched. NULL on failure: NDM_ERR_ARGUMENT, NDM_ERR_CAPACITY (the file is
+ * larger than max_capacity), NDM_ERR_BUSY, NDM_ERR_IO, NDM_ERR_MEMORY. */
+ndm_region *ndm_region_open(const char *path, const ndm_options *options);
+
+/* The same on an unnamed file in `directory`, whose blocks return to the file system when the region and its
+ * views are gone, however the process ends. */
+ndm_region *ndm_region_open_temporary(const char *directory, const ndm_options *options);
+
+/* Close: the owner's verbs return NDM_ERR_CLOSED from now on. Live views stay readable; the mapping, the
+ * descriptor and the lock go with the last of them. Closing twice is allowed. The struct itself stays until
+ * ndm_region_destroy(). */
+int ndm_region_close(ndm_region *region);
+
+/* 1 if the region is closed or `region` is NULL, else 0. Any thread. */
+int ndm_region_is_closed(const ndm_region *region);
+
+/* Give up the handle, closing the region if it is open. Any thread may do it, provided no other call on the
+ * region is running or follows. Does nothing in a forked child. NULL is ignored. */
+void ndm_region_destroy(ndm_region *region);
+
+/* Copy `size` bytes into a new slot and return its number, 0 or more. `data` may be a view of this region.
+ * `engine` is 0 to 255. NDM_ERR_CAPACITY, NDM_ERR_IO (ENOSPC, EFBIG, EDQUOT, ...), NDM_ERR_MEMORY. */
+int64_t ndm_region_write(ndm_region *region, const void *data, uint64_t size, int64_t engine);
+
+/* A read-only view of a slot's bytes, and its size. Each view must be given to ndm_view_release() once. */
+const char *ndm_region_read(ndm_region *region, int64_t slot, uint64_t *size);
+
+/* End a view. Any thread, at any time, also after ndm_region_destroy(). Does nothing in a forked child, and
+ * for NULL. */
+void ndm_view_release(const char *view);
+
+/* Copy a slot's bytes to `buffer` and return their number. If that is more than `capacity`, copy nothing: the
+ * number tells what is needed. */
+int64_t ndm_region_read_into(ndm_region *region, int64_t slot, void *buffer, uint64_t capacity);
+
+/* Free a slot: its number is invalid from now on and may be given out again; its bytes may be reused as soon as
+ * no view of them is left. */
+int ndm_region_free(ndm_region *region, int64_t slot);
+
+typedef struct {
+    uint64_t offset;     /* of the value in the file */
+    uint64_t size;       /* bytes as written */
+    uint32_t generation; /* grows each time the slot is freed */
+    uint8_t engine;
+    uint8_t occupied;    /* 0 after free; the other fields then describe the freed value */
+} ndm_slot;
+
+/* Describe a slot, live or freed. */
+int ndm_region_slot(ndm_region *region, int64_t slot, ndm_slot *out);
+
+/* 1 if the slot is live, 0 if not. */
+int ndm_region_contains(ndm_region *region, int64_t slot);
+
+typedef struct {
+    uint64_t capacity;     /* bytes of file */
+    uint64_t max_capacity; /* the ceiling */
+    uint64_t used_bytes;   /* end of the furthest byte ever allocated */
+    uint64_t live_bytes;   /* sum of the sizes of live values */
+    uint64_t free_bytes;   /* below used_bytes, ready for reuse */
+    uint64_t pinned_bytes; /* freed, but waiting for a view to end */
+    uint64_t slot_count;   /* entries of the slot table, live or freed */
+    uint64_t live_slots;
+    uint64_t growths;      /* times the file was extended */
+} ndm_stats;
+
+int ndm_region_stats(ndm_region *region, ndm_stats *out);
+
+/* Single figures of ndm_stats, for callers that want just one; a negative status on failure. */
+int64_t ndm_region_capacity(ndm_region *region);
+int64_t ndm_region_max_capacity(ndm_region *region);
+int64_t ndm_region_used_bytes(ndm_region *region);
+int64_t ndm_region_live_bytes(ndm_region *region);
+int64_t ndm_region_slot_count(ndm_region *region);
+int64_t ndm_region_live_slots(ndm_region *region);
+
+/* Raise the ceiling. Lowering it is NDM_ERR_ARGUMENT. */
+int ndm_region_set_max_capacity(ndm_region *region, uint64_t max_capacity);
+
+/* Walk every invariant of the region's bookkeeping and return how many are broken: 0 in a sound region. Linear in
+ * the number of slots and extents. For tests and for hunting a bug. */
+int64_t ndm_region_check(ndm_region *region);
+
+/* [/cdef] */
+
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,445 @@
+/* The verbs. The only file that ties slots, extents, views and backing together. */
+#include "backing.h"
+#include "extents.h"
+#include "nodedb_mem.h"
+#include "owner.h"
+#include "slots.h"
+#include "status.h"
+#include "views.h"
+
+#include <assert.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+
+struct ndm_region {
+    ndm_i_owner owner;    /* .thread is 0 once closed: no thread has that number */
+    ndm_i_extents extents;
+    ndm_i_slots slots;
+    ndm_i_backing data;
+    ndm_i_home home;
+    uint64_t max_capacity;
+    uint64_t used_bytes;
+    uint64_t live_bytes;
+    uint64_t pinned_bytes; /* in extents that are freed and wait for a view */
+    uint64_t growths;
+    unsigned unit_shift;   /* one unit of the extents is 1 << unit_shift bytes: the alignment */
+    _Atomic unsigned holders; /* of this struct: the handle, and the file until it is closed */
+};
+
+/* What a view of an empty value points to. */
+static const char nothing[1];
+
+/* ---- opening and closing -------------------------------------------------------------------------------- */
+
+static void let_go(ndm_region *region)
+{
+    if (atomic_fetch_sub(&region->holders, 1) == 1)
+        free(region);
+}
+
+/* The region is closed and its last view has ended. */
+static void last_use(ndm_i_home *home)
+{
+    ndm_region *region = (ndm_region *)((char *)home - offsetof(ndm_region, home));
+    uint32_t extent;
+    while (ndm_i_views_collect(home, &extent))
+        ;
+    ndm_i_backing_close(&region->data, NULL);
+    let_go(region);
+}
+
+static int check_options(const ndm_options *options)
+{
+    if (options->initial_capacity == 0 || options->max_capacity == 0)
+        return ndm_i_fail(NDM_ERR_ARGUMENT, "a capacity must be positive");
+    if (options->initial_capacity > options->max_capacity)
+        return ndm_i_fail(NDM_ERR_ARGUMENT, "initial_capacity must not exceed max_capacity");
+    if (options->max_capacity >= NDM_I_SIZE_LIMIT / 2)
+        return ndm_i_fail(NDM_ERR_ARGUMENT, "max_capacity must be below 2**47");
+    if (options->alignment == 0 || options->alignment > 4096 || (options->alignment & (options->alignment - 1)) != 0)
+        return ndm_i_fail(NDM_ERR_ARGUMENT, "alignment must be a power of two, 1 to 4096");
+    return NDM_OK;
+}
+
+/* Open both files and, once nothing can be refused any more, empty them. */
+static int open_files(ndm_region *region, const char *path, const char *slots_path, const char *directory,
+                      const ndm_options *options)
+{
+    int status = path ? ndm_i_backing_open(&region->data, path, true, true)
+                      : ndm_i_backing_open_unnamed(&region->data, directory);
+    if (status != NDM_OK)
+        return status;
+    const uint64_t found = region->data.capacity;
+    if (found > options->max_capacity)
+        status = ndm_i_fail_capacity(found, options->max_capacity);
+    else
+        status = ndm_i_slots_open(&region->slots, slots_path, &region->data);
+    if (status != NDM_OK)
+        goto fail;
+    /* In this order: a file with data and without its mark would be taken for somebody else's. */
+    status = ndm_i_backing_start(&region->data, found ? found : options->initial_capacity, options->max_capacity);
+    if (status == NDM_OK)
+        status = ndm_i_slots_start(&region->slots, &region->data);
+    if (status == NDM_OK)
+        return NDM_OK;
+
+    ndm_i_slots_close(&region->slots, region->slots.table.created ? slots_path : NULL);
+fail:
+    ndm_i_backing_close(&region->data, region->data.created ? path : NULL);
+    return status;
+}
+
+static ndm_region *region_new(const char *path, const char *directory, const ndm_options *options)
+{
+    ndm_region *region = NULL;
+    char *slots_path = NULL;
+    if (check_options(options) != NDM_OK)
+        return NULL;
+    region = calloc(1, sizeof *region);
+    slots_path = path ? malloc(strlen(path) + sizeof ".slots") : NULL;
+    if (!region || (path && !slots_path)) {
+        ndm_i_fail(NDM_ERR_MEMORY, "no memory for a region");
+        goto fail;
+    }
+    if (path)
+        strcat(strcpy(slots_path, path), ".slots");
+    region->owner = ndm_i_owner_here();
+    if (region->owner.process == 0) {
+        ndm_i_fail(NDM_ERR_MEMORY, "no memory for the owner page");
+        goto fail;
+    }
+    if (open_files(region, path, slots_path, directory, options) != NDM_OK)
+        goto fail;
+    region->max_capacity = options->max_capacity;
+    region->unit_shift = (unsigned)__builtin_ctzll(options->alignment);
+    atomic_init(&region->holders, 2);
+    ndm_i_extents_init(&region->extents);
+    ndm_i_home_init(&region->home, last_use);
+    free(slots_path);
+    return region;
+
+fail:
+    free(slots_path);
+    free(region);
+    return NULL;
+}
+
+ndm_region *ndm_region_open(const char *path, const ndm_options *options) { return region_new(path, NULL, options); }
+
+ndm_region *ndm_region_open_temporary(const char *directory, const ndm_options *options)
+{
+    return region_new(NULL, directory, options);
+}
+
+static void shut(ndm_region *region)
+{
+    atomic_store(&region->owner.thread, 0);
+    ndm_i_slots_close(&region->slots, NULL);
+    ndm_i_extents_fini(&region->extents);
+    ndm_i_backing_unmap(&region->data);
+    ndm_i_home_leave(&region->home);
+}
+
+static bool is_closed(const ndm_region *region)
+{
+    return !region || atomic_load_explicit(&region->owner.thread, memory_order_relaxed) == 0;
+}
+
+int ndm_region_is_closed(const ndm_region *region) { return is_closed(region); }
+
+void ndm_region_destroy(ndm_region *region)
+{
+    if (!region || !ndm_i_is_process(region->owner.process))
+        return;
+    if (!is_closed(region))
+        shut(region);
+    let_go(region);
+}
+
+/* ---- entering ------------------------------------------------------------------------------------------- */
+
+/* Every verb begins here: is it the owner's call? Freed extents whose views have ended come home on the way. */
+static int enter(ndm_region *region)
+{
+    if (is_closed(region))
+        return ndm_i_fail(NDM_ERR_CLOSED, "the region is closed");
+    if (!ndm_i_is_owner(&region->owner))
+        return ndm_i_fail(NDM_ERR_WRONG_THREAD, "the region belongs to another thread or process");
+    uint32_t extent;
+    while (ndm_i_views_collect(&region->home, &extent)) {
+        region->pinned_bytes -= ndm_i_extents_length(&region->extents, extent) << region->unit_shift;
+        ndm_i_extents_release(&region->extents, extent);
+    }
+    return NDM_OK;
+}
+
+/* The record of a live slot; NULL, with the error set, if there is none. */
+static ndm_i_record *live_record(const ndm_region *region, int64_t slot)
+{
+    ndm_i_record *record = ndm_i_slots_record(&region->slots, slot);
+    if (!record)
+        ndm_i_fail(NDM_ERR_NO_SLOT, "the slot never existed");
+    else if (ndm_i_record_state(record) != NDM_I_LIVE)
+        ndm_i_fail(NDM_ERR_FREED_SLOT, "the slot has been freed");
+    else
+        return record;
+    return NULL;
+}
+
+int ndm_region_close(ndm_region *region)
+{
+    if (is_closed(region))
+        return NDM_OK;
+    int status = enter(region);
+    if (status == NDM_OK)
+        shut(region);
+    return status;
+}
+
+/* ---- writing -------------------------------------------------------------------------------------------- */
+
+static uint64_t units_of(const ndm_region *region, uint64_t bytes)
+{
+    return (bytes + ((uint64_t)1 << region->unit_shift) - 1) >> region->unit_shift;
+}
+
+/* Make the file reach `end`. */
+static int reach(ndm_region *region, uint64_t end)
+{
+    if (end <= region->data.capacity)
+        return NDM_OK;
+    if (end > region->max_capacity)
+        return ndm_i_fail_capacity(end, region->max_capacity);
+    uint64_t wanted = region->data.capacity * 2;
+    if (wanted < end)
+        wanted = end;
+    if (wanted > region->max_capacity)
+        wanted = region->max_capacity;
+    return ndm_i_backing_grow(&region->data, end, wanted, region->max_capacity);
+}
+
+int64_t ndm_region_write(ndm_region *region, const void *data, uint64_t size, int64_t engine)
+{
+    int status = enter(region);
+    if (status != NDM_OK)
+        return status;
+    if (engine < 0 || engine > 255)
+        return ndm_i_fail(NDM_ERR_ARGUMENT, "engine must be 0 to 255");
+    if (size >= NDM_I_SIZE_LIMIT / 2)
+        return ndm_i_fail_capacity(size, region->max_capacity);
+    if (!ndm_i_extents_reserve(&region->extents))
+        return ndm_i_fail(NDM_ERR_MEMORY, "no memory for an extent");
+    if ((status = ndm_i_slots_reserve(&region->slots)) != NDM_OK)
+        return status;
+    if (size == 0)
+        return ndm_i_slots_add(&region->slots, 0, 0, (uint8_t)engine, NDM_I_NONE);
+
+    const uint64_t capacity = region->data.capacity;
+    ndm_i_place place = ndm_i_extents_find(&region->extents, units_of(region, size));
+    const uint64_t offset = place.offset << region->unit_shift;
+    if ((status = reach(region, offset + size)) != NDM_OK)
+        return status;
+    status = ndm_i_backing_store(&region->data, offset, data, size);
+    if (status != NDM_OK) {
+        if (region->data.capacity > capacity)
+            ndm_i_backing_shrink(&region->data, capacity);
+        return status;
+    }
+
+    uint32_t slot = ndm_i_slots_next(&region->slots);
+    uint32_t extent = ndm_i_extents_take(&region->extents, place, units_of(region, size), slot);
+    ndm_i_slots_add(&region->slots, offset, size, (uint8_t)engine, extent);
+    region->growths += region->data.capacity > capacity;
+    region->live_bytes += size;
+    if (region->used_bytes < offset + size)
+        region->used_bytes = offset + size;
+    return slot;
+}
+
+int ndm_region_free(ndm_region *region, int64_t slot)
+{
+    int status = enter(region);
+    if (status != NDM_OK)
+        return status;
+    ndm_i_record *record = live_record(region, slot);
+    if (!record)
+        return ndm_last_error()->status;
+    const uint32_t extent = ndm_i_record_link(record);
+    region->live_bytes -= ndm_i_record_size(record);
+    ndm_i_slots_remove(&region->slots, (uint32_t)slot);
+    if (extent == NDM_I_NONE)
+        return NDM_OK;
+    if (ndm_i_views_orphan(&region->home, extent)) {
+        ndm_i_extents_set_tag(&region->extents, extent, NDM_I_NONE);
+        region->pinned_bytes += ndm_i_extents_length(&region->extents, extent) << region->unit_shift;
+    } else {
+        ndm_i_extents_release(&region->extents, extent);
+    }
+    return NDM_OK;
+}
+
+/* ---- reading -------------------------------------------------------------------------------------------- */
+
+const char *ndm_region_read(ndm_region *region, int64_t slot, uint64_t *size)
+{
+    if (enter(region) != NDM_OK)
+        return NULL;
+    const ndm_i_record *record = live_record(region, slot);
+    if (!record)
+        return NULL;
+    if (ndm_i_record_size(record) == 0) {
+        *size = 0;
+        return nothing;
+    }
+    ndm_i_mapping *mapping = region->data.mapping;
+    const char *view = (const char *)mapping->base + ndm_i_record_offset(record);
+    if (!ndm_i_views_add(&region->home, ndm_i_record_link(record), mapping, view)) {
+        ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
+        return NULL;
+    }
+    *size = ndm_i_record_size(record);
+    return view;
+}
+
+void ndm_view_release(const char *view)
+{
+    if (view && view != nothing)
+        ndm_i_views_drop(view);
+}
+
+int64_t ndm_region_read_into(ndm_region *region, int64_t slot, void *buffer, uint64_t capacity)
+{
+    int status = enter(region);
+    if (status != NDM_OK)
+        return status;
+    const ndm_i_record *record = live_record(region, slot);
+    if (!record)
+        return ndm_last_error()->status;
+    const uint64_t size = ndm_i_record_size(record);
+    if (size > 0 && size <= capacity)
+        memmove(buffer, region->data.mapping->base + ndm_i_record_offset(record), size);
+    return (int64_t)size;
+}
+
+/* ---- figures -------------------------------------------------------------------------------------------- */
+
+int ndm_region_slot(ndm_region *region, int64_t slot, ndm_slot *out)
+{
+    int status = enter(region);
+    if (status != NDM_OK)
+        return status;
+    const ndm_i_record *record = ndm_i_slots_record(&region->slots, slot);
+    if (!record)
+        return ndm_i_fail(NDM_ERR_NO_SLOT, "the slot never existed");
+    *out = (ndm_slot){.offset = ndm_i_record_offset(record),
+                      .size = ndm_i_record_size(record),
+                      .generation = ndm_i_record_generation(record),
+                      .engine = ndm_i_record_engine(record),
+                      .occupied = ndm_i_record_state(record) == NDM_I_LIVE};
+    return NDM_OK;
+}
+
+int ndm_region_contains(ndm_region *region, int64_t slot)
+{
+    int status = enter(region);
+    if (status != NDM_OK)
+        return status;
+    const ndm_i_record *record = ndm_i_slots_record(&region->slots, slot);
+    return record && ndm_i_record_state(record) == NDM_I_LIVE;
+}
+
+int ndm_region_stats(ndm_region *region, ndm_stats *out)
+{
+    int status = enter(region);
+    if (status != NDM_OK)
+        return status;
+    *out = (ndm_stats){.capacity = region->data.capacity,
+                       .max_capacity = region->max_capacity,
+                       .used_bytes = region->used_bytes,
+                       .live_bytes = region->live_bytes,
+                       .free_bytes = region->extents.free_units << region->unit_shift,
+                       .pinned_bytes = region->pinned_bytes,
+                       .slot_count = region->slots.count,
+                       .live_slots = region->slots.live,
+                       .growths = region->growths};
+    return NDM_OK;
+}
+
+static int64_t figure(ndm_region *region, size_t offset)
+{
+    int status = enter(region);
+    return status == NDM_OK ? *(const int64_t *)((const char *)region + offset) : status;
+}
+
+int64_t ndm_region_capacity(ndm_region *region) { return figure(region, offsetof(ndm_region, data.capacity)); }
+int64_t ndm_region_max_capacity(ndm_region *region) { return figure(region, offsetof(ndm_region, max_capacity)); }
+int64_t ndm_region_used_bytes(ndm_region *region) { return figure(region, offsetof(ndm_region, used_bytes)); }
+int64_t ndm_region_live_bytes(ndm_region *region) { return figure(region, offsetof(ndm_region, live_bytes)); }
+int64_t ndm_region_slot_count(ndm_region *region) { return figure(region, offsetof(ndm_region, slots.count)); }
+int64_t ndm_region_live_slots(ndm_region *region) { return figure(region, offsetof(ndm_region, slots.live)); }
+
+int ndm_region_set_max_capacity(ndm_region *region, uint64_t max_capacity)
+{
+    int status = enter(region);
+    if (status != NDM_OK)
+        return status;
+    if (max_capacity < region->max_capacity)
+        return ndm_i_fail(NDM_ERR_ARGUMENT, "max_capacity can only be raised");
+    if (max_capacity >= NDM_I_SIZE_LIMIT / 2)
+        return ndm_i_fail(NDM_ERR_ARGUMENT, "max_capacity must be below 2**47");
+    region->max_capacity = max_capacity;
+    return NDM_OK;
+}
+
+/* ---- checking ------------------------------------------------------------------------------------------- */
+
+/* Every used extent is a live slot's, or an orphan's; returns how many are neither, and sums both kinds up. */
+static uint64_t check_extents(ndm_region *region, uint64_t *slots, uint64_t *orphan_bytes)
+{
+    const ndm_i_extents *extents = &region->extents;
+    uint64_t broken = 0;
+    for (uint32_t e = ndm_i_extents_first(extents); e != NDM_I_NONE; e = ndm_i_extents_next(extents, e)) {
+        if (ndm_i_extents_is_free(extents, e))
+            continue;
+        const uint64_t length = ndm_i_extents_length(extents, e);
+        const uint32_t tag = ndm_i_extents_tag(extents, e);
+        if (tag == NDM_I_NONE) {
+            *orphan_bytes += length << region->unit_shift;
+            continue;
+        }
+        const ndm_i_record *record = ndm_i_slots_record(&region->slots, tag);
+        *slots += 1;
+        broken += !record || ndm_i_record_state(record) != NDM_I_LIVE || ndm_i_record_link(record) != e ||
+                  ndm_i_record_offset(record) != ndm_i_extents_offset(extents, e) << region->unit_shift ||
+                  units_of(region, ndm_i_record_size(record)) != length;
+    }
+    return broken;
+}
+
+int64_t ndm_region_check(ndm_region *region)
+{
+    int status = enter(region);
+    if (status != NDM_OK)
+        return status;
+    uint64_t broken = ndm_i_extents_check(&region->extents) + ndm_i_slots_check(&region->slots);
+    uint64_t with_extent = 0, orphan_bytes = 0, empty = 0, live_bytes = 0, furthest = 0;
+    if (broken == 0)
+        broken += check_extents(region, &with_extent, &orphan_bytes);
+    for (uint64_t i = 0; i < region->slots.count; i++) {
+        const ndm_i_record *record = ndm_i_slots_record(&region->slots, (int64_t)i);
+        if (ndm_i_record_state(record) != NDM_I_LIVE)
+            continue;
+        const uint64_t end = ndm_i_record_offset(record) + ndm_i_record_size(record);
+        empty += ndm_i_record_size(record) == 0;
+        live_bytes += ndm_i_record_size(record);
+        furthest = end > furthest ? end : furthest;
+    }
+    broken += with_extent + empty != region->slots.live;
+    broken += live_bytes != region->live_bytes;
+    broken += orphan_bytes != region->pinned_bytes;
+    broken += furthest > region->used_bytes;
+    broken += region->used_bytes > region->extents.mark << region->unit_shift;
+    broken += region->used_bytes > region->data.capacity || region->data.capacity > region->max_capacity;
+    return (int64_t)broken;
+}

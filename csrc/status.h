@@ -1,0 +1,12 @@
+/* How a call fails: a status is returned, its details wait in a thread-local ndm_error. */
+#ifndef NDM_STATUS_H
+#define NDM_STATUS_H
+
+#include "nodedb_mem.h"
+
+/* Each records the details and returns the status. `message` is a static string. */
+int ndm_i_fail(int status, const char *message);
+int ndm_i_fail_io(int os_errno, const char *message);
+int ndm_i_fail_capacity(uint64_t required, uint64_t limit);
+
+#endif

@@ -1,0 +1,45 @@
+"""Overflow regions: spill cold buffers to a memory-mapped file, read them back without a copy."""
+
+import sys
+
+if sys.platform != "linux":
+    raise ImportError("nodedb_mem needs Linux: it is built on mremap, fallocate and flock")
+
+# ruff: noqa: E402
+from nodedb_mem.engine import EngineId
+from nodedb_mem.errors import (
+    BudgetExhaustedError,
+    CapacityExceededError,
+    GlobalCeilingExceededError,
+    InvalidSlotError,
+    MemError,
+    RegionBusyError,
+    RegionClosedError,
+    RegionError,
+    RegionIOError,
+    StaleSlotError,
+    UnknownEngineError,
+    WrongThreadError,
+)
+from nodedb_mem.region import OverflowRegion, OverflowSlot, RegionStats
+from nodedb_mem.tuning import MemoryTuning
+
+__all__ = [
+    "BudgetExhaustedError",
+    "CapacityExceededError",
+    "EngineId",
+    "GlobalCeilingExceededError",
+    "InvalidSlotError",
+    "MemError",
+    "MemoryTuning",
+    "OverflowRegion",
+    "OverflowSlot",
+    "RegionBusyError",
+    "RegionClosedError",
+    "RegionError",
+    "RegionIOError",
+    "RegionStats",
+    "StaleSlotError",
+    "UnknownEngineError",
+    "WrongThreadError",
+]

@@ -1,0 +1,205 @@
+"""`MemError` and its family, and the one function that turns a status of the C core into an exception."""
+
+import os
+from pathlib import Path
+from typing import NoReturn
+
+from nodedb_mem._core import ffi, lib
+
+
+class MemError(Exception):
+    """Base of every error that this package defines."""
+
+
+class RegionError(MemError):
+    """Base of the errors of an overflow region."""
+
+
+class InvalidSlotError(RegionError, LookupError):
+    """The slot never existed, or has been freed.
+
+    Attributes
+    ----------
+    slot : int
+    reason : str
+        "never existed" or "has been freed".
+    """
+
+    def __init__(self, slot: int, reason: str = "never existed") -> None:
+        super().__init__(slot, reason)
+        self.slot = slot
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"slot {self.slot} {self.reason}"
+
+
+class CapacityExceededError(RegionError):
+    """The region would have to grow past its ceiling.
+
+    Attributes
+    ----------
+    required : int
+        Capacity that the request needs, in bytes.
+    max_capacity : int
+        The ceiling in force, in bytes.
+    """
+
+    def __init__(self, required: int, max_capacity: int) -> None:
+        super().__init__(required, max_capacity)
+        self.required = required
+        self.max_capacity = max_capacity
+
+    def __str__(self) -> str:
+        return f"{self.required} bytes are required, max_capacity is {self.max_capacity}"
+
+
+class WrongThreadError(RegionError):
+    """The call came from a thread or process that does not own the region."""
+
+
+class RegionClosedError(RegionError):
+    """The region is closed."""
+
+
+class RegionBusyError(RegionError):
+    """Another region holds the file, or views of a closed one do.
+
+    Attributes
+    ----------
+    path : str
+    holders : tuple of int
+        Process ids that have the locked file open, as far as they may be seen.
+    """
+
+    def __init__(self, path: str, holders: tuple[int, ...] = ()) -> None:
+        super().__init__(path, holders)
+        self.path = path
+        self.holders = holders
+
+    def __str__(self) -> str:
+        who = ", ".join(f"process {pid}" for pid in self.holders) or "a process that cannot be seen from here"
+        here = " (this one: a region, or live views of a closed one)" if os.getpid() in self.holders else ""
+        return f"{self.path}: held by {who}{here}"
+
+
+class StaleSlotError(RegionError):
+    """A reference names a value that is no longer there."""
+
+
+class RegionIOError(RegionError, OSError):
+    """The system refused: a full disk, a size limit, a permission. `errno` and `filename` as in `OSError`."""
+
+
+class BudgetExhaustedError(MemError):
+    """An engine asked for more than its budget has left.
+
+    Attributes
+    ----------
+    engine : int
+    requested, available, limit : int
+        In bytes.
+    """
+
+    def __init__(self, engine: int, requested: int, available: int, limit: int) -> None:
+        super().__init__(engine, requested, available, limit)
+        self.engine = engine
+        self.requested = requested
+        self.available = available
+        self.limit = limit
+
+    def __str__(self) -> str:
+        return (
+            f"engine {self.engine} asked for {self.requested} bytes, "
+            f"{self.available} of its {self.limit} are available"
+        )
+
+
+class GlobalCeilingExceededError(MemError):
+    """All engines together would exceed the process's ceiling.
+
+    Attributes
+    ----------
+    allocated, ceiling, requested : int
+        In bytes.
+    """
+
+    def __init__(self, allocated: int, ceiling: int, requested: int) -> None:
+        super().__init__(allocated, ceiling, requested)
+        self.allocated = allocated
+        self.ceiling = ceiling
+        self.requested = requested
+
+    def __str__(self) -> str:
+        return f"{self.requested} bytes asked for, {self.allocated} of {self.ceiling} are allocated"
+
+
+class UnknownEngineError(MemError):
+    """No budget is registered for the engine."""
+
+
+def holders_of(path: str) -> tuple[int, ...]:
+    """Process ids that have the file at `path` open, as far as /proc shows them to this user."""
+    try:
+        wanted = os.stat(path)
+    except OSError:
+        return ()
+    found = []
+    for process in Path("/proc").iterdir():
+        if not process.name.isdigit():
+            continue
+        if any(_is_open_as(entry, wanted) for entry in _entries(process / "fd")):
+            found.append(int(process.name))
+    return tuple(sorted(found))
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError:  # another user's process, or one that has just ended
+        return []
+
+
+def _is_open_as(descriptor: Path, wanted: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(descriptor.stat(), wanted)
+    except OSError:
+        return False
+
+
+def raise_status(status: int, *, path: str | None = None, slot: int | None = None) -> NoReturn:
+    """Raise the exception that `status` stands for.
+
+    Parameters
+    ----------
+    status
+        A negative `ndm_status`, just returned by the C core to this thread.
+    path
+        The file concerned, for the message.
+    slot
+        The slot asked for, for the message.
+    """
+    error = lib.ndm_last_error()
+    message = ffi.string(error.message).decode() if error.message else ""
+    match status:
+        case lib.NDM_ERR_ARGUMENT:
+            raise ValueError(message)
+        case lib.NDM_ERR_NO_SLOT:
+            raise InvalidSlotError(-1 if slot is None else slot, "never existed")
+        case lib.NDM_ERR_FREED_SLOT:
+            raise InvalidSlotError(-1 if slot is None else slot, "has been freed")
+        case lib.NDM_ERR_CAPACITY:
+            raise CapacityExceededError(error.required, error.limit)
+        case lib.NDM_ERR_WRONG_THREAD:
+            raise WrongThreadError(message)
+        case lib.NDM_ERR_CLOSED:
+            raise RegionClosedError(message)
+        case lib.NDM_ERR_BUSY:
+            raise RegionBusyError(path or "", holders_of(path) if path else ())
+        case lib.NDM_ERR_IO:
+            code = error.os_errno
+            raise RegionIOError(code, f"{message}: {os.strerror(code)}", path)
+        case lib.NDM_ERR_MEMORY:
+            raise MemoryError(message)
+        case _:
+            raise SystemError(f"nodedb_mem: unknown status {status}")

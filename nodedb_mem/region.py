@@ -1,0 +1,476 @@
+"""`OverflowRegion`: the owner's side of an overflow file."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from operator import index
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+
+from nodedb_mem._core import ffi, lib
+from nodedb_mem.engine import KNOWN_ENGINES, EngineId
+from nodedb_mem.errors import raise_status
+from nodedb_mem.tuning import (
+    DEFAULT_ALIGNMENT,
+    DEFAULT_INITIAL_CAPACITY,
+    DEFAULT_MAX_CAPACITY,
+    MemoryTuning,
+)
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from typing_extensions import Buffer
+
+_buffer = ffi.buffer
+_from_buffer = ffi.from_buffer
+_gc = ffi.gc
+_write = lib.ndm_region_write
+_read = lib.ndm_region_read
+_read_into = lib.ndm_region_read_into
+_free = lib.ndm_region_free
+_release = lib.ndm_view_release
+
+_SCRATCH = 4096  # values up to this many bytes become `bytes` by way of a reused buffer
+
+
+@dataclass(frozen=True)
+class OverflowSlot:
+    """What a slot number stands for. `offset` and `size` are bytes; after a free they describe the freed value."""
+
+    offset: int
+    size: int
+    engine: int
+    occupied: bool
+
+
+@dataclass(frozen=True)
+class RegionStats:
+    """Figures of a region; all sizes in bytes.
+
+    Attributes
+    ----------
+    capacity
+        The file's size.
+    max_capacity
+        The ceiling of its growth.
+    used_bytes
+        End of the furthest byte ever allocated: the high-water mark.
+    live_bytes
+        Sum of the sizes of live values.
+    free_bytes
+        Space below the high-water mark that is ready for reuse.
+    pinned_bytes
+        Space that is freed, but waits for a view to end.
+    slot_count, live_slots
+        Entries of the slot table: all, and those that hold a value.
+    growths
+        Times the file was extended.
+    """
+
+    capacity: int
+    max_capacity: int
+    used_bytes: int
+    live_bytes: int
+    free_bytes: int
+    pinned_bytes: int
+    slot_count: int
+    live_slots: int
+    growths: int
+
+
+class OverflowRegion:
+    """One overflow file and its mapping, owned by the thread that opens it.
+
+    Every verb raises `WrongThreadError` on any other thread and in a forked child, and `RegionClosedError` after
+    `close`. Only `path`, `closed` and `repr` work everywhere. When an error is raised, nothing has been changed.
+
+    Parameters
+    ----------
+    path
+        The file to create or open (mode 0600; symlinks are refused). Beside it, `path` + ".slots" holds the slot
+        table. A file left by an earlier region keeps its size as capacity and starts empty.
+    initial_capacity
+        Size of a new file, in bytes.
+    max_capacity
+        The most the file may grow to, in bytes.
+    alignment
+        Of the start of every value, in bytes: a power of two, 1 to 4096. 1 packs values without gaps.
+
+    Raises
+    ------
+    ValueError
+        A size or the alignment is outside its range.
+    RegionBusyError
+        The file is held by another region, in this process or another.
+    CapacityExceededError
+        The file is already larger than `max_capacity`.
+    RegionIOError
+        The system refused, or the path is not a regular file (EINVAL), or holds data that no region wrote (EEXIST).
+    """
+
+    __slots__ = ("__weakref__", "_engines", "_handle", "_path", "_scratch", "_sizes", "_where")
+
+    _handle: Any
+
+    def __init__(
+        self,
+        path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
+        *,
+        initial_capacity: int = DEFAULT_INITIAL_CAPACITY,
+        max_capacity: int = DEFAULT_MAX_CAPACITY,
+        alignment: int = DEFAULT_ALIGNMENT,
+    ) -> None:
+        name = os.fsencode(path)
+        self._path: str | None = os.fsdecode(name)
+        self._open(lib.ndm_region_open, name, initial_capacity, max_capacity, alignment)
+
+    def _open(self, function: Any, name: bytes, initial: int, maximum: int, alignment: int) -> None:
+        if b"\0" in name:
+            raise ValueError("embedded null byte in the path")
+        self._where = os.fsdecode(name)
+        sizes = [index(initial), index(maximum), index(alignment)]
+        if not all(0 <= size < 1 << 63 for size in sizes):
+            raise ValueError("capacities and alignment must be positive and below 2**63")
+        handle = function(name, ffi.new("ndm_options *", sizes))
+        if not handle:
+            self._raise(lib.ndm_last_error().status)
+        self._handle = _gc(handle, lib.ndm_region_destroy)
+        self._engines: dict[int, int] = KNOWN_ENGINES
+        # Each is taken while in use: a signal handler or finalizer that reads in between takes a new one.
+        self._sizes = [ffi.new("uint64_t *")]
+        self._scratch = [_new_scratch()]
+
+    @classmethod
+    def open(
+        cls,
+        path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
+        *,
+        initial_capacity: int = DEFAULT_INITIAL_CAPACITY,
+        max_capacity: int = DEFAULT_MAX_CAPACITY,
+        alignment: int = DEFAULT_ALIGNMENT,
+    ) -> Self:
+        """Create or open the region at `path`; the same as calling the class."""
+        return cls(path, initial_capacity=initial_capacity, max_capacity=max_capacity, alignment=alignment)
+
+    @classmethod
+    def open_with_capacity(cls, path: str | os.PathLike[str], initial: int) -> Self:
+        """Open with an initial capacity in bytes. The ceiling is the default, or `initial` where that is more."""
+        return cls(path, initial_capacity=initial, max_capacity=max(initial, DEFAULT_MAX_CAPACITY))
+
+    @classmethod
+    def open_with_config(cls, path: str | os.PathLike[str], initial: int, maximum: int) -> Self:
+        """Open with an initial capacity and a ceiling, both in bytes."""
+        return cls(path, initial_capacity=initial, max_capacity=maximum)
+
+    @classmethod
+    def open_with_tuning(cls, path: str | os.PathLike[str], tuning: MemoryTuning) -> Self:
+        """Open with the sizes of a `MemoryTuning`."""
+        return cls(
+            path, initial_capacity=tuning.overflow_initial_bytes, max_capacity=tuning.overflow_max_bytes
+        )
+
+    @classmethod
+    def temporary(
+        cls,
+        directory: str | bytes | os.PathLike[str] | os.PathLike[bytes] | None = None,
+        *,
+        initial_capacity: int = DEFAULT_INITIAL_CAPACITY,
+        max_capacity: int = DEFAULT_MAX_CAPACITY,
+        alignment: int = DEFAULT_ALIGNMENT,
+    ) -> Self:
+        """Open a region on an unnamed file, which leaves nothing behind however the process ends.
+
+        Parameters
+        ----------
+        directory
+            Where its blocks are taken from; by default the directory for temporary files. On many systems that is
+            a tmpfs, which keeps them in RAM.
+        initial_capacity, max_capacity, alignment
+            As for the class.
+        """
+        region = cls.__new__(cls)
+        region._path = None
+        name = os.fsencode(tempfile.gettempdir() if directory is None else directory)
+        region._open(lib.ndm_region_open_temporary, name, initial_capacity, max_capacity, alignment)
+        return region
+
+    # -- values ---------------------------------------------------------------------------------------------------
+
+    def write(self, data: Buffer, engine: int) -> int:
+        """Copy a value into a slot.
+
+        Parameters
+        ----------
+        data
+            Any C-contiguous buffer; its bytes are copied once. It may be a view of this region.
+        engine
+            The owner of the value: an `EngineId`, another IntEnum, or an int, 0 to 255.
+
+        Returns
+        -------
+        int
+            The slot's number.
+
+        Raises
+        ------
+        TypeError, BufferError
+            `data` is no buffer; it is not C-contiguous.
+        ValueError
+            `engine` is not 0 to 255.
+        CapacityExceededError
+            The file would have to grow past `max_capacity`.
+        RegionIOError
+            The disk is full (ENOSPC), or the system refused otherwise.
+        """
+        if engine.__class__ is not EngineId:
+            self._learn_engine(engine)
+        slot: int
+        if data.__class__ is bytes:
+            slot = _write(self._handle, data, len(data), engine)  # type: ignore[arg-type]
+        else:
+            source = _exported(data)
+            slot = _write(self._handle, source, len(source), engine)
+            del source  # or the exception's traceback would keep the buffer exported
+        if slot < 0:
+            self._raise(slot)
+        return slot
+
+    def read(self, slot: int) -> memoryview:
+        """View a value in place, without a copy.
+
+        Returns
+        -------
+        memoryview
+            Read-only bytes. The slot's bytes neither move nor change while it, or anything made from it (a slice, a
+            NumPy array), lives; also after `free` and `close`.
+
+        Raises
+        ------
+        InvalidSlotError
+            The slot never existed, or has been freed.
+        """
+        try:
+            size = self._sizes.pop()
+        except IndexError:
+            size = ffi.new("uint64_t *")
+        try:
+            view = _read(self._handle, slot, size)
+            length = size[0]
+        except OverflowError:
+            self._raise(lib.NDM_ERR_NO_SLOT, slot)
+        finally:
+            self._sizes.append(size)
+        if not view:
+            self._raise(lib.ndm_last_error().status, slot)
+        return memoryview(_buffer(_gc(view, _release), length)).toreadonly()
+
+    def read_bytes(self, slot: int) -> bytes:
+        """Copy a value out. Raises `InvalidSlotError` as `read` does."""
+        try:
+            scratch = self._scratch.pop()
+        except IndexError:
+            scratch = _new_scratch()
+        try:
+            size = _read_into(self._handle, slot, scratch[0], _SCRATCH)
+            if 0 <= size <= _SCRATCH:
+                return scratch[1][:size]  # type: ignore[no-any-return]
+        except OverflowError:
+            self._raise(lib.NDM_ERR_NO_SLOT, slot)
+        finally:
+            self._scratch.append(scratch)
+        if size < 0:
+            self._raise(size, slot)
+        return bytes(self.read(slot))
+
+    def read_into(self, slot: int, buffer: Buffer) -> int:
+        """Copy a value to the start of a writable, C-contiguous buffer.
+
+        Returns
+        -------
+        int
+            The value's size in bytes.
+
+        Raises
+        ------
+        ValueError
+            The buffer is smaller than the value; it is left as it was.
+        InvalidSlotError
+            The slot never existed, or has been freed.
+        """
+        target = _exported(buffer, require_writable=True)
+        room = len(target)
+        try:
+            size: int = _read_into(self._handle, slot, target, room)
+        except OverflowError:
+            size = lib.NDM_ERR_NO_SLOT
+        del target
+        if size < 0:
+            self._raise(size, slot)
+        if size > room:
+            raise ValueError(f"slot {slot} holds {size} bytes, the buffer has room for {room}")
+        return size
+
+    def free(self, slot: int) -> None:
+        """Free a slot. Its number is invalid at once; its bytes are reused when no view of them is left.
+
+        Raises
+        ------
+        InvalidSlotError
+            The slot never existed, or has been freed already.
+        """
+        try:
+            status = _free(self._handle, slot)
+        except OverflowError:
+            status = lib.NDM_ERR_NO_SLOT
+        if status < 0:
+            self._raise(status, slot)
+
+    def slot(self, slot: int) -> OverflowSlot:
+        """Describe a slot, live or freed.
+
+        Raises
+        ------
+        InvalidSlotError
+            The slot never existed.
+        """
+        facts = ffi.new("ndm_slot *")
+        try:
+            status = lib.ndm_region_slot(self._handle, slot, facts)
+        except OverflowError:
+            status = lib.NDM_ERR_NO_SLOT
+        if status < 0:
+            self._raise(status, slot)
+        engine = self._engines.get(facts.engine, facts.engine)
+        return OverflowSlot(facts.offset, facts.size, engine, bool(facts.occupied))
+
+    # -- the region -----------------------------------------------------------------------------------------------
+
+    def stats(self) -> RegionStats:
+        """Figures of the region. Constant time."""
+        out = ffi.new("ndm_stats *")
+        self._check(lib.ndm_region_stats(self._handle, out))
+        return RegionStats(*(getattr(out, name) for name in RegionStats.__dataclass_fields__))
+
+    def close(self) -> None:
+        """Close the region; closing again does nothing. Live views stay readable, and keep the file locked.
+
+        A named file stays where it is.
+        """
+        self._check(lib.ndm_region_close(self._handle))
+
+    @property
+    def path(self) -> str | None:
+        """The file's path; None for a temporary region."""
+        return self._path
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` has been called."""
+        return bool(lib.ndm_region_is_closed(self._handle))
+
+    @property
+    def capacity(self) -> int:
+        """The file's size in bytes."""
+        return self._check(lib.ndm_region_capacity(self._handle))
+
+    @property
+    def max_capacity(self) -> int:
+        """The most the file may grow to, in bytes. It may be raised, not lowered (`ValueError`)."""
+        return self._check(lib.ndm_region_max_capacity(self._handle))
+
+    @max_capacity.setter
+    def max_capacity(self, value: int) -> None:
+        size = index(value)
+        if not 0 <= size < 1 << 63:
+            raise ValueError("max_capacity must be positive and below 2**63")
+        self._check(lib.ndm_region_set_max_capacity(self._handle, size))
+
+    @property
+    def used_bytes(self) -> int:
+        """End of the furthest byte ever allocated: the high-water mark."""
+        return self._check(lib.ndm_region_used_bytes(self._handle))
+
+    @property
+    def live_bytes(self) -> int:
+        """Sum of the sizes of live values."""
+        return self._check(lib.ndm_region_live_bytes(self._handle))
+
+    @property
+    def slot_count(self) -> int:
+        """Entries of the slot table, live or freed."""
+        return self._check(lib.ndm_region_slot_count(self._handle))
+
+    def __len__(self) -> int:
+        """Count the live slots."""
+        return self._check(lib.ndm_region_live_slots(self._handle))
+
+    def __contains__(self, slot: object) -> bool:
+        """Tell whether `slot` is the number of a live slot."""
+        try:
+            return bool(self._check(lib.ndm_region_contains(self._handle, index(slot))))  # type: ignore[arg-type]
+        except (OverflowError, TypeError):
+            return False
+
+    def __bool__(self) -> bool:
+        """A region is true, also when it is empty."""
+        return True
+
+    def __enter__(self) -> Self:
+        """Give the region itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the region."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Name the file, and the figures where they may be asked for."""
+        where = self._path if self._path is not None else f"temporary in {self._where}"
+        out = ffi.new("ndm_stats *")
+        if self.closed:
+            state = "closed"
+        elif lib.ndm_region_stats(self._handle, out) < 0:
+            state = "owned by another thread"
+        else:
+            state = f"{out.live_slots} slots, {out.live_bytes} of {out.capacity} bytes"
+        return f"<{type(self).__name__} {where}: {state}>"
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse: a region cannot be copied or pickled."""
+        raise TypeError(f"cannot copy or pickle {type(self).__name__!r}: a region has one owner")
+
+    # -- helpers --------------------------------------------------------------------------------------------------
+
+    def _learn_engine(self, engine: int) -> None:
+        """Remember an engine that is no `EngineId`, so that `slot` gives it back as it was given."""
+        number = index(engine)
+        if not 0 <= number <= 255:
+            raise ValueError("engine must be 0 to 255")
+        if engine.__class__ is not int and number not in KNOWN_ENGINES:
+            self._engines = self._engines | {number: engine}
+
+    def _check(self, status: int) -> int:
+        if status < 0:
+            self._raise(status)
+        return status
+
+    def _raise(self, status: int, slot: int | None = None) -> NoReturn:
+        raise_status(status, path=self._where, slot=slot)
+
+
+def _exported(data: Buffer, *, require_writable: bool = False) -> Any:
+    try:
+        return _from_buffer(data, require_writable)
+    except ValueError as error:
+        if "contiguous" in str(error):  # NumPy says it with a ValueError
+            raise BufferError(str(error)) from None
+        raise
+
+
+def _new_scratch() -> tuple[Any, Any]:
+    memory = ffi.new("char[]", _SCRATCH)
+    return memory, _buffer(memory, _SCRATCH)
