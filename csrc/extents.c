@@ -46,12 +46,14 @@ typedef ndm_i_node node_t;
 
 /* ---- nodes ---- */
 
-static bool is_free(const node_t *node) {
+static bool is_free(const node_t *node)
+{
     return node->up <= ROOT;
 }
 
 /* Fetch a node that is about to be read or written; it may lie on two cache lines. */
-static void fetch_ahead(const extents_t *extents, uint32_t index) {
+static void fetch_ahead(const extents_t *extents, uint32_t index)
+{
     if (index != NONE) {
         const node_t *node = &extents->nodes[index];
         __builtin_prefetch(&node->offset);
@@ -59,7 +61,8 @@ static void fetch_ahead(const extents_t *extents, uint32_t index) {
     }
 }
 
-static uint32_t node_new(extents_t *extents) {
+static uint32_t node_new(extents_t *extents)
+{
     uint32_t index = extents->spare;
     if (index != NONE) {
         extents->spare = extents->nodes[index].next;
@@ -71,18 +74,21 @@ static uint32_t node_new(extents_t *extents) {
 }
 
 /* The two links of the address list that meet at a place: forward from `prev`, back from `next`. */
-static void join(extents_t *extents, uint32_t prev, uint32_t next, uint32_t forward, uint32_t back) {
+static void join(extents_t *extents, uint32_t prev, uint32_t next, uint32_t forward, uint32_t back)
+{
     *(prev != NONE ? &extents->nodes[prev].next : &extents->first) = forward;
     *(next != NONE ? &extents->nodes[next].prev : &extents->last) = back;
 }
 
-static void node_unlink(extents_t *extents, uint32_t index) {
+static void node_unlink(extents_t *extents, uint32_t index)
+{
     const node_t *node = &extents->nodes[index];
     join(extents, node->prev, node->next, node->next, node->prev);
 }
 
 /* Put a node into the address list behind `prev` (NONE: in front). */
-static void node_link(extents_t *extents, uint32_t index, uint32_t prev) {
+static void node_link(extents_t *extents, uint32_t index, uint32_t prev)
+{
     node_t *node = &extents->nodes[index];
     node->prev = prev;
     node->next = prev != NONE ? extents->nodes[prev].next : extents->first;
@@ -90,7 +96,10 @@ static void node_link(extents_t *extents, uint32_t index, uint32_t prev) {
 }
 
 /* Take a node out of the address list and keep it for reuse. */
-static void node_drop(extents_t *extents, uint32_t index) {
+static void node_drop(extents_t *extents, uint32_t index)
+{
+    if (extents->lowest == index)
+        extents->lowest = extents->nodes[index].prev != NONE ? extents->nodes[index].prev : extents->nodes[index].next;
     node_unlink(extents, index);
     extents->nodes[index].up = SPARE;
     extents->nodes[index].next = extents->spare;
@@ -100,12 +109,14 @@ static void node_drop(extents_t *extents, uint32_t index) {
 
 /* ---- bins: the free extents by length ---- */
 
-static unsigned bin_of(uint64_t length) {
+static unsigned bin_of(uint64_t length)
+{
     return 63u - (unsigned)__builtin_clzll(length);
 }
 
 /* Index a free extent by its length, and count it. */
-static void bin_insert(extents_t *extents, uint32_t index) {
+static void bin_insert(extents_t *extents, uint32_t index)
+{
     node_t *nodes = extents->nodes;
     node_t *node = &nodes[index];
     uint64_t length = node->length;
@@ -139,7 +150,8 @@ static void bin_insert(extents_t *extents, uint32_t index) {
 }
 
 /* The link that leads to a trie node from above. */
-static uint32_t *link_to(extents_t *extents, uint32_t index) {
+static uint32_t *link_to(extents_t *extents, uint32_t index)
+{
     const node_t *node = &extents->nodes[index];
     if (node->up == ROOT)
         return &extents->bins[bin_of(node->length)];
@@ -148,7 +160,8 @@ static uint32_t *link_to(extents_t *extents, uint32_t index) {
 }
 
 /* Cut off some leaf below a trie node and return it; NONE if the node is a leaf itself. */
-static uint32_t cut_leaf(extents_t *extents, uint32_t index) {
+static uint32_t cut_leaf(extents_t *extents, uint32_t index)
+{
     node_t *nodes = extents->nodes;
     uint32_t *link = NULL;
     for (;;) {
@@ -166,7 +179,8 @@ static uint32_t cut_leaf(extents_t *extents, uint32_t index) {
 }
 
 /* Undo bin_insert(). The length must still be the one inserted. */
-static void bin_remove(extents_t *extents, uint32_t index) {
+static void bin_remove(extents_t *extents, uint32_t index)
+{
     node_t *nodes = extents->nodes;
     node_t *node = &nodes[index];
     assert(is_free(node));
@@ -196,7 +210,8 @@ static void bin_remove(extents_t *extents, uint32_t index) {
 
 /* The trie node with the shortest (side 0) or longest (side 1) length in a subtree. It is on the path that keeps to
  * that side. */
-static uint32_t subtree_extreme(const node_t *nodes, uint32_t index, unsigned side) {
+static uint32_t subtree_extreme(const node_t *nodes, uint32_t index, unsigned side)
+{
     uint32_t best = index;
     while (index != NONE) {
         const node_t *at = &nodes[index];
@@ -208,7 +223,8 @@ static uint32_t subtree_extreme(const node_t *nodes, uint32_t index, unsigned si
 }
 
 /* The trie node with the shortest length of at least `length` in the bin of `length`, or NONE. */
-static uint32_t bin_best(const extents_t *extents, uint64_t length) {
+static uint32_t bin_best(const extents_t *extents, uint64_t length)
+{
     const node_t *nodes = extents->nodes;
     unsigned shift = bin_of(length);
     uint32_t index = extents->bins[shift];
@@ -240,19 +256,22 @@ static uint32_t bin_best(const extents_t *extents, uint64_t length) {
 
 /* ---- the interface ---- */
 
-void ndm_i_extents_init(ndm_i_extents *extents) {
+void ndm_i_extents_init(ndm_i_extents *extents)
+{
     memset(extents, 0, sizeof *extents);
-    extents->spare = extents->first = extents->last = NONE;
+    extents->spare = extents->first = extents->last = extents->lowest = NONE;
     for (int bin = 0; bin < 64; bin++)
         extents->bins[bin] = NONE;
 }
 
-void ndm_i_extents_fini(ndm_i_extents *extents) {
+void ndm_i_extents_fini(ndm_i_extents *extents)
+{
     free(extents->nodes);
     ndm_i_extents_init(extents);
 }
 
-ndm_i_place ndm_i_extents_find(const ndm_i_extents *extents, uint64_t length) {
+ndm_i_place ndm_i_extents_find(const ndm_i_extents *extents, uint64_t length)
+{
     const node_t *nodes = extents->nodes;
     assert(length > 0);
     uint32_t best = bin_best(extents, length);
@@ -268,7 +287,8 @@ ndm_i_place ndm_i_extents_find(const ndm_i_extents *extents, uint64_t length) {
     return (ndm_i_place){best != NONE ? nodes[best].offset : extents->mark, best};
 }
 
-bool ndm_i_extents_reserve(ndm_i_extents *extents) {
+bool ndm_i_extents_reserve(ndm_i_extents *extents)
+{
     uint32_t room = extents->node_room;
     if (extents->spare != NONE || extents->node_count < room)
         return true;
@@ -283,7 +303,8 @@ bool ndm_i_extents_reserve(ndm_i_extents *extents) {
     return true;
 }
 
-uint32_t ndm_i_extents_take(ndm_i_extents *extents, ndm_i_place place, uint64_t length, uint32_t tag) {
+uint32_t ndm_i_extents_take(ndm_i_extents *extents, ndm_i_place place, uint64_t length, uint32_t tag)
+{
     uint32_t index = place.hole;
     assert(length > 0 && length <= UINT64_MAX - place.offset);
     if (index == NONE) {
@@ -303,6 +324,8 @@ uint32_t ndm_i_extents_take(ndm_i_extents *extents, ndm_i_place place, uint64_t 
             extents->nodes[rest].length = node->length - length;
             node_link(extents, rest, index);
             bin_insert(extents, rest);
+            if (extents->lowest == NONE)
+                extents->lowest = rest;
         } else if (node->length < length) {
             assert(index == extents->last);
             extents->mark = place.offset + length;
@@ -314,7 +337,8 @@ uint32_t ndm_i_extents_take(ndm_i_extents *extents, ndm_i_place place, uint64_t 
     return index;
 }
 
-void ndm_i_extents_release(ndm_i_extents *extents, uint32_t extent) {
+void ndm_i_extents_release(ndm_i_extents *extents, uint32_t extent)
+{
     node_t *nodes = extents->nodes;
     node_t *node = &nodes[extent];
     assert(extent < extents->node_count && node->up == USED);
@@ -339,55 +363,81 @@ void ndm_i_extents_release(ndm_i_extents *extents, uint32_t extent) {
         extent = prev;
     }
     bin_insert(extents, extent);
+    if (extents->lowest == NONE || nodes[extent].offset < nodes[extents->lowest].offset)
+        extents->lowest = extent;
 }
 
-static const node_t *node_at(const extents_t *extents, uint32_t index) {
+static const node_t *node_at(const extents_t *extents, uint32_t index)
+{
     assert(index < extents->node_count && extents->nodes[index].up != SPARE);
     return &extents->nodes[index];
 }
 
-uint64_t ndm_i_extents_offset(const ndm_i_extents *extents, uint32_t extent) {
+uint64_t ndm_i_extents_offset(const ndm_i_extents *extents, uint32_t extent)
+{
     return node_at(extents, extent)->offset;
 }
 
-uint64_t ndm_i_extents_length(const ndm_i_extents *extents, uint32_t extent) {
+uint64_t ndm_i_extents_length(const ndm_i_extents *extents, uint32_t extent)
+{
     return node_at(extents, extent)->length;
 }
 
-bool ndm_i_extents_is_free(const ndm_i_extents *extents, uint32_t extent) {
+bool ndm_i_extents_is_free(const ndm_i_extents *extents, uint32_t extent)
+{
     return is_free(node_at(extents, extent));
 }
 
-uint32_t ndm_i_extents_tag(const ndm_i_extents *extents, uint32_t extent) {
+uint32_t ndm_i_extents_tag(const ndm_i_extents *extents, uint32_t extent)
+{
     const node_t *node = node_at(extents, extent);
     return is_free(node) ? NONE : node->child[0];
 }
 
-void ndm_i_extents_set_tag(ndm_i_extents *extents, uint32_t extent, uint32_t tag) {
+void ndm_i_extents_set_tag(ndm_i_extents *extents, uint32_t extent, uint32_t tag)
+{
     assert(extent < extents->node_count && extents->nodes[extent].up == USED);
     extents->nodes[extent].child[0] = tag;
 }
 
-uint32_t ndm_i_extents_first(const ndm_i_extents *extents) {
+uint32_t ndm_i_extents_first(const ndm_i_extents *extents)
+{
     return extents->first;
 }
 
-uint32_t ndm_i_extents_next(const ndm_i_extents *extents, uint32_t extent) {
+uint32_t ndm_i_extents_next(const ndm_i_extents *extents, uint32_t extent)
+{
     return node_at(extents, extent)->next;
 }
 
-uint32_t ndm_i_extents_previous(const ndm_i_extents *extents, uint32_t extent) {
+uint32_t ndm_i_extents_previous(const ndm_i_extents *extents, uint32_t extent)
+{
     return node_at(extents, extent)->prev;
 }
 
-uint64_t ndm_i_extents_largest(const ndm_i_extents *extents) {
+uint32_t ndm_i_extents_last(const ndm_i_extents *extents)
+{
+    return extents->last;
+}
+
+uint32_t ndm_i_extents_first_hole(ndm_i_extents *extents)
+{
+    uint32_t index = extents->lowest;
+    while (index != NONE && !is_free(&extents->nodes[index]))
+        index = extents->nodes[index].next;
+    return extents->lowest = index;
+}
+
+uint64_t ndm_i_extents_largest(const ndm_i_extents *extents)
+{
     if (extents->bin_map == 0)
         return 0;
     uint32_t root = extents->bins[bin_of(extents->bin_map)];
     return extents->nodes[subtree_extreme(extents->nodes, root, 1)].length;
 }
 
-uint32_t ndm_i_extents_slide(ndm_i_extents *extents, uint32_t hole) {
+uint32_t ndm_i_extents_slide(ndm_i_extents *extents, uint32_t hole)
+{
     node_t *nodes = extents->nodes;
     assert(hole < extents->node_count && is_free(&nodes[hole]));
     uint32_t used = nodes[hole].next;
@@ -408,7 +458,8 @@ uint32_t ndm_i_extents_slide(ndm_i_extents *extents, uint32_t hole) {
     return hole;
 }
 
-uint64_t ndm_i_extents_trim(ndm_i_extents *extents) {
+uint64_t ndm_i_extents_trim(ndm_i_extents *extents)
+{
     uint32_t last = extents->last;
     if (last != NONE && is_free(&extents->nodes[last])) {
         bin_remove(extents, last);
@@ -422,10 +473,11 @@ uint64_t ndm_i_extents_trim(ndm_i_extents *extents) {
 
 /* The address list: a partition of [0, mark), no two free neighbours, true totals. Strictly growing offsets and
  * the bounded walk prove that no node occurs twice. */
-static uint64_t check_list(const extents_t *extents, uint64_t *listed) {
+static uint64_t check_list(const extents_t *extents, uint64_t *listed)
+{
     uint64_t broken = 0, offset = 0, free_units = 0, free_count = 0;
     uint32_t prev = NONE;
-    bool prev_free = false;
+    bool prev_free = false, reached = false;
     uint32_t index = extents->first;
     *listed = 0;
     while (index != NONE) {
@@ -438,6 +490,8 @@ static uint64_t check_list(const extents_t *extents, uint64_t *listed) {
         broken += node->offset != offset;
         broken += node->length == 0 || node->length > UINT64_MAX - offset;
         broken += prev_free && is_free(node);
+        reached = reached || index == extents->lowest;
+        broken += is_free(node) && !reached;
         prev_free = is_free(node);
         free_count += prev_free;
         free_units += prev_free ? node->length : 0;
@@ -447,6 +501,7 @@ static uint64_t check_list(const extents_t *extents, uint64_t *listed) {
         ++*listed;
     }
     broken += extents->last != prev;
+    broken += extents->lowest != NONE && !reached;
     broken += extents->mark != offset;
     broken += extents->free_units != free_units;
     broken += extents->free_count != free_count;
@@ -454,7 +509,8 @@ static uint64_t check_list(const extents_t *extents, uint64_t *listed) {
 }
 
 /* The spare chain: a chain that ends holds no node twice. */
-static uint64_t check_spare(const extents_t *extents) {
+static uint64_t check_spare(const extents_t *extents)
+{
     uint32_t count = 0;
     uint32_t index = extents->spare;
     for (; index != NONE && count < extents->spare_count; count++) {
@@ -494,7 +550,8 @@ static uint64_t check_trie(const extents_t *extents, uint32_t index, uint32_t up
            check_trie(extents, node->child[1], index, prefix << 1 | 1, shift - 1, left);
 }
 
-uint64_t ndm_i_extents_check(const ndm_i_extents *extents) {
+uint64_t ndm_i_extents_check(const ndm_i_extents *extents)
+{
     if (extents->node_count > extents->node_room || (extents->node_room != 0 && extents->nodes == NULL))
         return 1;
     uint64_t listed;

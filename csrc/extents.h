@@ -8,7 +8,7 @@
  * Two indexes, kept consistent by construction:
  *   by address  every extent is a node in one doubly linked list, so neighbours are one step away;
  *   by size     free extents sit in bins, one per power of two; a bin is a bitwise trie on the length, and
- *               extents of the same length form a ring at one trie node. A bit map tells which bins are empty.
+ *               extents of the same length form a chain, newest first. A bit map tells which bins are empty.
  * Finding the best fit, taking and releasing cost O(log length) steps, whatever the number of extents.
  *
  * An extent is named by the index of its node, which stays the same until it is released. A used extent carries
@@ -31,9 +31,10 @@ typedef struct {
     uint32_t spare;         /* chain of nodes ready for reuse */
     uint32_t spare_count;
     uint32_t first, last;   /* ends of the address list */
+    uint32_t lowest;        /* no free extent lies before this one; NDM_I_NONE: nor anywhere */
+    uint32_t free_count;
     uint64_t mark;          /* end of the last extent: the high-water mark, in units */
     uint64_t free_units;    /* sum over the free extents */
-    uint64_t free_count;
     uint64_t bin_map;       /* bit b: bin b has an extent */
     uint32_t bins[64];      /* trie roots; bin b holds lengths in [2^b, 2^(b+1)) */
 } ndm_i_extents;
@@ -53,7 +54,7 @@ void ndm_i_extents_fini(ndm_i_extents *extents);
  * last two cases offset + length lies beyond the mark: the caller sees to the room there before taking it. */
 ndm_i_place ndm_i_extents_find(const ndm_i_extents *extents, uint64_t length);
 
-/* Make sure that the next ndm_i_extents_take() needs no memory. false: malloc failed, or 2^32 - 2 extents exist. */
+/* Make sure that the next ndm_i_extents_take() needs no memory. false: malloc failed, or 2^32 - 5 nodes exist. */
 bool ndm_i_extents_reserve(ndm_i_extents *extents);
 
 /* Take what find() found; the rest of a hole stays free. Cannot fail after reserve(). Returns the extent. */
@@ -72,6 +73,12 @@ void ndm_i_extents_set_tag(ndm_i_extents *extents, uint32_t extent, uint32_t tag
 uint32_t ndm_i_extents_first(const ndm_i_extents *extents);
 uint32_t ndm_i_extents_next(const ndm_i_extents *extents, uint32_t extent);
 uint32_t ndm_i_extents_previous(const ndm_i_extents *extents, uint32_t extent);
+
+uint32_t ndm_i_extents_last(const ndm_i_extents *extents);
+
+/* The first free extent in address order, NDM_I_NONE if there is none. Walks only what no earlier call has walked,
+ * unless something has been released below since. */
+uint32_t ndm_i_extents_first_hole(ndm_i_extents *extents);
 
 /* Length of the longest free extent, 0 if there is none. */
 uint64_t ndm_i_extents_largest(const ndm_i_extents *extents);

@@ -135,11 +135,18 @@ typedef struct {
     uint64_t live_bytes;   /* sum of the sizes of live values */
     uint64_t free_bytes;   /* below used_bytes, ready for reuse */
     uint64_t pinned_bytes; /* freed, but waiting for a view to end */
+    uint64_t largest_free_bytes; /* the longest free extent */
     uint64_t slot_count;   /* entries of the slot table, live or freed */
     uint64_t live_slots;
     uint64_t growths;      /* times the file was extended */
+    uint64_t moved_bytes;  /* by ndm_region_compact(), so far */
+    uint64_t disk_bytes;   /* blocks that the file system has given to the file */
+    uint64_t can_punch;    /* 1; 0 once the file system has refused to punch a hole */
+    uint64_t engine_bytes[256]; /* live bytes by engine */
+    uint64_t engine_slots[256]; /* live slots by engine */
 } ndm_stats;
 
+/* All figures. Constant time; one system call, for disk_bytes. */
 int ndm_region_stats(ndm_region *region, ndm_stats *out);
 
 /* Single figures of ndm_stats, for callers that want just one; a negative status on failure. */
@@ -152,6 +159,21 @@ int64_t ndm_region_live_slots(ndm_region *region);
 
 /* Raise the ceiling. Lowering it is NDM_ERR_ARGUMENT. */
 int ndm_region_set_max_capacity(ndm_region *region, uint64_t max_capacity);
+
+/* Lower the high-water mark past free space at its end, shrink the file to it (not below its size at open), and give
+ * the blocks of free extents of 64 KiB and more back to the file system. Returns the bytes of disk given back. Space
+ * given back gets blocks again before it is touched. Linear in the number of extents. */
+int64_t ndm_region_trim(ndm_region *region);
+
+typedef struct {
+    uint64_t moved_bytes;     /* by this call */
+    uint64_t remaining_bytes; /* of holes that more calls with this budget may close; 0 when nothing is left to do */
+} ndm_compaction;
+
+/* Move values toward the start of the file, at most `budget` bytes of them. Slots keep their numbers. A value that is
+ * pinned, or larger than the budget, stays where it is. Done when the holes are under 1 % of the space, or nothing can
+ * move. NDM_ERR_IO with ENOSPC when a hole's blocks cannot be had back: every value is intact, *out is not written. */
+int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out);
 
 /* Walk every invariant of the region's bookkeeping and return how many are broken: 0 in a sound region. Linear in
  * the number of slots and extents. For tests and for hunting a bug. */

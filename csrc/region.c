@@ -1,31 +1,14 @@
 /* The verbs. The only file that ties slots, extents, views and backing together. */
-#include "backing.h"
-#include "extents.h"
-#include "nodedb_mem.h"
-#include "owner.h"
-#include "slots.h"
+#include "region.h"
+
 #include "status.h"
-#include "views.h"
 
 #include <assert.h>
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
 
-struct ndm_region {
-    ndm_i_owner owner;    /* .thread is 0 once closed: no thread has that number */
-    ndm_i_extents extents;
-    ndm_i_slots slots;
-    ndm_i_backing data;
-    ndm_i_home home;
-    uint64_t max_capacity;
-    uint64_t used_bytes;
-    uint64_t live_bytes;
-    uint64_t pinned_bytes; /* in extents that are freed and wait for a view */
-    uint64_t growths;
-    unsigned unit_shift;   /* one unit of the extents is 1 << unit_shift bytes: the alignment */
-    _Atomic unsigned holders; /* of this struct: the handle, and the file until it is closed */
-};
+#define CAPACITY_LIMIT (NDM_I_SIZE_LIMIT / 2)
 
 /* What a view of an empty value points to. */
 static const char nothing[1];
@@ -55,8 +38,6 @@ static int check_options(const ndm_options *options)
         return ndm_i_fail(NDM_ERR_ARGUMENT, "a capacity must be positive");
     if (options->initial_capacity > options->max_capacity)
         return ndm_i_fail(NDM_ERR_ARGUMENT, "initial_capacity must not exceed max_capacity");
-    if (options->max_capacity >= NDM_I_SIZE_LIMIT / 2)
-        return ndm_i_fail(NDM_ERR_ARGUMENT, "max_capacity must be below 2**47");
     if (options->alignment == 0 || options->alignment > 4096 || (options->alignment & (options->alignment - 1)) != 0)
         return ndm_i_fail(NDM_ERR_ARGUMENT, "alignment must be a power of two, 1 to 4096");
     return NDM_OK;
@@ -66,7 +47,7 @@ static int check_options(const ndm_options *options)
 static int open_files(ndm_region *region, const char *path, const char *slots_path, const char *directory,
                       const ndm_options *options)
 {
-    int status = path ? ndm_i_backing_open(&region->data, path, true, true)
+    int status = path ? ndm_i_backing_open(&region->data, path, true)
                       : ndm_i_backing_open_unnamed(&region->data, directory);
     if (status != NDM_OK)
         return status;
@@ -78,7 +59,8 @@ static int open_files(ndm_region *region, const char *path, const char *slots_pa
     if (status != NDM_OK)
         goto fail;
     /* In this order: a file with data and without its mark would be taken for somebody else's. */
-    status = ndm_i_backing_start(&region->data, found ? found : options->initial_capacity, options->max_capacity);
+    status = ndm_i_backing_start(&region->data, found ? found : options->initial_capacity,
+                                 options->max_capacity < CAPACITY_LIMIT ? options->max_capacity : CAPACITY_LIMIT);
     if (status == NDM_OK)
         status = ndm_i_slots_start(&region->slots, &region->data);
     if (status == NDM_OK)
@@ -111,6 +93,7 @@ static ndm_region *region_new(const char *path, const char *directory, const ndm
     }
     if (open_files(region, path, slots_path, directory, options) != NDM_OK)
         goto fail;
+    region->initial_capacity = region->data.capacity;
     region->max_capacity = options->max_capacity;
     region->unit_shift = (unsigned)__builtin_ctzll(options->alignment);
     atomic_init(&region->holders, 2);
@@ -159,8 +142,7 @@ void ndm_region_destroy(ndm_region *region)
 
 /* ---- entering ------------------------------------------------------------------------------------------- */
 
-/* Every verb begins here: is it the owner's call? Freed extents whose views have ended come home on the way. */
-static int enter(ndm_region *region)
+int ndm_i_enter(ndm_region *region)
 {
     if (is_closed(region))
         return ndm_i_fail(NDM_ERR_CLOSED, "the region is closed");
@@ -191,7 +173,7 @@ int ndm_region_close(ndm_region *region)
 {
     if (is_closed(region))
         return NDM_OK;
-    int status = enter(region);
+    int status = ndm_i_enter(region);
     if (status == NDM_OK)
         shut(region);
     return status;
@@ -199,9 +181,10 @@ int ndm_region_close(ndm_region *region)
 
 /* ---- writing -------------------------------------------------------------------------------------------- */
 
-static uint64_t units_of(const ndm_region *region, uint64_t bytes)
+/* The ceiling that is in force: slot records hold no larger offset, and no process more address space. */
+static uint64_t ceiling_of(const ndm_region *region)
 {
-    return (bytes + ((uint64_t)1 << region->unit_shift) - 1) >> region->unit_shift;
+    return region->max_capacity < CAPACITY_LIMIT ? region->max_capacity : CAPACITY_LIMIT;
 }
 
 /* Make the file reach `end`. */
@@ -209,34 +192,37 @@ static int reach(ndm_region *region, uint64_t end)
 {
     if (end <= region->data.capacity)
         return NDM_OK;
-    if (end > region->max_capacity)
-        return ndm_i_fail_capacity(end, region->max_capacity);
+    const uint64_t ceiling = ceiling_of(region);
+    if (end > ceiling)
+        return ndm_i_fail_capacity(end, ceiling);
     uint64_t wanted = region->data.capacity * 2;
     if (wanted < end)
         wanted = end;
-    if (wanted > region->max_capacity)
-        wanted = region->max_capacity;
-    return ndm_i_backing_grow(&region->data, end, wanted, region->max_capacity);
+    if (wanted > ceiling)
+        wanted = ceiling;
+    return ndm_i_backing_grow(&region->data, end, wanted, ceiling);
 }
 
 int64_t ndm_region_write(ndm_region *region, const void *data, uint64_t size, int64_t engine)
 {
-    int status = enter(region);
+    int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
     if (engine < 0 || engine > 255)
         return ndm_i_fail(NDM_ERR_ARGUMENT, "engine must be 0 to 255");
-    if (size >= NDM_I_SIZE_LIMIT / 2)
-        return ndm_i_fail_capacity(size, region->max_capacity);
+    if (size > CAPACITY_LIMIT)
+        return ndm_i_fail_capacity(size, ceiling_of(region));
     if (!ndm_i_extents_reserve(&region->extents))
         return ndm_i_fail(NDM_ERR_MEMORY, "no memory for an extent");
     if ((status = ndm_i_slots_reserve(&region->slots)) != NDM_OK)
         return status;
-    if (size == 0)
+    if (size == 0) {
+        region->engine_slots[engine]++;
         return ndm_i_slots_add(&region->slots, 0, 0, (uint8_t)engine, NDM_I_NONE);
+    }
 
     const uint64_t capacity = region->data.capacity;
-    ndm_i_place place = ndm_i_extents_find(&region->extents, units_of(region, size));
+    ndm_i_place place = ndm_i_extents_find(&region->extents, ndm_i_units(region, size));
     const uint64_t offset = place.offset << region->unit_shift;
     if ((status = reach(region, offset + size)) != NDM_OK)
         return status;
@@ -248,10 +234,12 @@ int64_t ndm_region_write(ndm_region *region, const void *data, uint64_t size, in
     }
 
     uint32_t slot = ndm_i_slots_next(&region->slots);
-    uint32_t extent = ndm_i_extents_take(&region->extents, place, units_of(region, size), slot);
+    uint32_t extent = ndm_i_extents_take(&region->extents, place, ndm_i_units(region, size), slot);
     ndm_i_slots_add(&region->slots, offset, size, (uint8_t)engine, extent);
     region->growths += region->data.capacity > capacity;
     region->live_bytes += size;
+    region->engine_bytes[engine] += size;
+    region->engine_slots[engine]++;
     if (region->used_bytes < offset + size)
         region->used_bytes = offset + size;
     return slot;
@@ -259,7 +247,7 @@ int64_t ndm_region_write(ndm_region *region, const void *data, uint64_t size, in
 
 int ndm_region_free(ndm_region *region, int64_t slot)
 {
-    int status = enter(region);
+    int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
     ndm_i_record *record = live_record(region, slot);
@@ -267,6 +255,8 @@ int ndm_region_free(ndm_region *region, int64_t slot)
         return ndm_last_error()->status;
     const uint32_t extent = ndm_i_record_link(record);
     region->live_bytes -= ndm_i_record_size(record);
+    region->engine_bytes[ndm_i_record_engine(record)] -= ndm_i_record_size(record);
+    region->engine_slots[ndm_i_record_engine(record)]--;
     ndm_i_slots_remove(&region->slots, (uint32_t)slot);
     if (extent == NDM_I_NONE)
         return NDM_OK;
@@ -283,7 +273,7 @@ int ndm_region_free(ndm_region *region, int64_t slot)
 
 const char *ndm_region_read(ndm_region *region, int64_t slot, uint64_t *size)
 {
-    if (enter(region) != NDM_OK)
+    if (ndm_i_enter(region) != NDM_OK)
         return NULL;
     const ndm_i_record *record = live_record(region, slot);
     if (!record)
@@ -310,7 +300,7 @@ void ndm_view_release(const char *view)
 
 int64_t ndm_region_read_into(ndm_region *region, int64_t slot, void *buffer, uint64_t capacity)
 {
-    int status = enter(region);
+    int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
     const ndm_i_record *record = live_record(region, slot);
@@ -326,7 +316,7 @@ int64_t ndm_region_read_into(ndm_region *region, int64_t slot, void *buffer, uin
 
 int ndm_region_slot(ndm_region *region, int64_t slot, ndm_slot *out)
 {
-    int status = enter(region);
+    int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
     const ndm_i_record *record = ndm_i_slots_record(&region->slots, slot);
@@ -342,7 +332,7 @@ int ndm_region_slot(ndm_region *region, int64_t slot, ndm_slot *out)
 
 int ndm_region_contains(ndm_region *region, int64_t slot)
 {
-    int status = enter(region);
+    int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
     const ndm_i_record *record = ndm_i_slots_record(&region->slots, slot);
@@ -351,24 +341,40 @@ int ndm_region_contains(ndm_region *region, int64_t slot)
 
 int ndm_region_stats(ndm_region *region, ndm_stats *out)
 {
-    int status = enter(region);
+    int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
+    uint64_t disk_bytes;
+    if ((status = ndm_i_backing_disk_bytes(&region->data, &disk_bytes)) != NDM_OK)
+        return status;
+    /* A hole at the end reaches to the mark, a whole number of units; used_bytes is exact. */
+    const ndm_i_extents *extents = &region->extents;
+    const uint32_t last = ndm_i_extents_last(extents);
+    uint64_t free_bytes = extents->free_units << region->unit_shift;
+    if (last != NDM_I_NONE && ndm_i_extents_is_free(extents, last))
+        free_bytes -= (extents->mark << region->unit_shift) - region->used_bytes;
+    const uint64_t largest = ndm_i_extents_largest(extents) << region->unit_shift;
     *out = (ndm_stats){.capacity = region->data.capacity,
                        .max_capacity = region->max_capacity,
                        .used_bytes = region->used_bytes,
                        .live_bytes = region->live_bytes,
-                       .free_bytes = region->extents.free_units << region->unit_shift,
+                       .free_bytes = free_bytes,
                        .pinned_bytes = region->pinned_bytes,
+                       .largest_free_bytes = largest < free_bytes ? largest : free_bytes,
                        .slot_count = region->slots.count,
                        .live_slots = region->slots.live,
-                       .growths = region->growths};
+                       .growths = region->growths,
+                       .moved_bytes = region->moved_bytes,
+                       .disk_bytes = disk_bytes,
+                       .can_punch = region->data.can_punch};
+    memcpy(out->engine_bytes, region->engine_bytes, sizeof out->engine_bytes);
+    memcpy(out->engine_slots, region->engine_slots, sizeof out->engine_slots);
     return NDM_OK;
 }
 
 static int64_t figure(ndm_region *region, size_t offset)
 {
-    int status = enter(region);
+    int status = ndm_i_enter(region);
     return status == NDM_OK ? *(const int64_t *)((const char *)region + offset) : status;
 }
 
@@ -381,13 +387,11 @@ int64_t ndm_region_live_slots(ndm_region *region) { return figure(region, offset
 
 int ndm_region_set_max_capacity(ndm_region *region, uint64_t max_capacity)
 {
-    int status = enter(region);
+    int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
     if (max_capacity < region->max_capacity)
         return ndm_i_fail(NDM_ERR_ARGUMENT, "max_capacity can only be raised");
-    if (max_capacity >= NDM_I_SIZE_LIMIT / 2)
-        return ndm_i_fail(NDM_ERR_ARGUMENT, "max_capacity must be below 2**47");
     region->max_capacity = max_capacity;
     return NDM_OK;
 }
@@ -412,18 +416,19 @@ static uint64_t check_extents(ndm_region *region, uint64_t *slots, uint64_t *orp
         *slots += 1;
         broken += !record || ndm_i_record_state(record) != NDM_I_LIVE || ndm_i_record_link(record) != e ||
                   ndm_i_record_offset(record) != ndm_i_extents_offset(extents, e) << region->unit_shift ||
-                  units_of(region, ndm_i_record_size(record)) != length;
+                  ndm_i_units(region, ndm_i_record_size(record)) != length;
     }
     return broken;
 }
 
 int64_t ndm_region_check(ndm_region *region)
 {
-    int status = enter(region);
+    int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
     uint64_t broken = ndm_i_extents_check(&region->extents) + ndm_i_slots_check(&region->slots);
     uint64_t with_extent = 0, orphan_bytes = 0, empty = 0, live_bytes = 0, furthest = 0;
+    uint64_t by_engine[256] = {0};
     if (broken == 0)
         broken += check_extents(region, &with_extent, &orphan_bytes);
     for (uint64_t i = 0; i < region->slots.count; i++) {
@@ -433,11 +438,13 @@ int64_t ndm_region_check(ndm_region *region)
         const uint64_t end = ndm_i_record_offset(record) + ndm_i_record_size(record);
         empty += ndm_i_record_size(record) == 0;
         live_bytes += ndm_i_record_size(record);
+        by_engine[ndm_i_record_engine(record)] += ndm_i_record_size(record);
         furthest = end > furthest ? end : furthest;
     }
     broken += with_extent + empty != region->slots.live;
     broken += live_bytes != region->live_bytes;
     broken += orphan_bytes != region->pinned_bytes;
+    broken += memcmp(by_engine, region->engine_bytes, sizeof by_engine) != 0;
     broken += furthest > region->used_bytes;
     broken += region->used_bytes > region->extents.mark << region->unit_shift;
     broken += region->used_bytes > region->data.capacity || region->data.capacity > region->max_capacity;

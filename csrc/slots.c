@@ -64,7 +64,7 @@ int ndm_i_slots_open(ndm_i_slots *slots, const char *path, const ndm_i_backing *
     int has_data = ndm_i_backing_has_data(data);
     if (has_data < 0)
         return has_data;
-    int status = ndm_i_backing_open(&slots->table, path, !has_data, false);
+    int status = ndm_i_backing_open(&slots->table, path, !has_data);
     if (has_data && status == NDM_ERR_IO && ndm_last_error()->os_errno == ENOENT)
         return ndm_i_fail_io(EEXIST, foreign_data);
     if (status != NDM_OK)
@@ -147,6 +147,14 @@ uint32_t ndm_i_slots_add(ndm_i_slots *slots, uint64_t offset, uint64_t size, uin
     record->shape = size | (uint64_t)engine << 48 | (uint64_t)NDM_I_LIVE << 56;
     slots->live++;
     return slot;
+}
+
+void ndm_i_slots_move(ndm_i_slots *slots, uint32_t slot, uint64_t offset, uint32_t extent)
+{
+    ndm_i_record *record = &records_of(slots)[slot];
+    const uint64_t moves = (record->place >> 48) + 1;
+    record->place = offset | moves << 48;
+    record->life = ndm_i_record_generation(record) | (uint64_t)extent << 32;
 }
 
 void ndm_i_slots_remove(ndm_i_slots *slots, uint32_t slot)

@@ -61,6 +61,9 @@ uint32_t ndm_i_slots_next(const ndm_i_slots *slots);
 /* Enter a value. Cannot fail after reserve(). Returns its number. */
 uint32_t ndm_i_slots_add(ndm_i_slots *slots, uint64_t offset, uint64_t size, uint8_t engine, uint32_t extent);
 
+/* Note that a live slot's value is elsewhere now. */
+void ndm_i_slots_move(ndm_i_slots *slots, uint32_t slot, uint64_t offset, uint32_t extent);
+
 /* Mark a live slot as freed. */
 void ndm_i_slots_remove(ndm_i_slots *slots, uint32_t slot);
 

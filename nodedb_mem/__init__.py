@@ -5,7 +5,6 @@ import sys
 if sys.platform != "linux":
     raise ImportError("nodedb_mem needs Linux: it is built on mremap, fallocate and flock")
 
-# ruff: noqa: E402
 from nodedb_mem.engine import EngineId
 from nodedb_mem.errors import (
     BudgetExhaustedError,
@@ -21,13 +20,15 @@ from nodedb_mem.errors import (
     UnknownEngineError,
     WrongThreadError,
 )
-from nodedb_mem.region import OverflowRegion, OverflowSlot, RegionStats
+from nodedb_mem.region import Compaction, EngineUsage, OverflowRegion, OverflowSlot, RegionStats
 from nodedb_mem.tuning import MemoryTuning
 
 __all__ = [
     "BudgetExhaustedError",
     "CapacityExceededError",
+    "Compaction",
     "EngineId",
+    "EngineUsage",
     "GlobalCeilingExceededError",
     "InvalidSlotError",
     "MemError",

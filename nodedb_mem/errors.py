@@ -110,8 +110,7 @@ class BudgetExhaustedError(MemError):
 
     def __str__(self) -> str:
         return (
-            f"engine {self.engine} asked for {self.requested} bytes, "
-            f"{self.available} of its {self.limit} are available"
+            f"engine {self.engine} asked for {self.requested} bytes, {self.available} of its {self.limit} are available"
         )
 
 

@@ -32,6 +32,7 @@ _read_into = lib.ndm_region_read_into
 _free = lib.ndm_region_free
 _release = lib.ndm_view_release
 
+_NO_LIMIT = (1 << 63) - 1
 _SCRATCH = 4096  # values up to this many bytes become `bytes` by way of a reused buffer
 
 
@@ -43,6 +44,30 @@ class OverflowSlot:
     size: int
     engine: int
     occupied: bool
+
+
+@dataclass(frozen=True)
+class EngineUsage:
+    """What one engine has in a region: bytes and slots, live ones only."""
+
+    live_bytes: int
+    live_slots: int
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """What a call of `compact` did.
+
+    Attributes
+    ----------
+    moved_bytes
+        Bytes of values that were moved.
+    remaining_bytes
+        Bytes of holes that further calls with the same budget may close; 0 when nothing is left to do.
+    """
+
+    moved_bytes: int
+    remaining_bytes: int
 
 
 @dataclass(frozen=True)
@@ -63,10 +88,20 @@ class RegionStats:
         Space below the high-water mark that is ready for reuse.
     pinned_bytes
         Space that is freed, but waits for a view to end.
+    largest_free_bytes
+        The longest free extent.
     slot_count, live_slots
         Entries of the slot table: all, and those that hold a value.
     growths
         Times the file was extended.
+    moved_bytes
+        Bytes that `compact` has moved so far.
+    disk_bytes
+        Disk space that the file system has given to the file.
+    can_punch
+        False once the file system has refused to punch holes: `trim` then only shortens the file.
+    engines
+        What each engine holds, by engine; only those that hold something.
     """
 
     capacity: int
@@ -75,9 +110,22 @@ class RegionStats:
     live_bytes: int
     free_bytes: int
     pinned_bytes: int
+    largest_free_bytes: int
     slot_count: int
     live_slots: int
     growths: int
+    moved_bytes: int
+    disk_bytes: int
+    can_punch: bool
+    engines: dict[int, EngineUsage]
+
+    @property
+    def fragmentation(self) -> float:
+        """Share of the free bytes outside the longest free extent: 0 when free space is in one piece, or none."""
+        return 1 - self.largest_free_bytes / self.free_bytes if self.free_bytes else 0.0
+
+
+_PLAIN_FIGURES = tuple(RegionStats.__dataclass_fields__.keys() - {"can_punch", "engines"})
 
 
 class OverflowRegion:
@@ -167,9 +215,7 @@ class OverflowRegion:
     @classmethod
     def open_with_tuning(cls, path: str | os.PathLike[str], tuning: MemoryTuning) -> Self:
         """Open with the sizes of a `MemoryTuning`."""
-        return cls(
-            path, initial_capacity=tuning.overflow_initial_bytes, max_capacity=tuning.overflow_max_bytes
-        )
+        return cls(path, initial_capacity=tuning.overflow_initial_bytes, max_capacity=tuning.overflow_max_bytes)
 
     @classmethod
     def temporary(
@@ -228,7 +274,7 @@ class OverflowRegion:
             self._learn_engine(engine)
         slot: int
         if data.__class__ is bytes:
-            slot = _write(self._handle, data, len(data), engine)  # type: ignore[arg-type]
+            slot = _write(self._handle, data, len(data), engine)
         else:
             source = _exported(data)
             slot = _write(self._handle, source, len(source), engine)
@@ -251,6 +297,8 @@ class OverflowRegion:
         InvalidSlotError
             The slot never existed, or has been freed.
         """
+        if slot.__class__ is not int:
+            slot = index(slot)
         try:
             size = self._sizes.pop()
         except IndexError:
@@ -268,6 +316,8 @@ class OverflowRegion:
 
     def read_bytes(self, slot: int) -> bytes:
         """Copy a value out. Raises `InvalidSlotError` as `read` does."""
+        if slot.__class__ is not int:
+            slot = index(slot)
         try:
             scratch = self._scratch.pop()
         except IndexError:
@@ -299,6 +349,7 @@ class OverflowRegion:
         InvalidSlotError
             The slot never existed, or has been freed.
         """
+        slot = index(slot)
         target = _exported(buffer, require_writable=True)
         room = len(target)
         try:
@@ -320,6 +371,8 @@ class OverflowRegion:
         InvalidSlotError
             The slot never existed, or has been freed already.
         """
+        if slot.__class__ is not int:
+            slot = index(slot)
         try:
             status = _free(self._handle, slot)
         except OverflowError:
@@ -335,6 +388,7 @@ class OverflowRegion:
         InvalidSlotError
             The slot never existed.
         """
+        slot = index(slot)
         facts = ffi.new("ndm_slot *")
         try:
             status = lib.ndm_region_slot(self._handle, slot, facts)
@@ -348,10 +402,58 @@ class OverflowRegion:
     # -- the region -----------------------------------------------------------------------------------------------
 
     def stats(self) -> RegionStats:
-        """Figures of the region. Constant time."""
+        """Figures of the region. Constant time; one system call, for `disk_bytes`."""
         out = ffi.new("ndm_stats *")
         self._check(lib.ndm_region_stats(self._handle, out))
-        return RegionStats(*(getattr(out, name) for name in RegionStats.__dataclass_fields__))
+        usage = zip(ffi.unpack(out.engine_bytes, 256), ffi.unpack(out.engine_slots, 256), strict=True)
+        figures = {name: getattr(out, name) for name in _PLAIN_FIGURES}
+        return RegionStats(
+            **figures,
+            can_punch=bool(out.can_punch),
+            engines={
+                self._engines.get(engine, engine): EngineUsage(size, slots)
+                for engine, (size, slots) in enumerate(usage)
+                if slots
+            },
+        )
+
+    def trim(self) -> int:
+        """Give unused space back to the file system.
+
+        Lowers `used_bytes` past free space at the end, shrinks the file to it (not below its size when opened), and
+        punches holes into free extents of 64 KiB and more. Linear in the number of values.
+
+        Returns
+        -------
+        int
+            Bytes of disk given back.
+        """
+        return self._check(lib.ndm_region_trim(self._handle))
+
+    def compact(self, budget: int | None = None) -> Compaction:
+        """Move values toward the start of the file, so that free space gathers at its end.
+
+        Slots keep their numbers. Values with a live view stay where they are, and so do values larger than `budget`.
+        Done when the holes are under 1 % of the space. Give the space at the end back with `trim`.
+
+        Parameters
+        ----------
+        budget
+            The most bytes to move in this call; None for no limit.
+
+        Raises
+        ------
+        ValueError
+            `budget` is negative.
+        RegionIOError
+            A hole that `trim` had punched cannot get its blocks back (ENOSPC). Every value is intact.
+        """
+        limit = _NO_LIMIT if budget is None else index(budget)
+        if limit < 0:
+            raise ValueError("budget must not be negative")
+        out = ffi.new("ndm_compaction *")
+        self._check(lib.ndm_region_compact(self._handle, min(limit, _NO_LIMIT), out))
+        return Compaction(out.moved_bytes, out.remaining_bytes)
 
     def close(self) -> None:
         """Close the region; closing again does nothing. Live views stay readable, and keep the file locked.
@@ -464,7 +566,7 @@ class OverflowRegion:
 
 def _exported(data: Buffer, *, require_writable: bool = False) -> Any:
     try:
-        return _from_buffer(data, require_writable)
+        return _from_buffer(data, require_writable=require_writable)
     except ValueError as error:
         if "contiguous" in str(error):  # NumPy says it with a ValueError
             raise BufferError(str(error)) from None

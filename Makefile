@@ -1,0 +1,133 @@
+# Every entry point a person needs. `make run` and `make test` start from a bare machine with python3 and gcc.
+
+PYTHON ?= python3
+ARGS   ?=
+ifeq ($(origin CC),default)
+CC := gcc
+endif
+
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
+BUDGET ?= 16MiB
+
+CSOURCES := $(sort $(wildcard csrc/*.c))
+CHEADERS := $(wildcard csrc/*.h)
+BUILT_FROM := $(CSOURCES) $(CHEADERS) setup.py pyproject.toml nodedb_mem/_build.py
+
+CWARN    := -std=c11 -pthread -Wall -Wextra -Wshadow -Werror
+SANITIZE := address,undefined
+CSAN     := -O1 -g -fno-omit-frame-pointer -fsanitize=$(SANITIZE) -fno-sanitize-recover=all
+
+# The same commit gives the same sdist and wheel, byte for byte.
+SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),1767225600)
+
+.PHONY: help run test test-native test-python bench bench-quick lint sanitize wheel wheel-smoke clean
+.DELETE_ON_ERROR:
+.NOTPARALLEL: # two pips in one environment would race
+
+help:
+	@echo 'make run          spill the standard library of python3 with a budget of $(BUDGET), and verify it'
+	@echo 'make test         all tests: the C programs under sanitizers, then pytest (ARGS="-k name")'
+	@echo 'make bench        benchmarks (ARGS=--quick, or make bench-quick: the short form)'
+	@echo 'make lint         ruff, mypy --strict, C warnings as errors'
+	@echo 'make sanitize     the pytest suite on a build with ASan and UBSan'
+	@echo 'make wheel        sdist and abi3 wheel in dist/'
+	@echo 'make wheel-smoke  install that wheel in each CPython found and try it'
+	@echo 'make clean        remove what make made'
+
+# --- set-up, each step once ------------------------------------------------------------------------------------
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# $(VENV)/.extra-NAME: the packages that pyproject.toml lists under that name.
+EXTRA = import sys, tomllib; \
+	print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"][sys.argv[1]], sep="\n")
+
+$(VENV)/.extra-%: $(VENV)/.made pyproject.toml
+	$(BIN)/python -c '$(EXTRA)' $* > $(VENV)/extra-$*.txt
+	$(PIP) install -r $(VENV)/extra-$*.txt
+	@touch $@
+
+# Editable: Python changes count at once, changes of the C core at the next make.
+$(VENV)/.installed: $(VENV)/.made $(BUILT_FROM)
+	$(PIP) install --editable .
+	@touch $@
+
+# --- run and test ----------------------------------------------------------------------------------------------
+
+STDLIB = import pathlib, sysconfig; \
+	print(*sorted(p for p in pathlib.Path(sysconfig.get_path("stdlib")).iterdir() if p.name != "site-packages"))
+
+run: $(VENV)/.installed $(VENV)/.extra-cli
+	@$(BIN)/nodedb-mem spill --budget $(BUDGET) $(ARGS) $$($(BIN)/python -c '$(STDLIB)')
+
+test: test-native test-python
+
+NATIVE := $(patsubst tests/native/%.c,build/native/%,$(sort $(wildcard tests/native/test_*.c)))
+
+test-native: $(NATIVE)
+	@set -e; for program in $^; do echo "$$program"; "$$program"; done
+
+build/native/%: tests/native/%.c $(CSOURCES) $(CHEADERS) $(wildcard tests/native/*.h)
+	@mkdir -p $(@D)
+	$(CC) $(CWARN) $(CSAN) -Icsrc -Itests/native -o $@ $< $(CSOURCES)
+
+test-python: $(VENV)/.installed $(VENV)/.extra-test
+	$(BIN)/pytest $(ARGS)
+
+# --- benchmarks ------------------------------------------------------------------------------------------------
+
+bench: $(VENV)/.installed $(VENV)/.extra-bench
+	$(BIN)/pytest benchmarks -o python_files='bench_*.py' -o timeout=0 -W default $(if $(QUICK),--quick) $(ARGS)
+
+bench-quick:
+	$(MAKE) bench QUICK=1
+
+# --- checks ----------------------------------------------------------------------------------------------------
+
+lint: $(VENV)/.extra-lint $(VENV)/.extra-cli
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	@set -e; for source in $(CSOURCES); do for flags in "-DNDEBUG" "-DNDM_DEBUG"; do \
+	    echo "$(CC) $(CWARN) $$flags $$source"; \
+	    $(CC) $(CWARN) -O2 $$flags -Icsrc -c -o /dev/null "$$source"; \
+	done; done
+
+# A copy of the tree with its own environment, so that no test can pick up the ordinary build.
+SAN      := build/sanitize
+SAN_TREE := LICENSE README.md benchmarks csrc nodedb_mem pyproject.toml setup.py tests
+# libstdc++ comes along because ASan looks for the C++ throw hook at start, before pyarrow brings that library in.
+SAN_ENV   = LD_PRELOAD="$$($(CC) -print-file-name=libasan.so):$$($(CC) -print-file-name=libstdc++.so.6)" \
+	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:$$ASAN_OPTIONS \
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1:$$UBSAN_OPTIONS \
+	PYTHONMALLOC=malloc NODEDB_MEM_SANITIZE=$(SANITIZE)
+
+$(SAN)/.extra-test: pyproject.toml $(VENV)/.extra-test
+	$(PYTHON) -m venv $(SAN)/venv
+	$(SAN)/venv/bin/python -m pip --disable-pip-version-check --quiet install -r $(VENV)/extra-test.txt
+	@touch $@
+
+sanitize: $(SAN)/.extra-test
+	rm -rf $(SAN)/tree
+	mkdir -p $(SAN)/tree
+	tar -cf - --exclude='*.so' --exclude=__pycache__ $(wildcard $(SAN_TREE)) | tar -xf - -C $(SAN)/tree
+	cd $(SAN)/tree && NODEDB_MEM_SANITIZE=$(SANITIZE) NODEDB_MEM_DEBUG=1 \
+	    ../venv/bin/python -m pip --disable-pip-version-check --quiet install --editable .
+	cd $(SAN)/tree && $(SAN_ENV) ../venv/bin/python ../venv/bin/pytest -o timeout=900 $(ARGS)
+
+wheel: $(VENV)/.extra-dist
+	rm -rf dist
+	umask 022 && SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) $(BIN)/python -m build --outdir dist .
+
+wheel-smoke: wheel
+	bash scripts/wheel_smoke.sh dist/*-abi3-*.whl
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info nodedb_mem/*.so nodedb_mem/include
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

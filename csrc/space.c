@@ -1,0 +1,171 @@
+/* Space that is no longer needed: trim gives it back to the file system, compact gathers it. */
+#include "region.h"
+
+#include "status.h"
+
+#include <stdbool.h>
+
+#define PUNCH_FROM ((uint64_t)64 << 10) /* a hole costs a system call and, later, blocks again: not for less */
+#define WASTE_SHARE 100                 /* compaction is done when the holes are under 1/100 of the space */
+
+static uint64_t bytes_of(const ndm_region *region, uint64_t units) { return units << region->unit_shift; }
+
+static uint64_t min(uint64_t a, uint64_t b) { return a < b ? a : b; }
+
+/* Let go of free space at the end; used_bytes follows. */
+static void lower_mark(ndm_region *region)
+{
+    const ndm_i_extents *extents = &region->extents;
+    const uint64_t mark = extents->mark;
+    if (ndm_i_extents_trim(&region->extents) == mark)
+        return;
+    const uint32_t last = ndm_i_extents_last(extents);
+    uint64_t end = 0;
+    if (last != NDM_I_NONE) {
+        const uint32_t slot = ndm_i_extents_tag(extents, last);
+        const ndm_i_record *record = slot != NDM_I_NONE ? ndm_i_slots_record(&region->slots, slot) : NULL;
+        end = bytes_of(region, ndm_i_extents_offset(extents, last)) +
+              (record ? ndm_i_record_size(record) : bytes_of(region, ndm_i_extents_length(extents, last)));
+    }
+    region->used_bytes = min(region->used_bytes, end);
+}
+
+int64_t ndm_region_trim(ndm_region *region)
+{
+    uint64_t before, after;
+    int status = ndm_i_enter(region);
+    if (status == NDM_OK)
+        status = ndm_i_backing_disk_bytes(&region->data, &before);
+    if (status != NDM_OK)
+        return status;
+
+    lower_mark(region);
+    const uint64_t used = region->used_bytes;
+    const uint64_t capacity = used > region->initial_capacity ? used : region->initial_capacity;
+    if (capacity < region->data.capacity)
+        ndm_i_backing_shrink(&region->data, capacity);
+    ndm_i_backing_punch(&region->data, used, region->data.capacity - used);
+    const ndm_i_extents *extents = &region->extents;
+    for (uint32_t e = ndm_i_extents_first_hole(&region->extents); e != NDM_I_NONE; e = ndm_i_extents_next(extents, e)) {
+        const uint64_t size = bytes_of(region, ndm_i_extents_length(extents, e));
+        if (size >= PUNCH_FROM && ndm_i_extents_is_free(extents, e))
+            ndm_i_backing_punch(&region->data, bytes_of(region, ndm_i_extents_offset(extents, e)), size);
+    }
+    if ((status = ndm_i_backing_disk_bytes(&region->data, &after)) != NDM_OK)
+        return status;
+    return before > after ? (int64_t)(before - after) : 0;
+}
+
+/* ---- compaction ----------------------------------------------------------------------------------------- */
+
+/* Size of the value in a used extent if it may be moved, 0 if not. */
+static uint64_t movable(ndm_region *region, uint32_t extent, uint64_t budget)
+{
+    const uint32_t slot = ndm_i_extents_tag(&region->extents, extent);
+    if (slot == NDM_I_NONE || ndm_i_views_pinned(&region->home, extent))
+        return 0;
+    const uint64_t size = ndm_i_record_size(ndm_i_slots_record(&region->slots, slot));
+    return size <= budget ? size : 0;
+}
+
+/* Move the last value into a hole that find() gave. */
+static int relocate(ndm_region *region, uint32_t extent, ndm_i_place place, uint64_t size)
+{
+    ndm_i_extents *extents = &region->extents;
+    const uint32_t slot = ndm_i_extents_tag(extents, extent);
+    const uint64_t from = bytes_of(region, ndm_i_extents_offset(extents, extent));
+    const uint64_t to = bytes_of(region, place.offset);
+    if (!ndm_i_extents_reserve(extents))
+        return ndm_i_fail(NDM_ERR_MEMORY, "no memory for an extent");
+    int status = ndm_i_backing_move(&region->data, from, to, size);
+    if (status != NDM_OK)
+        return status;
+    const uint32_t fresh = ndm_i_extents_take(extents, place, ndm_i_extents_length(extents, extent), slot);
+    ndm_i_slots_move(&region->slots, slot, to, fresh);
+    ndm_i_extents_release(extents, extent);
+    return NDM_OK;
+}
+
+/* Move the value behind a hole to the hole's start; the hole is behind it then. */
+static int slide(ndm_region *region, uint32_t *hole, uint64_t size)
+{
+    ndm_i_extents *extents = &region->extents;
+    const uint32_t extent = ndm_i_extents_next(extents, *hole);
+    const uint64_t from = bytes_of(region, ndm_i_extents_offset(extents, extent));
+    const uint64_t to = bytes_of(region, ndm_i_extents_offset(extents, *hole));
+    int status = ndm_i_backing_move(&region->data, from, to, size);
+    if (status != NDM_OK)
+        return status;
+    *hole = ndm_i_extents_slide(extents, *hole);
+    ndm_i_slots_move(&region->slots, ndm_i_extents_tag(extents, extent), to, extent);
+    return NDM_OK;
+}
+
+/* The next hole at or after `extent` whose follower may move. */
+static uint32_t next_hole(ndm_region *region, uint32_t extent, uint64_t budget, uint64_t *size)
+{
+    const ndm_i_extents *extents = &region->extents;
+    while (extent != NDM_I_NONE) {
+        const uint32_t next = ndm_i_extents_next(extents, extent);
+        if (next != NDM_I_NONE && ndm_i_extents_is_free(extents, extent) && (*size = movable(region, next, budget)))
+            break;
+        extent = next;
+    }
+    return extent;
+}
+
+/* One move. Two ways: the last value goes into the hole that fits it best, which closes a byte of hole for each byte
+ * moved; where none fits it, the lowest hole is pushed up past its follower, growing with each hole it meets until it
+ * fits something. `*hole` is where the pushing goes on. Gives the bytes moved; 0 when there is nothing to do, or when
+ * the next value is larger than `left` (*stopped). */
+static int64_t compact_step(ndm_region *region, uint64_t budget, uint64_t left, uint32_t *hole, bool *stopped)
+{
+    ndm_i_extents *extents = &region->extents;
+    lower_mark(region);
+    if (extents->free_units <= extents->mark / WASTE_SHARE)
+        return 0;
+    int status;
+    const uint32_t last = ndm_i_extents_last(extents);
+    uint64_t size = movable(region, last, budget);
+    if (size > 0) {
+        const ndm_i_place place = ndm_i_extents_find(extents, ndm_i_extents_length(extents, last));
+        if (place.hole != NDM_I_NONE) {
+            if ((*stopped = size > left))
+                return 0;
+            *hole = NDM_I_NONE; /* it may be the one that is filled, or the one that trimming takes */
+            status = relocate(region, last, place, size);
+            return status == NDM_OK ? (int64_t)size : status;
+        }
+    }
+    if (*hole == NDM_I_NONE)
+        *hole = ndm_i_extents_first_hole(extents);
+    *hole = next_hole(region, *hole, budget, &size);
+    if (*hole == NDM_I_NONE || (*stopped = size > left))
+        return 0;
+    status = slide(region, hole, size);
+    if (ndm_i_extents_next(extents, *hole) == NDM_I_NONE)
+        *hole = NDM_I_NONE; /* trimming will take it */
+    return status == NDM_OK ? (int64_t)size : status;
+}
+
+int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out)
+{
+    int status = ndm_i_enter(region);
+    if (status != NDM_OK)
+        return status;
+    uint64_t left = budget;
+    uint32_t hole = NDM_I_NONE;
+    bool stopped = budget == 0;
+    while (!stopped) {
+        int64_t moved = compact_step(region, budget, left, &hole, &stopped);
+        if (moved < 0)
+            return (int)moved;
+        if (moved == 0)
+            break;
+        left -= (uint64_t)moved;
+        region->moved_bytes += (uint64_t)moved;
+    }
+    *out = (ndm_compaction){.moved_bytes = budget - left,
+                            .remaining_bytes = stopped ? bytes_of(region, region->extents.free_units) : 0};
+    return NDM_OK;
+}

@@ -1,0 +1,8 @@
+"""``python -m nodedb_mem``: the same as the command ``nodedb-mem``."""
+
+import sys
+
+from nodedb_mem.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""The command ``nodedb-mem``: arguments, progress bar, table, exit status.
+
+Status 0: everything came back equal. 1: something did not. 2: a bad argument or path, or no room; one line on
+standard error says which. 130: interrupted. What cannot be read inside a folder is named on standard error,
+counted there, and left out; it does not change the status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, NoReturn
+
+from nodedb_mem.errors import MemError
+
+if TYPE_CHECKING:  # rich and zict are extras: --help works without them
+    from nodedb_mem.spill import Piece, Report
+
+_UNITS: dict[str, int] = {"": 1} | {
+    letter + ending: base**power
+    for power, letter in enumerate("kmgt", 1)
+    for ending, base in (("", 1024), ("ib", 1024), ("b", 1000))
+}
+_MAX_THREADS = 1024  # each holds descriptors, and that many is the usual limit of a process
+
+
+def parse_size(text: str) -> int:
+    """Read a size in bytes: a whole number, perhaps with a unit, in any case.
+
+    K, M, G, T and KiB, MiB, GiB, TiB are powers of 1024; KB, MB, GB, TB are powers of 1000.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        `text` is no size, or a negative one.
+    """
+    match = re.fullmatch(r"([0-9]{1,18})\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise argparse.ArgumentTypeError(f"not a size: {text!r} (like 4096, 64K, 256MiB, 1GB)")
+    return int(match[1]) * _UNITS[match[2]]
+
+
+def _chunk_size(text: str) -> int:
+    if (size := parse_size(text)) == 0:
+        raise argparse.ArgumentTypeError(f"must be more than 0: {text!r}")
+    return size
+
+
+def _thread_count(text: str) -> int:
+    if not (re.fullmatch("[0-9]{1,9}", text) and 1 <= int(text) <= _MAX_THREADS):
+        raise argparse.ArgumentTypeError(f"not a number from 1 to {_MAX_THREADS}: {text!r}")
+    return int(text)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.strerror}: {os.fsdecode(error.filename)!r}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"nodedb-mem: {message}\n")
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="nodedb-mem", description="Overflow regions for data that does not fit in memory.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    spill = commands.add_parser(
+        "spill",
+        help="spill real files and check that they come back equal",
+        description="Cut files into buffers, hold a budget of them in RAM, spill the least recently used "
+        "rest into overflow regions, then read all of them back in random order and compare digests.",
+        epilog="SIZE is in bytes; K, M, G, T (or KiB, ...) multiply by powers of 1024, KB, MB, ... of 1000.",
+    )
+    add = spill.add_argument
+    add("paths", nargs="+", metavar="PATH", help="file, or folder to walk (links inside are not followed)")
+    add("--budget", type=parse_size, default="256MiB", metavar="SIZE", help="bytes held in RAM (%(default)s)")
+    add("--chunk", type=_chunk_size, default="1MiB", metavar="SIZE", help="bytes of a buffer (%(default)s)")
+    add("--directory", metavar="DIR", help="where the regions' files go (default: where temporary files go)")
+    add("--threads", type=_thread_count, default=1, metavar="N", help="threads, one region each (%(default)s)")
+    add("--json", action="store_true", help="print the figures as one JSON object")
+    spill.set_defaults(command=_spill)
+    return parser
+
+
+def _spill(arguments: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from nodedb_mem import spill
+
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn()
+    bar = Progress(*columns, console=console, disable=not sys.stderr.isatty())
+    tasks = {phase: bar.add_task(phase, total=None) for phase in ("spill", "verify")}
+    left_out: list[OSError] = []
+
+    class Display:
+        def advance(self, phase: str, size: int) -> None:
+            bar.advance(tasks[phase], size)
+
+        def skipped(self, error: OSError) -> None:
+            left_out.append(error)
+            self.say(f"skipped: {_describe(error)}")
+
+        def mismatched(self, piece: Piece) -> None:
+            self.say(f"mismatch: {piece.path!r}, {piece.size} bytes at {piece.offset}")
+
+        def say(self, line: str) -> None:
+            console.print(f"nodedb-mem: {line}", markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    display = Display()
+    options = spill.Options(arguments.budget, arguments.chunk, arguments.directory, arguments.threads)
+    with bar:
+        files = spill.find_files(arguments.paths, display)
+        for task in tasks.values():
+            bar.update(task, total=sum(file.size for file in files))
+        report = spill.run(files, options, display)
+    if left_out:
+        display.say(f"files and folders skipped: {len(left_out)}")
+    if arguments.json:
+        print(json.dumps(asdict(report)))
+    else:
+        _print_table(report)
+    return 1 if report.mismatched_chunks else 0
+
+
+def _print_table(report: Report) -> None:
+    from rich.console import Console
+    from rich.filesize import decimal
+    from rich.table import Table
+
+    table = Table("figure", "value", show_header=False)
+    table.columns[1].justify = "right"
+    for label, value in (
+        ("bytes in", decimal(report.bytes_in)),
+        ("spilled", decimal(report.bytes_spilled)),
+        ("chunks", str(report.chunks)),
+        ("regions", str(report.regions)),
+        ("growths", str(report.growths)),
+        ("write throughput", f"{decimal(int(report.write_bytes_per_s))}/s"),
+        ("read throughput", f"{decimal(int(report.read_bytes_per_s))}/s"),
+        ("peak RSS", decimal(report.peak_rss_bytes)),
+        ("verified", str(report.verified_chunks)),
+        ("mismatched", str(report.mismatched_chunks)),
+        ("seconds", f"{report.seconds:.2f}"),
+    ):
+        table.add_row(label, value)
+    Console().print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (by default ``sys.argv[1:]``) and return the exit status.
+
+    Raises
+    ------
+    SystemExit
+        Help was asked for (status 0), or the arguments are wrong (status 2).
+    """
+    try:
+        arguments = _parser().parse_args(argv)
+        status: int = arguments.command(arguments)
+        return status
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("rich", "zict"):
+            raise
+        line, status = f"this command needs {missing}: pip install nodedb_mem[cli]", 2
+    except (MemError, OSError) as error:
+        line, status = _describe(error), 2
+    except MemoryError:
+        line, status = "out of memory", 2
+    except KeyboardInterrupt:
+        line, status = "interrupted", 130
+    print(f"nodedb-mem: {line}", file=sys.stderr)
+    return status

@@ -1,0 +1,285 @@
+"""The job behind ``nodedb-mem spill``: files in, cold buffers out to overflow regions, every buffer checked.
+
+Each thread owns one temporary region and an equal share of the budget. It takes the next piece of a file,
+keeps it in an LRU mapping of its share, and spills what falls out. When no piece is left it reads its own
+buffers back in random order, the spilled ones through zero-copy views, and compares their digests with those
+of the source bytes. Nothing is pulled back into the LRU, so the budget holds to the end: the buffers in RAM
+are at most the budget and a chunk a thread. The bookkeeping, some hundred bytes a chunk, comes on top.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import stat
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, fields
+from hashlib import blake2b
+from resource import RUSAGE_SELF, getrusage
+from time import perf_counter
+from typing import NamedTuple, Protocol
+
+import zict
+
+from nodedb_mem import EngineId, OverflowRegion
+
+_INITIAL_CAPACITY = 64 << 20  # bytes of each region's file at first, if the input is not smaller
+_SLACK = 4096  # bytes of ceiling that a value may need beyond its size: the largest alignment
+
+
+class Piece(NamedTuple):
+    """A range of a file: its path, where the range starts, and its length, in bytes."""
+
+    path: str
+    offset: int
+    size: int
+
+
+class Watcher(Protocol):
+    """Who is told how the job goes; its methods are called from any thread."""
+
+    def advance(self, phase: str, size: int) -> None:
+        """Count `size` more bytes as done in `phase`, which is ``"spill"`` or ``"verify"``."""
+
+    def skipped(self, error: OSError) -> None:
+        """Note that the rest of a file or folder, ``error.filename``, is left out."""
+
+    def mismatched(self, piece: Piece) -> None:
+        """Note that a buffer came back different."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Sizes in bytes; the budget is that of all threads; `directory` None is the region's own default."""
+
+    budget: int = 256 << 20
+    chunk: int = 1 << 20
+    directory: str | None = None
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done; the fields are the keys of the JSON output.
+
+    `write_bytes_per_s` is spilled bytes over the time inside ``region.write``. `read_bytes_per_s` is the
+    bytes of all buffers, spilled or held, over the time of reading back and digesting them. Both times are
+    summed over the threads: these are speeds of one thread. `peak_rss_bytes` counts mapped file pages too.
+    `verified_chunks` came back equal; `chunks` is their number plus `mismatched_chunks`.
+    """
+
+    bytes_in: int
+    bytes_spilled: int
+    chunks: int
+    regions: int
+    growths: int
+    write_bytes_per_s: float
+    read_bytes_per_s: float
+    peak_rss_bytes: int
+    verified_chunks: int
+    mismatched_chunks: int
+    seconds: float
+
+
+def find_files(paths: Iterable[str], watcher: Watcher) -> list[Piece]:
+    """List the regular files at and below `paths`, each as one piece.
+
+    A symbolic link is followed where it is one of `paths`, not inside a folder. What cannot be looked at
+    inside a folder is skipped.
+
+    Raises
+    ------
+    OSError
+        One of `paths` itself is missing, not readable, or neither a regular file nor a folder.
+    """
+    found: list[Piece] = []
+    for top in paths:
+        mode = os.stat(top).st_mode
+        if stat.S_ISREG(mode):
+            with open(top, "rb") as file:
+                found.append(Piece(top, 0, os.fstat(file.fileno()).st_size))
+        elif stat.S_ISDIR(mode):
+            os.scandir(top).close()
+            found.extend(_files_below(top, watcher))
+        else:
+            raise OSError(errno.EINVAL, "Neither a regular file nor a folder", top)
+    return found
+
+
+def _files_below(top: str, watcher: Watcher) -> Iterator[Piece]:
+    folders = [top]
+    while folders:
+        try:
+            with os.scandir(folders.pop()) as listing:
+                entries = list(listing)
+        except OSError as error:
+            watcher.skipped(error)
+            continue
+        for entry in entries:
+            try:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif entry.is_file(follow_symlinks=False):
+                    yield Piece(entry.path, 0, entry.stat(follow_symlinks=False).st_size)
+            except OSError as error:
+                watcher.skipped(error)
+
+
+def run(files: list[Piece], options: Options, watcher: Watcher) -> Report:
+    """Spill `files` (from `find_files`), read everything back, and report.
+
+    An empty file has no buffers. A file that cannot be read any more, or has become shorter, is skipped; what
+    was read of it before takes part. No more threads than chunks are started, and at least one.
+
+    Raises
+    ------
+    MemError
+        A region could not be opened, written or read. The other threads have stopped.
+    """
+    return _Job(files, options, watcher).run()
+
+
+@dataclass
+class _Tally:
+    bytes_in: int = 0
+    bytes_spilled: int = 0
+    growths: int = 0
+    verified: int = 0
+    mismatched: int = 0
+    write_seconds: float = 0.0
+    read_seconds: float = 0.0
+
+
+class _Spilled:
+    """The buffers that one thread has spilled, by key."""
+
+    def __init__(self, region: OverflowRegion, tally: _Tally) -> None:
+        self.region = region
+        self.tally = tally
+        self.slots: dict[int, int] = {}
+
+    def put(self, key: int, data: bytes) -> None:
+        start = perf_counter()
+        self.slots[key] = self.region.write(data, EngineId.QUERY)
+        self.tally.write_seconds += perf_counter() - start
+        self.tally.bytes_spilled += len(data)
+
+    def digest(self, key: int) -> bytes:
+        with self.region.read(self.slots[key]) as view:
+            return _digest(view)
+
+
+class _Job:
+    def __init__(self, files: list[Piece], options: Options, watcher: Watcher) -> None:
+        step = options.chunk
+        chunks = sum(-(-file.size // step) for file in files)
+        self.options, self.watcher = options, watcher
+        self.threads = max(1, min(options.threads, chunks))
+        self.max_capacity = sum(file.size for file in files) + _SLACK * (chunks + 1)
+        self.pieces = (
+            Piece(file.path, at, min(step, file.size - at)) for file in files for at in range(0, file.size, step)
+        )
+        self.skipped: set[str] = set()
+        self.lock = threading.Lock()  # for the two above
+        self.stop = threading.Event()
+
+    def run(self) -> Report:
+        start = perf_counter()
+        with ThreadPoolExecutor(self.threads, "nodedb-mem-spill") as pool:
+            try:
+                futures = [pool.submit(self.work) for _ in range(self.threads)]
+                tallies = [future.result() for future in as_completed(futures)]
+            except BaseException:
+                self.stop.set()
+                raise
+        total = _Tally(*(sum(getattr(tally, field.name) for tally in tallies) for field in fields(_Tally)))
+        return Report(
+            bytes_in=total.bytes_in,
+            bytes_spilled=total.bytes_spilled,
+            chunks=total.verified + total.mismatched,
+            regions=len(tallies),
+            growths=total.growths,
+            write_bytes_per_s=_rate(total.bytes_spilled, total.write_seconds),
+            read_bytes_per_s=_rate(total.bytes_in, total.read_seconds),
+            peak_rss_bytes=getrusage(RUSAGE_SELF).ru_maxrss * 1024,
+            verified_chunks=total.verified,
+            mismatched_chunks=total.mismatched,
+            seconds=perf_counter() - start,
+        )
+
+    def work(self) -> _Tally:
+        """One thread's part; the thread owns its region from open to close."""
+        tally = _Tally()
+        initial = min(_INITIAL_CAPACITY, self.max_capacity)
+        with OverflowRegion.temporary(
+            self.options.directory, initial_capacity=initial, max_capacity=self.max_capacity
+        ) as region:
+            spilled = _Spilled(region, tally)
+            held: zict.LRU[int, bytes] = zict.LRU(
+                self.options.budget // self.threads,
+                {},
+                on_evict=spilled.put,
+                weight=lambda key, data: len(data),
+            )
+            self.verify(self.fill(held, tally), held, spilled, tally)
+            tally.growths = region.stats().growths
+        return tally
+
+    def fill(self, held: zict.LRU[int, bytes], tally: _Tally) -> list[tuple[Piece, bytes]]:
+        """Take pieces until none is left; return them and their digests, placed by their keys in `held`."""
+        sources: list[tuple[Piece, bytes]] = []
+        while (piece := self.next_piece()) is not None:
+            if data := self.read(piece):
+                sources.append((piece, _digest(data)))
+                held[len(sources) - 1] = data
+                tally.bytes_in += len(data)
+            self.watcher.advance("spill", piece.size)
+        return sources
+
+    def verify(
+        self, sources: list[tuple[Piece, bytes]], held: zict.LRU[int, bytes], spilled: _Spilled, tally: _Tally
+    ) -> None:
+        for key in random.sample(range(len(sources)), len(sources)):
+            if self.stop.is_set():
+                return
+            piece, expected = sources[key]
+            start = perf_counter()
+            digest = spilled.digest(key) if key in spilled.slots else _digest(held[key])
+            tally.read_seconds += perf_counter() - start
+            if digest == expected:
+                tally.verified += 1
+            else:
+                tally.mismatched += 1
+                self.watcher.mismatched(piece)
+            self.watcher.advance("verify", piece.size)
+
+    def next_piece(self) -> Piece | None:
+        with self.lock:
+            return None if self.stop.is_set() else next(self.pieces, None)
+
+    def read(self, piece: Piece) -> bytes:
+        data = b""
+        try:
+            with open(piece.path, "rb") as file:
+                file.seek(piece.offset)
+                data = file.read(piece.size)
+            if len(data) < piece.size:
+                raise OSError(errno.EIO, "Shorter than when it was listed", piece.path)
+        except OSError as error:
+            with self.lock:
+                first = piece.path not in self.skipped
+                self.skipped.add(piece.path)
+            if first:
+                self.watcher.skipped(OSError(error.errno, error.strerror, piece.path))
+        return data
+
+
+def _digest(data: bytes | memoryview) -> bytes:
+    return blake2b(data, digest_size=32).digest()
+
+
+def _rate(amount: int, seconds: float) -> float:
+    return amount / seconds if seconds else 0.0

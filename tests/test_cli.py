@@ -1,0 +1,503 @@
+"""The command ``nodedb-mem spill``: figures, exit status, and what a person reads."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pty
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import SimpleNamespace, TracebackType
+from typing import ClassVar
+
+import pytest
+
+from nodedb_mem import RegionIOError, cli, spill
+
+CHUNK = 64 * 1024
+SIZES = (0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * 1024 * 1024, 5 * 1024 * 1024 + 13)
+TOTAL = sum(SIZES)
+CHUNKS = sum(-(-size // CHUNK) for size in SIZES)
+KEYS = {
+    "bytes_in",
+    "bytes_spilled",
+    "chunks",
+    "regions",
+    "growths",
+    "write_bytes_per_s",
+    "read_bytes_per_s",
+    "peak_rss_bytes",
+    "verified_chunks",
+    "mismatched_chunks",
+    "seconds",
+}
+
+Figures = dict[str, float]
+Run = Callable[..., tuple[int, str, str]]
+
+
+class MemoryRegion:
+    """Stands in for OverflowRegion where a test needs a fault, or to see the calls. Values live in a list."""
+
+    opened: ClassVar[list[MemoryRegion]] = []
+
+    def __init__(self) -> None:
+        self.values: list[bytes] = []
+        self.reads = 0
+        self.owner = threading.get_ident()
+        self.closed = False
+        self.opened.append(self)
+
+    @classmethod
+    def temporary(cls, directory: str | None, *, initial_capacity: int, max_capacity: int) -> MemoryRegion:
+        assert 0 < initial_capacity <= max_capacity
+        return cls()
+
+    def __enter__(self) -> MemoryRegion:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert threading.get_ident() == self.owner
+        self.closed = True
+
+    def write(self, data: bytes, engine: int) -> int:
+        assert threading.get_ident() == self.owner
+        assert not self.closed
+        self.values.append(data)
+        return len(self.values) - 1
+
+    def read(self, slot: int) -> memoryview:
+        assert threading.get_ident() == self.owner
+        assert not self.closed
+        self.reads += 1
+        return memoryview(self.values[slot])
+
+    def stats(self) -> SimpleNamespace:
+        return SimpleNamespace(growths=0)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A folder of files of SIZES, some of them in nested folders."""
+    root = tmp_path / "tree"
+    source = random.Random(2)
+    for number, size in enumerate(SIZES):
+        folder = root / ("deep/er" if number % 2 else ".")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.bin").write_bytes(source.randbytes(size))
+    return root
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process; gives status, standard output, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        try:
+            status = cli.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return status, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[MemoryRegion]], list[MemoryRegion]]:
+    """Put a stand-in where the job takes its regions from; gives the list of those it will open."""
+
+    def put(kind: type[MemoryRegion]) -> list[MemoryRegion]:
+        monkeypatch.setattr(kind, "opened", [])
+        monkeypatch.setattr(spill, "OverflowRegion", kind)
+        return kind.opened
+
+    return put
+
+
+def start(*arguments: object, stderr: int = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+    """Run the command the way a person does."""
+    command = [sys.executable, "-m", "nodedb_mem", *map(str, arguments)]
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, check=False)
+
+
+def figures(output: str) -> Figures:
+    values = json.loads(output)
+    assert set(values) == KEYS
+    return dict(values)
+
+
+def assert_one_line(stderr: str) -> None:
+    assert stderr.startswith("nodedb-mem: ")
+    assert stderr.count("\n") == 1
+
+
+# What comes out when all is well.
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("budget", [0, 1, CHUNK, 1024 * 1024, 1 << 40])
+def test_every_buffer_comes_back_equal(run: Run, tree: Path, tmp_path: Path, budget: int, threads: int) -> None:
+    directory = tmp_path / "regions"
+    directory.mkdir()
+    status, out, err = run(
+        *("spill", tree, "--json", "--budget", budget, "--chunk", CHUNK),
+        *("--threads", threads, "--directory", directory),
+    )
+    got = figures(out)
+    assert (status, err) == (0, "")
+    assert (got["bytes_in"], got["chunks"]) == (TOTAL, CHUNKS)
+    assert (got["verified_chunks"], got["mismatched_chunks"]) == (CHUNKS, 0)
+    assert got["regions"] == threads
+    assert max(0, TOTAL - budget) <= got["bytes_spilled"] <= (0 if budget > TOTAL else TOTAL)
+    assert (got["write_bytes_per_s"] > 0) == (got["bytes_spilled"] > 0)
+    assert min(got["read_bytes_per_s"], got["seconds"]) > 0
+    assert got["peak_rss_bytes"] > TOTAL  # in bytes, not KiB: Python alone has that much
+    assert list(directory.iterdir()) == []
+
+
+def test_no_more_is_spilled_than_the_budget_demands(run: Run, tree: Path) -> None:
+    budget = 3 * 1024 * 1024
+    got = figures(run("spill", tree, "--json", "--budget", budget, "--chunk", CHUNK)[1])
+    held = TOTAL - got["bytes_spilled"]
+    assert budget - CHUNK < held <= budget
+
+
+def test_growths_of_all_regions_are_counted(run: Run, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert figures(run("spill", tree, "--json", "--budget", "0")[1])["growths"] == 0
+    monkeypatch.setattr(spill, "_INITIAL_CAPACITY", 4096)
+    assert figures(run("spill", tree, "--json", "--budget", "0")[1])["growths"] > 0
+
+
+def test_spilled_buffers_are_read_from_their_region_and_stay_out_of_ram(
+    run: Run, tree: Path, fake: Callable[[type[MemoryRegion]], list[MemoryRegion]]
+) -> None:
+    opened = fake(MemoryRegion)
+    got = figures(run("spill", tree, "--json", "--budget", "1M", "--chunk", CHUNK, "--threads", 3)[1])
+    assert [region.closed for region in opened] == [True] * 3
+    assert sum(len(value) for region in opened for value in region.values) == got["bytes_spilled"]
+    for region in opened:  # one read each, and no second write: nothing went back to the LRU and out again
+        assert region.reads == len(region.values)
+
+
+def test_module_prints_a_table_and_nothing_on_stderr_that_is_no_terminal(tree: Path) -> None:
+    done = start("spill", tree, "--budget", "1MiB")
+    assert (done.returncode, done.stderr) == (0, "")
+    labels = ("bytes in", "spilled", "chunks", "regions", "growths", "write throughput", "read throughput")
+    for label in (*labels, "peak RSS", "verified", "mismatched", "seconds"):
+        assert label in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_progress_bar_is_shown_on_a_terminal(tree: Path) -> None:
+    master, slave = pty.openpty()
+    shown = bytearray()
+
+    def drain() -> None:
+        with suppress(OSError):  # EIO: the other end is closed
+            while part := os.read(master, 65536):
+                shown.extend(part)
+
+    reader = threading.Thread(target=drain)
+    reader.start()
+    try:
+        done = start("spill", tree, "--json", stderr=slave)
+    finally:
+        os.close(slave)
+        reader.join()
+        os.close(master)
+    assert done.returncode == 0
+    assert b"spill" in shown
+    assert b"verify" in shown
+    figures(done.stdout)
+
+
+def test_several_paths_are_added_up(run: Run, tree: Path) -> None:
+    status, out, _ = run("spill", tree / "0.bin", tree / "2.bin", tree / "deep", "--json")
+    deep = sum(size for number, size in enumerate(SIZES) if number % 2)
+    assert (status, figures(out)["bytes_in"]) == (0, SIZES[0] + SIZES[2] + deep)
+
+
+def test_nothing_to_do_is_no_error(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty").touch()
+    status, out, _ = run("spill", tmp_path, "--json", "--budget", 0, "--threads", 4)
+    got = figures(out)
+    assert status == 0
+    assert (got["bytes_in"], got["chunks"], got["regions"], got["read_bytes_per_s"]) == (0, 0, 1, 0)
+
+
+def test_a_chunk_larger_than_every_file_takes_no_more_memory_than_the_file(run: Run, tree: Path) -> None:
+    status, out, _ = run("spill", tree, "--json", "--chunk", "100T")
+    assert (status, figures(out)["chunks"]) == (0, sum(size > 0 for size in SIZES))
+
+
+# Links and odd files.
+
+
+def test_links_in_a_folder_are_not_followed(run: Run, tree: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.write_bytes(b"outside")
+    (tree / "loop").symlink_to(tree, target_is_directory=True)
+    (tree / "deep" / "up").symlink_to("..", target_is_directory=True)
+    (tree / "file").symlink_to(outside)
+    (tree / "broken").symlink_to("nowhere")
+    os.mkfifo(tree / "fifo")
+    status, out, err = run("spill", tree, "--json")
+    assert (status, figures(out)["bytes_in"], err) == (0, TOTAL, "")
+
+
+def test_a_link_given_by_name_is_followed(run: Run, tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tree, target_is_directory=True)
+    assert figures(run("spill", tmp_path / "link", "--json")[1])["bytes_in"] == TOTAL
+
+
+def change_after_listing(monkeypatch: pytest.MonkeyPatch, change: Callable[[], object]) -> None:
+    find_files = spill.find_files
+
+    def find_then_change(paths: list[str], watcher: spill.Watcher) -> list[spill.Piece]:
+        found = find_files(paths, watcher)
+        change()
+        return found
+
+    monkeypatch.setattr(spill, "find_files", find_then_change)
+
+
+def test_a_file_that_vanishes_is_named_once_counted_and_left_out(
+    run: Run, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_after_listing(monkeypatch, (tree / "6.bin").unlink)
+    status, out, err = run("spill", tree, "--json", "--chunk", CHUNK, "--threads", 2)
+    got = figures(out)
+    assert (status, got["bytes_in"]) == (0, TOTAL - SIZES[6])
+    assert got["verified_chunks"] == got["chunks"] == CHUNKS - -(-SIZES[6] // CHUNK)
+    assert err.splitlines() == [
+        f"nodedb-mem: skipped: No such file or directory: '{tree}/6.bin'",
+        "nodedb-mem: files and folders skipped: 1",
+    ]
+
+
+def test_a_file_that_becomes_shorter_takes_part_with_what_is_left(
+    run: Run, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_after_listing(monkeypatch, lambda: os.truncate(tree / "6.bin", CHUNK + 5))
+    status, out, err = run("spill", tree, "--json", "--chunk", CHUNK, "--budget", 0)
+    got = figures(out)
+    assert (status, got["bytes_in"], got["mismatched_chunks"]) == (0, TOTAL - SIZES[6] + CHUNK + 5, 0)
+    assert err.count("Shorter than when it was listed") == 1
+
+
+def test_a_notice_stays_one_line_whatever_the_name(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/[red]a\nb\xff\x1b[31m"))
+    odd.write_bytes(b"x")
+    change_after_listing(monkeypatch, odd.unlink)
+    status, _, err = run("spill", tmp_path, "--json")
+    assert (status, err.count("\n")) == (0, 2)
+    assert r"[red]a\nb\udcff\x1b[31m" in err
+
+
+@contextmanager
+def ordinary_user() -> Iterator[None]:
+    """Run as a user whom file modes bind, where the tests run as root."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_an_unreadable_file_is_an_error_by_name_and_a_notice_inside_a_folder(
+    run: Run, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path_factory.mktemp("open")
+    (home / "good").write_bytes(b"good")
+    (home / "secret").write_bytes(b"secret")
+    (home / "closed").mkdir()
+    (home / "secret").chmod(0)
+    (home / "closed").chmod(0)
+    home.chmod(0o777)
+    monkeypatch.chdir(home)  # the folders above admit their owner only
+    with ordinary_user():
+        by_name = run("spill", "secret", "--directory", ".")
+        folder_by_name = run("spill", "closed", "--directory", ".")
+        inside = run("spill", ".", "--json", "--directory", ".")
+    (home / "closed").chmod(0o700)
+    for status, _, err in (by_name, folder_by_name):
+        assert status == 2
+        assert "Permission denied" in err
+        assert_one_line(err)
+    status, out, err = inside
+    assert (status, figures(out)["bytes_in"]) == (0, 4)
+    assert "'./secret'" in err
+    assert "'./closed'" in err
+    assert err.endswith("skipped: 2\n")
+
+
+# Faults: the exit status and one clear line.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "COMMAND"),
+        (["frobnicate"], "frobnicate"),
+        (["spill"], "PATH"),
+        (["spill", "missing"], "No such file or directory: 'missing'"),
+        (["spill", "here", "missing"], "No such file or directory: 'missing'"),
+        (["spill", "fifo"], "Neither a regular file nor a folder: 'fifo'"),
+        (["spill", "here", "--directory", "missing"], "No such file or directory"),
+        (["spill", "here", "--directory", "here"], "Not a directory"),
+        (["spill", "here", "--budget", "much"], "--budget: not a size: 'much'"),
+        (["spill", "here", "--budget=-1"], "not a size: '-1'"),
+        (["spill", "here", "--budget", ""], "not a size"),
+        (["spill", "here", "--chunk", "0"], "--chunk: must be more than 0"),
+        (["spill", "here", "--chunk", "1.5M"], "not a size: '1.5M'"),
+        (["spill", "here", "--chunk", "5X"], "not a size: '5X'"),
+        (["spill", "here", "--threads", "0"], "--threads: not a number"),
+        (["spill", "here", "--threads", "many"], "--threads: not a number"),
+    ],
+)
+def test_a_bad_argument_is_status_2_and_one_line(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    (tmp_path / "here").write_bytes(b"here")
+    os.mkfifo(tmp_path / "fifo")
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    assert_one_line(err)
+    assert said in err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0),
+        ("4096", 4096),
+        ("3k", 3 << 10),
+        ("3KiB", 3 << 10),
+        ("3KB", 3000),
+        ("2M", 2 << 20),
+        ("2 mib", 2 << 20),
+        ("2Mb", 2_000_000),
+        ("1G", 1 << 30),
+        ("1GIB", 1 << 30),
+        ("1gb", 10**9),
+        ("5T", 5 << 40),
+    ],
+)
+def test_sizes_may_have_units(text: str, size: int) -> None:
+    assert cli.parse_size(text) == size
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[:-1]])
+def test_a_changed_buffer_is_status_1_and_named(
+    run: Run,
+    tree: Path,
+    fake: Callable[[type[MemoryRegion]], list[MemoryRegion]],
+    damage: Callable[[bytes], bytes],
+) -> None:
+    class Damaging(MemoryRegion):
+        def read(self, slot: int) -> memoryview:
+            view = super().read(slot)
+            return memoryview(damage(bytes(view))) if len(view) == 1 else view
+
+    fake(Damaging)
+    status, out, err = run("spill", tree, "--json", "--budget", 0, "--chunk", CHUNK)
+    got = figures(out)
+    # the file of one byte, and the last byte of the file of one chunk and one byte
+    assert (status, got["mismatched_chunks"], got["verified_chunks"]) == (1, 2, CHUNKS - 2)
+    assert got["chunks"] == CHUNKS
+    assert f"mismatch: '{tree}/deep/er/1.bin', 1 bytes at 0\n" in err
+    assert f"mismatch: '{tree}/4.bin', 1 bytes at {CHUNK}\n" in err
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> Path:
+    """A sparse file so large that a run over it ends only when something stops it."""
+    path = tmp_path / "endless"
+    path.touch()
+    try:
+        os.truncate(path, 1 << 40)
+    except OSError as error:
+        pytest.skip(f"no sparse file of 1 TiB here: {error}")
+    return path
+
+
+def assert_all_ended(opened: list[MemoryRegion]) -> None:
+    # A thread that was about to start when the interrupt came is not waited for, and ends by itself.
+    while any(thread.name.startswith("nodedb-mem-spill") for thread in threading.enumerate()):
+        time.sleep(0.001)
+    assert {region.closed for region in opened} == {True}
+
+
+def test_an_error_in_one_thread_stops_the_others(
+    run: Run, endless: Path, fake: Callable[[type[MemoryRegion]], list[MemoryRegion]]
+) -> None:
+    class Failing(MemoryRegion):
+        def write(self, data: bytes, engine: int) -> int:
+            if self is self.opened[0] and len(self.values) == 3:
+                raise RegionIOError(errno.ENOSPC, os.strerror(errno.ENOSPC), "region")
+            return super().write(b"", engine)
+
+    opened = fake(Failing)
+    status, out, err = run("spill", endless, "--budget", 0, "--chunk", "4K", "--threads", 4)
+    assert (status, out) == (2, "")
+    assert_one_line(err)
+    assert "No space left on device" in err
+    assert_all_ended(opened)
+
+
+def test_ctrl_c_stops_every_thread_with_status_130(
+    run: Run, endless: Path, fake: Callable[[type[MemoryRegion]], list[MemoryRegion]]
+) -> None:
+    class Interrupting(MemoryRegion):
+        def write(self, data: bytes, engine: int) -> int:
+            if self is self.opened[0] and len(self.values) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().write(b"", engine)
+
+    opened = fake(Interrupting)
+    status, out, err = run("spill", endless, "--budget", 0, "--chunk", "4K", "--threads", 2)
+    assert (status, out, err) == (130, "", "nodedb-mem: interrupted\n")
+    assert_all_ended(opened)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_full_disk_is_status_2_and_one_line(tree: Path, mount: Callable[..., Path], threads: int) -> None:
+    small = mount("tmpfs", 2)
+    done = start("spill", tree, "--budget", 0, "--directory", small, "--threads", threads)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert_one_line(done.stderr)
+    assert "No space left on device" in done.stderr
+    assert list(small.iterdir()) == []
+
+
+@pytest.mark.parametrize("library", ["rich", "zict"])
+def test_a_missing_extra_is_named_with_its_remedy(tree: Path, library: str) -> None:
+    program = f"import sys; sys.modules[{library!r}] = None; from nodedb_mem.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "spill", str(tree)], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert_one_line(done.stderr)
+    assert f"needs {library}: pip install nodedb_mem[cli]" in done.stderr
+
+
+def test_help_names_every_option() -> None:
+    done = start("spill", "--help")
+    assert done.returncode == 0
+    for word in ("PATH", "--budget", "--chunk", "--directory", "--threads", "--json"):
+        assert word in done.stdout

@@ -1,0 +1,332 @@
+"""A region against a dict of bytes: any order of verbs, with views alive all along, sound after every step."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from nodedb_mem import (
+    CapacityExceededError,
+    EngineId,
+    InvalidSlotError,
+    OverflowRegion,
+    RegionBusyError,
+    RegionClosedError,
+)
+from nodedb_mem._core import lib
+
+SIZES = st.one_of(
+    st.integers(0, 130),
+    st.sampled_from([0, 1, 63, 64, 65, 1023, 1024, 4095, 4096, 4097, 32768]),
+    st.integers(0, 20_000),
+)
+ENGINES = st.one_of(st.sampled_from(EngineId), st.integers(0, 255))
+
+
+def value(number: int, size: int) -> bytes:
+    """Bytes that differ from value to value and from place to place."""
+    return np.random.default_rng(number).bytes(size)
+
+
+@dataclass(eq=False)
+class Stored:
+    """What the model knows of one value: its place is taken while it is live or somebody shows it."""
+
+    data: bytes
+    engine: int
+    offset: int
+    live: bool = True
+    views: int = 0
+
+
+@dataclass(eq=False)
+class Shown:
+    """Something that shows (a part of) a value."""
+
+    holder: Any
+    expected: bytes
+    source: Stored | None
+
+
+class RegionMachine(RuleBasedStateMachine):
+    """Drives one region at a time; views may outlive the region they came from."""
+
+    alignment: int
+    region: OverflowRegion
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = tempfile.TemporaryDirectory()
+        self.files = 0
+        self.written = 0
+        self.shown: list[Shown] = []
+
+    @initialize(
+        alignment=st.sampled_from([1, 8, 64, 512, 4096]),
+        initial=st.sampled_from([1, 600, 4096, 65536]),
+        maximum=st.sampled_from([65536, 100_000, 1 << 20]),
+        temporary=st.booleans(),
+    )
+    def open(self, alignment: int, initial: int, maximum: int, temporary: bool) -> None:
+        self.alignment = alignment
+        options = {"initial_capacity": initial, "max_capacity": maximum, "alignment": alignment}
+        if temporary:
+            self.region = OverflowRegion.temporary(self.directory.name, **options)
+        else:
+            self.files += 1
+            self.region = OverflowRegion.open(f"{self.directory.name}/region{self.files}", **options)
+        assert self.region.capacity == initial
+        self.start_empty(maximum)
+
+    def start_empty(self, maximum: int) -> None:
+        self.maximum = maximum
+        self.live: dict[int, Stored] = {}
+        self.freed: set[int] = set()
+        self.pinned: list[Stored] = []  # freed, and still shown
+        self.used = 0
+
+    def teardown(self) -> None:
+        for shown in self.shown:
+            assert bytes(memoryview(shown.holder)) == shown.expected
+        if hasattr(self, "region"):
+            self.region.close()
+        self.shown.clear()
+        self.directory.cleanup()
+
+    # What the model says about space
+
+    def round_up(self, size: int) -> int:
+        return -(-size // self.alignment) * self.alignment
+
+    def taken(self) -> list[tuple[int, int]]:
+        """Places in use, each rounded up; an empty value is granted one unit, should it want it."""
+        stored = [*self.live.values(), *(pinned for pinned in self.pinned if pinned.views)]
+        return sorted((s.offset, s.offset + max(self.round_up(len(s.data)), self.alignment)) for s in stored)
+
+    def has_gap(self, size: int) -> bool:
+        end = 0
+        for start, stop in self.taken():
+            if start - end >= self.round_up(size):
+                return True
+            end = max(end, stop)
+        # The tail below the mark counts as far as the mark, to the byte.
+        return self.used - end >= size
+
+    def tail(self) -> int:
+        return max((stop for _, stop in self.taken()), default=0)
+
+    # Rules
+
+    def store(self, source: Any, data: bytes, engine: int) -> None:
+        fits = not data or self.has_gap(len(data))
+        before = self.region.stats()
+        try:
+            slot = self.region.write(source, engine)
+        except CapacityExceededError as error:
+            assert not fits, "refused, though free space would hold it"
+            assert self.tail() + len(data) > self.maximum, "refused, though it fits under the ceiling"
+            assert error.max_capacity == self.maximum < error.required
+            assert self.region.stats() == before
+            return
+        assert slot not in self.live
+        assert slot in self.freed or slot == before.slot_count
+        stored = Stored(data, engine, self.region.slot(slot).offset)
+        if data:
+            end = stored.offset + len(data)
+            for other in (*self.live.values(), *(pinned for pinned in self.pinned if pinned.views)):
+                if other.data:
+                    assert end <= other.offset or other.offset + len(other.data) <= stored.offset, "overlap"
+        if fits:
+            assert self.region.used_bytes == self.used, "the mark moved past free space"
+        self.used = max(self.used, stored.offset + len(data)) if data else self.used
+        self.freed.discard(slot)
+        self.live[slot] = stored
+
+    @rule(size=SIZES, engine=ENGINES, kind=st.sampled_from([bytes, bytearray, np.array]))
+    def write(self, size: int, engine: int, kind: Any) -> None:
+        self.written += 1
+        data = value(self.written, size)
+        source = np.frombuffer(data, np.uint8) if kind is np.array else kind(data)
+        self.store(source, data, engine)
+
+    def draw_shown(self, data: st.DataObject) -> Shown:
+        # By number: what is drawn itself, hypothesis keeps, and with it the views.
+        return self.shown[data.draw(st.integers(0, len(self.shown) - 1))]
+
+    @precondition(lambda self: self.shown)
+    @rule(data=st.data(), engine=ENGINES)
+    def write_something_shown(self, data: st.DataObject, engine: int) -> None:
+        shown = self.draw_shown(data)
+        self.store(shown.holder, shown.expected, engine)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def read(self, data: st.DataObject) -> None:
+        stored = self.live[slot := data.draw(st.sampled_from(sorted(self.live)))]
+        stored.views += 1
+        view = self.region.read(slot)
+        assert view.readonly
+        self.shown.append(Shown(view, stored.data, stored))
+
+    @precondition(lambda self: self.shown)
+    @rule(data=st.data())
+    def slice_what_is_shown(self, data: st.DataObject) -> None:
+        shown = self.draw_shown(data)
+        start = data.draw(st.integers(0, len(shown.expected)))
+        stop = data.draw(st.integers(start, len(shown.expected)))
+        if shown.source is not None:
+            shown.source.views += 1
+        self.shown.append(Shown(memoryview(shown.holder)[start:stop], shown.expected[start:stop], shown.source))
+
+    @precondition(lambda self: self.shown)
+    @rule(data=st.data())
+    def make_an_array_of_what_is_shown(self, data: st.DataObject) -> None:
+        shown = self.draw_shown(data)
+        if shown.source is not None:
+            shown.source.views += 1
+        self.shown.append(Shown(np.frombuffer(shown.holder, np.uint8), shown.expected, shown.source))
+
+    @precondition(lambda self: self.shown)
+    @rule(data=st.data())
+    def drop_what_is_shown(self, data: st.DataObject) -> None:
+        shown = self.draw_shown(data)
+        self.shown.remove(shown)
+        if shown.source is not None:
+            shown.source.views -= 1
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def read_copies(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.live)))
+        expected = self.live[slot].data
+        assert self.region.read_bytes(slot) == expected
+        room = bytearray(b"\xa5" * (len(expected) + 3))
+        assert self.region.read_into(slot, room) == len(expected)
+        assert room == expected + b"\xa5" * 3
+        if expected:
+            short = bytearray(len(expected) - 1)
+            with pytest.raises(ValueError):
+                self.region.read_into(slot, short)
+            assert not any(short)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.live)))
+        self.region.free(slot)
+        stored = self.live.pop(slot)
+        stored.live = False
+        if stored.views:
+            self.pinned.append(stored)
+        self.freed.add(slot)
+
+    @precondition(lambda self: self.freed)
+    @rule(data=st.data())
+    def use_a_freed_slot(self, data: st.DataObject) -> None:
+        slot = data.draw(st.sampled_from(sorted(self.freed)))
+        for use in (self.region.read, self.region.read_bytes, self.region.free):
+            with pytest.raises(InvalidSlotError, match="freed"):
+                use(slot)
+        assert slot not in self.region
+        assert self.region.slot(slot).occupied is False
+
+    @rule(beyond=st.integers(0, 1 << 40))
+    def use_a_slot_that_never_was(self, beyond: int) -> None:
+        slot = self.region.slot_count + beyond
+        with pytest.raises(InvalidSlotError, match="never"):
+            self.region.read(slot)
+        assert slot not in self.region
+
+    @rule(factor=st.sampled_from([1, 2, 4]), extra=st.sampled_from([0, 1, 5000]))
+    def raise_the_ceiling(self, factor: int, extra: int) -> None:
+        maximum = self.maximum * factor + extra
+        if maximum > 1 << 24:
+            return
+        self.region.max_capacity = maximum
+        self.maximum = maximum
+        with pytest.raises(ValueError):
+            self.region.max_capacity = maximum - 1
+
+    @rule(maximum=st.sampled_from([65536, 1 << 20]), keep_views=st.booleans())
+    def close_and_open_again(self, maximum: int, keep_views: bool) -> None:
+        capacity, path = self.region.capacity, self.region.path
+        if not keep_views:
+            self.shown = [shown for shown in self.shown if shown.source is None]
+        locked = any(shown.source is not None for shown in self.shown)
+        slots = list(self.live)
+        self.region.close()
+        for slot in slots[:1]:
+            with pytest.raises(RegionClosedError):
+                self.region.read(slot)
+        for shown in self.shown:
+            shown.source = None  # no space of the next region is taken by it
+        if path is None or locked:
+            if path is not None:
+                with pytest.raises(RegionBusyError):
+                    OverflowRegion.open(path)
+            self.open(self.alignment, 4096, maximum, path is None)
+            return
+        maximum = max(maximum, capacity)
+        self.region = OverflowRegion.open(path, initial_capacity=1, max_capacity=maximum, alignment=self.alignment)
+        assert self.region.capacity == capacity
+        self.start_empty(maximum)
+
+    # After every step
+
+    @invariant()
+    def the_region_is_sound(self) -> None:
+        if hasattr(self, "region"):
+            assert lib.ndm_region_check(self.region._handle) == 0
+
+    @invariant()
+    def what_is_shown_is_unchanged(self) -> None:
+        for shown in self.shown:
+            assert bytes(memoryview(shown.holder)) == shown.expected
+
+    @invariant()
+    def the_values_are_those_of_the_model(self) -> None:
+        if not hasattr(self, "region"):
+            return
+        for slot, stored in self.live.items():
+            assert self.region.read_bytes(slot) == stored.data
+            facts = self.region.slot(slot)
+            assert (facts.size, facts.engine, facts.occupied) == (len(stored.data), stored.engine, True)
+            if stored.data:
+                assert facts.offset == stored.offset
+                assert facts.offset % self.alignment == 0
+                assert facts.offset + facts.size <= self.region.used_bytes
+
+    @invariant()
+    def the_figures_are_those_of_the_model(self) -> None:
+        if not hasattr(self, "region"):
+            return
+        stats = self.region.stats()
+        self.pinned = [pinned for pinned in self.pinned if pinned.views]
+        pinned = sum(len(stored.data) for stored in self.pinned)
+        assert stats.live_bytes == sum(len(stored.data) for stored in self.live.values())
+        assert stats.live_slots == len(self.region) == len(self.live)
+        assert stats.slot_count == len(self.live) + len(self.freed)
+        assert stats.used_bytes == self.used <= stats.capacity <= stats.max_capacity == self.maximum
+        assert pinned <= stats.pinned_bytes <= pinned + self.alignment * len(self.pinned)
+        assert stats.live_bytes + stats.free_bytes + stats.pinned_bytes <= self.round_up(stats.used_bytes)
+        if self.region.path is not None:
+            assert os.stat(self.region.path).st_size == stats.capacity
+
+
+RegionMachine.TestCase.settings = settings(
+    max_examples=int(os.environ.get("NODEDB_MEM_EXAMPLES", "80")),
+    stateful_step_count=40,
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+TestRegion = RegionMachine.TestCase
