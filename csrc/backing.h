@@ -1,13 +1,5 @@
-/* The file and its mapping. The only place with open, flock, ftruncate, fallocate, mmap, mremap, madvise, pwrite.
- *
- * The promise: a byte is stored through the mapping only after the file system has given its whole neighbourhood
- * blocks, so that a full disk is a status and never SIGBUS. A store into a clean page makes the file system find
- * blocks for the whole folio that holds the page, and folios may be large. So every write is cut at grains, aligned
- * pieces of 512 KiB, which keeps each folio inside one grain, and memcpy is for grains that have all their blocks:
- *
- *   NDM_I_EMPTY    never touched, or given back: no value has a byte in it.
- *   NDM_I_PARTIAL  it holds values, but may lack blocks elsewhere: pwrite only, until it gets them.
- *   NDM_I_READY    it has all its blocks.
+/* The file and its mapping. The only place with system calls on them: open, flock, ftruncate, fallocate, mmap, mremap,
+ * madvise, pwrite, pread, sync_file_range and their kin.
  *
  * Address space for the ceiling is mapped at the start (mapping past the end of a file is legal), so the base
  * stays while the file grows. Beyond that reservation the mapping is moved when nobody looks through it, and
@@ -20,26 +12,30 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#define NDM_I_GRAIN ((uint64_t)512 << 10) /* every write is cut at multiples of it: see grains.h */
+
 /* One mapping of the file. Its base never changes while more than its backing holds it. */
 typedef struct {
     uint8_t *base;
     uint64_t length;        /* bytes of address space */
-    _Atomic uint64_t users; /* the backing, and each view */
+    _Atomic uint64_t users; /* the backing, each view, and the background writer while it looks */
 } ndm_i_mapping;
 
 typedef struct {
     ndm_i_mapping *mapping;
-    uint8_t *grains;        /* a state for each grain of the capacity */
-    uint64_t capacity;      /* the file's size */
-    uint64_t allocated;     /* fallocate() has been asked for the bytes below; a hint, not a promise */
-    uint64_t inode;         /* which file this is: number and time of birth (0 where unknown) */
+    uint64_t capacity;   /* the file's size */
+    uint64_t inode;      /* which file this is: number and time of birth (0 where unknown) */
     uint64_t born;
     int fd;
-    bool in_memory;         /* tmpfs */
-    bool can_allocate;      /* the file system knows fallocate() */
-    bool can_punch;         /* and holes */
-    bool created;           /* by this open, not found */
+    bool in_memory;      /* tmpfs */
+    bool large_folios;   /* the page cache holds the file in pieces larger than a page */
+    bool keeps_blocks;   /* a block once given stays good for stores through the mapping (not so on btrfs and its kin) */
+    bool can_allocate;   /* the file system knows fallocate() */
+    bool can_punch;      /* and holes */
+    bool created;        /* by this open, not found */
 } ndm_i_backing;
+
+/* Functions that return int give a status with the error set, unless they say "0 or errno". */
 
 /* Open `path` (not through a symlink, regular files only), create it (0600) if it is missing and `create` is set, and
  * lock it. The file's size becomes the capacity. Nothing is mapped or changed yet. */
@@ -51,9 +47,6 @@ int ndm_i_backing_open_unnamed(ndm_i_backing *backing, const char *directory);
 /* 1 if the file has a byte that is not part of a hole, 0 if not. */
 int ndm_i_backing_has_data(const ndm_i_backing *backing);
 
-/* Read `size` bytes at `offset` from the unmapped file; fewer in the file is EIO. */
-int ndm_i_backing_load(const ndm_i_backing *backing, uint64_t offset, void *buffer, uint64_t size);
-
 /* Give the file `capacity` bytes, all of them holes, and map it with room for `ceiling`. */
 int ndm_i_backing_start(ndm_i_backing *backing, uint64_t capacity, uint64_t ceiling);
 
@@ -64,18 +57,34 @@ int ndm_i_backing_grow(ndm_i_backing *backing, uint64_t needed, uint64_t wanted,
 /* Cut the file back to `capacity`: undo a grow, or give space back. */
 void ndm_i_backing_shrink(ndm_i_backing *backing, uint64_t capacity);
 
-/* Make [offset, offset + size) safe to store to through the mapping. */
-int ndm_i_backing_prepare(ndm_i_backing *backing, uint64_t offset, uint64_t size);
+/* May the file be written up to `end`? EIO if somebody else has changed its size: past their end, touching the mapping
+ * would be SIGBUS. EFBIG beyond RLIMIT_FSIZE, where writing would raise SIGXFSZ. */
+int ndm_i_backing_check_writable(const ndm_i_backing *backing, uint64_t end);
 
-/* Copy `size` bytes to `offset`, by the way that suits the size and the state of the pages. */
-int ndm_i_backing_store(ndm_i_backing *backing, uint64_t offset, const void *data, uint64_t size);
+/* pwrite all of it, cut at grains. `data` NULL: zeros. 0 or errno. */
+int ndm_i_backing_write(const ndm_i_backing *backing, const uint8_t *data, uint64_t size, uint64_t offset);
 
-/* Copy `size` bytes from one place of the file to a lower one; they may overlap. */
-int ndm_i_backing_move(ndm_i_backing *backing, uint64_t from, uint64_t to, uint64_t size);
+/* pread all of it; a file that ends before is EIO. */
+int ndm_i_backing_load(const ndm_i_backing *backing, uint64_t offset, void *buffer, uint64_t size);
 
-/* Give back the blocks of the whole pages in [offset, offset + size): they are empty again. Does nothing where the
- * file system cannot (can_punch tells). */
-void ndm_i_backing_punch(ndm_i_backing *backing, uint64_t offset, uint64_t size);
+/* Get blocks for [start, end); what is there stays. Does nothing where the file system knows no fallocate(): writing
+ * gets them there. 0 or errno. */
+int ndm_i_backing_allocate(ndm_i_backing *backing, uint64_t start, uint64_t end);
+
+/* Map the pages of [start, end) for writing, all at once. */
+void ndm_i_backing_populate(const ndm_i_backing *backing, uint64_t start, uint64_t end);
+
+/* Give the blocks of [start, end) back. false: the file system would not (can_punch tells if it never will). */
+bool ndm_i_backing_punch(ndm_i_backing *backing, uint64_t start, uint64_t end);
+
+/* Start writing dirty pages of [start, end) to disk, and wait for them if `wait`. 0 or errno. Any thread. */
+int ndm_i_backing_write_back(const ndm_i_backing *backing, uint64_t start, uint64_t end, bool wait);
+
+/* Drop the clean pages of [start, end) from RAM. Any thread that holds the mapping. */
+void ndm_i_backing_drop(const ndm_i_backing *backing, const ndm_i_mapping *mapping, uint64_t start, uint64_t end);
+
+/* Bytes of the file in RAM, and of these not yet on disk (0 where the kernel cannot tell). Linear in the pages. */
+int ndm_i_backing_residency(const ndm_i_backing *backing, uint64_t *resident, uint64_t *unwritten);
 
 /* Bytes of disk that the file occupies. */
 int ndm_i_backing_disk_bytes(const ndm_i_backing *backing, uint64_t *bytes);
@@ -83,10 +92,16 @@ int ndm_i_backing_disk_bytes(const ndm_i_backing *backing, uint64_t *bytes);
 /* Let go of the mapping; views keep it. */
 void ndm_i_backing_unmap(ndm_i_backing *backing);
 
-/* Unlock and close the file; frees the rest. Unlinks `path` if it is given. */
+/* Unlock and close the file. Unlinks `path` if it is given. */
 void ndm_i_backing_close(ndm_i_backing *backing, const char *unlink_path);
 
 void ndm_i_mapping_ref(ndm_i_mapping *mapping);
 void ndm_i_mapping_unref(ndm_i_mapping *mapping); /* any thread; the last one unmaps */
+
+/* The whole pages in the range leave this process's RSS; their contents stay in the page cache. Any thread. */
+void ndm_i_mapping_forget(void *address, uint64_t size);
+
+/* Read the range from disk in one go, if it is not in RAM. */
+void ndm_i_mapping_fetch(void *address, uint64_t size);
 
 #endif

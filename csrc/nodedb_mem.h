@@ -71,6 +71,7 @@ typedef struct {
     uint64_t initial_capacity; /* bytes of file at first; an existing file keeps its own size */
     uint64_t max_capacity;     /* the ceiling; address space for all of it is reserved where the system allows */
     uint64_t alignment;        /* of every value: a power of two, 1 to 4096 */
+    uint64_t cache_limit;      /* bytes of the file that may stay in RAM; UINT64_MAX: no limit; at least 4 MiB is used */
 } ndm_options;
 
 /* Create or open the region at `path` (mode 0600), and lock it. The calling thread becomes its owner. The region
@@ -90,6 +91,9 @@ int ndm_region_close(ndm_region *region);
 
 /* 1 if the region is closed or `region` is NULL, else 0. Any thread. */
 int ndm_region_is_closed(const ndm_region *region);
+
+/* 1 if the file is on tmpfs, which has no other place for it than RAM, else 0. Any thread. */
+int ndm_region_in_memory(const ndm_region *region);
 
 /* Give up the handle, closing the region if it is open. Any thread may do it, provided no other call on the
  * region is running or follows. Does nothing in a forked child. NULL is ignored. */
@@ -142,11 +146,14 @@ typedef struct {
     uint64_t moved_bytes;  /* by ndm_region_compact(), so far */
     uint64_t disk_bytes;   /* blocks that the file system has given to the file */
     uint64_t can_punch;    /* 1; 0 once the file system has refused to punch a hole */
+    uint64_t resident_bytes;  /* of the file, in RAM now: page cache and RSS together */
+    uint64_t unwritten_bytes; /* of these, not yet on disk; 0 before Linux 6.5, which cannot tell */
+    uint64_t written_back_bytes; /* whose write-back the background writer has started, so far */
     uint64_t engine_bytes[256]; /* live bytes by engine */
     uint64_t engine_slots[256]; /* live slots by engine */
 } ndm_stats;
 
-/* All figures. Constant time; one system call, for disk_bytes. */
+/* All figures. Constant time, but for resident_bytes and unwritten_bytes: linear in the pages that are in RAM. */
 int ndm_region_stats(ndm_region *region, ndm_stats *out);
 
 /* Single figures of ndm_stats, for callers that want just one; a negative status on failure. */
@@ -174,6 +181,14 @@ typedef struct {
  * pinned, or larger than the budget, stays where it is. Done when the holes are under 1 % of the space, or nothing can
  * move. NDM_ERR_IO with ENOSPC when a hole's blocks cannot be had back: every value is intact, *out is not written. */
 int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out);
+
+/* Wait until all values are written back, and drop the `count` values in `slots` from RAM; `slots` NULL: all values
+ * without a live view. Pages that a value shares with others go with it; a view of them still works, reading from disk
+ * when touched. NDM_ERR_NO_SLOT or NDM_ERR_FREED_SLOT before anything is done. */
+int ndm_region_evict(ndm_region *region, const int64_t *slots, uint64_t count);
+
+/* Wait until every value is written back to the disk (not for the disk's own cache). */
+int ndm_region_flush(ndm_region *region);
 
 /* Walk every invariant of the region's bookkeeping and return how many are broken: 0 in a sound region. Linear in
  * the number of slots and extents. For tests and for hunting a bug. */

@@ -64,6 +64,8 @@ static int open_files(ndm_region *region, const char *path, const char *slots_pa
     if (status == NDM_OK)
         status = ndm_i_slots_start(&region->slots, &region->data);
     if (status == NDM_OK)
+        status = ndm_i_grains_init(&region->grains, &region->data, options->cache_limit);
+    if (status == NDM_OK)
         return NDM_OK;
 
     ndm_i_slots_close(&region->slots, region->slots.table.created ? slots_path : NULL);
@@ -120,6 +122,7 @@ static void shut(ndm_region *region)
     atomic_store(&region->owner.thread, 0);
     ndm_i_slots_close(&region->slots, NULL);
     ndm_i_extents_fini(&region->extents);
+    ndm_i_grains_fini(&region->grains);
     ndm_i_backing_unmap(&region->data);
     ndm_i_home_leave(&region->home);
 }
@@ -130,6 +133,8 @@ static bool is_closed(const ndm_region *region)
 }
 
 int ndm_region_is_closed(const ndm_region *region) { return is_closed(region); }
+
+int ndm_region_in_memory(const ndm_region *region) { return region->data.in_memory; }
 
 void ndm_region_destroy(ndm_region *region)
 {
@@ -148,6 +153,10 @@ int ndm_i_enter(ndm_region *region)
         return ndm_i_fail(NDM_ERR_CLOSED, "the region is closed");
     if (!ndm_i_is_owner(&region->owner))
         return ndm_i_fail(NDM_ERR_WRONG_THREAD, "the region belongs to another thread or process");
+    if (atomic_load_explicit(&region->grains.cache.error, memory_order_relaxed)) {
+        const int failed = atomic_exchange(&region->grains.cache.error, 0);
+        return ndm_i_fail_io(failed, "writing spilled values back to disk failed");
+    }
     uint32_t extent;
     while (ndm_i_views_collect(&region->home, &extent)) {
         region->pinned_bytes -= ndm_i_extents_length(&region->extents, extent) << region->unit_shift;
@@ -156,8 +165,7 @@ int ndm_i_enter(ndm_region *region)
     return NDM_OK;
 }
 
-/* The record of a live slot; NULL, with the error set, if there is none. */
-static ndm_i_record *live_record(const ndm_region *region, int64_t slot)
+ndm_i_record *ndm_i_live_record(const ndm_region *region, int64_t slot)
 {
     ndm_i_record *record = ndm_i_slots_record(&region->slots, slot);
     if (!record)
@@ -200,7 +208,16 @@ static int reach(ndm_region *region, uint64_t end)
         wanted = end;
     if (wanted > ceiling)
         wanted = ceiling;
-    return ndm_i_backing_grow(&region->data, end, wanted, ceiling);
+    return ndm_i_grains_grow(&region->grains, end, wanted, ceiling);
+}
+
+/* End of the bytes from `place` on that hold no value. */
+static uint64_t vacant_from(const ndm_region *region, ndm_i_place place)
+{
+    const ndm_i_extents *extents = &region->extents;
+    if (place.hole == NDM_I_NONE || place.hole == ndm_i_extents_last(extents))
+        return region->data.capacity;
+    return (place.offset + ndm_i_extents_length(extents, place.hole)) << region->unit_shift;
 }
 
 int64_t ndm_region_write(ndm_region *region, const void *data, uint64_t size, int64_t engine)
@@ -226,10 +243,10 @@ int64_t ndm_region_write(ndm_region *region, const void *data, uint64_t size, in
     const uint64_t offset = place.offset << region->unit_shift;
     if ((status = reach(region, offset + size)) != NDM_OK)
         return status;
-    status = ndm_i_backing_store(&region->data, offset, data, size);
+    status = ndm_i_grains_store(&region->grains, offset, data, size, vacant_from(region, place));
     if (status != NDM_OK) {
         if (region->data.capacity > capacity)
-            ndm_i_backing_shrink(&region->data, capacity);
+            ndm_i_grains_shrink(&region->grains, capacity);
         return status;
     }
 
@@ -250,7 +267,7 @@ int ndm_region_free(ndm_region *region, int64_t slot)
     int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
-    ndm_i_record *record = live_record(region, slot);
+    ndm_i_record *record = ndm_i_live_record(region, slot);
     if (!record)
         return ndm_last_error()->status;
     const uint32_t extent = ndm_i_record_link(record);
@@ -275,7 +292,7 @@ const char *ndm_region_read(ndm_region *region, int64_t slot, uint64_t *size)
 {
     if (ndm_i_enter(region) != NDM_OK)
         return NULL;
-    const ndm_i_record *record = live_record(region, slot);
+    const ndm_i_record *record = ndm_i_live_record(region, slot);
     if (!record)
         return NULL;
     if (ndm_i_record_size(record) == 0) {
@@ -284,10 +301,11 @@ const char *ndm_region_read(ndm_region *region, int64_t slot, uint64_t *size)
     }
     ndm_i_mapping *mapping = region->data.mapping;
     const char *view = (const char *)mapping->base + ndm_i_record_offset(record);
-    if (!ndm_i_views_add(&region->home, ndm_i_record_link(record), mapping, view)) {
+    if (!ndm_i_views_add(&region->home, ndm_i_record_link(record), mapping, view, ndm_i_record_size(record))) {
         ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
         return NULL;
     }
+    ndm_i_grains_fetch(&region->grains, ndm_i_record_offset(record), ndm_i_record_size(record));
     *size = ndm_i_record_size(record);
     return view;
 }
@@ -303,13 +321,13 @@ int64_t ndm_region_read_into(ndm_region *region, int64_t slot, void *buffer, uin
     int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
-    const ndm_i_record *record = live_record(region, slot);
+    const ndm_i_record *record = ndm_i_live_record(region, slot);
     if (!record)
         return ndm_last_error()->status;
     const uint64_t size = ndm_i_record_size(record);
     if (size > 0 && size <= capacity)
-        memmove(buffer, region->data.mapping->base + ndm_i_record_offset(record), size);
-    return (int64_t)size;
+        status = ndm_i_grains_load(&region->grains, ndm_i_record_offset(record), buffer, size);
+    return status == NDM_OK ? (int64_t)size : status;
 }
 
 /* ---- figures -------------------------------------------------------------------------------------------- */
@@ -367,6 +385,11 @@ int ndm_region_stats(ndm_region *region, ndm_stats *out)
                        .moved_bytes = region->moved_bytes,
                        .disk_bytes = disk_bytes,
                        .can_punch = region->data.can_punch};
+    if ((status = ndm_i_backing_residency(&region->data, &out->resident_bytes, &out->unwritten_bytes)) != NDM_OK)
+        return status;
+    ndm_i_cache_lock(&region->grains.cache);
+    out->written_back_bytes = region->grains.cache.written_back;
+    ndm_i_cache_unlock(&region->grains.cache);
     memcpy(out->engine_bytes, region->engine_bytes, sizeof out->engine_bytes);
     memcpy(out->engine_slots, region->engine_slots, sizeof out->engine_slots);
     return NDM_OK;

@@ -4,6 +4,7 @@
 
 #include "backing.h"
 #include "extents.h"
+#include "grains.h"
 #include "nodedb_mem.h"
 #include "owner.h"
 #include "slots.h"
@@ -14,6 +15,7 @@ struct ndm_region {
     ndm_i_extents extents;
     ndm_i_slots slots;
     ndm_i_backing data;
+    ndm_i_grains grains;
     ndm_i_home home;
     uint64_t initial_capacity; /* trim() shrinks the file no further */
     uint64_t max_capacity;
@@ -30,6 +32,9 @@ struct ndm_region {
 
 /* Every verb begins here: is it the owner's call? Freed extents whose views have ended come home on the way. */
 int ndm_i_enter(ndm_region *region);
+
+/* The record of a live slot; NULL, with the error set, if there is none. */
+ndm_i_record *ndm_i_live_record(const ndm_region *region, int64_t slot);
 
 static inline uint64_t ndm_i_units(const ndm_region *region, uint64_t bytes)
 {

@@ -79,11 +79,20 @@ int ndm_i_slots_open(ndm_i_slots *slots, const char *path, const ndm_i_backing *
     return status;
 }
 
+/* Get blocks for the table from `start` on, so that its records can be stored to. */
+static int fill(ndm_i_backing *table, uint64_t start)
+{
+    int refused = ndm_i_backing_allocate(table, start, table->capacity);
+    if (!refused)
+        refused = ndm_i_backing_write(table, NULL, table->capacity - start, start);
+    return refused ? ndm_i_fail_io(refused, "cannot get room for the slot table") : NDM_OK;
+}
+
 int ndm_i_slots_start(ndm_i_slots *slots, const ndm_i_backing *data)
 {
     int status = ndm_i_backing_start(&slots->table, FIRST_ROOM, FIRST_ROOM);
     if (status == NDM_OK)
-        status = ndm_i_backing_prepare(&slots->table, 0, FIRST_ROOM);
+        status = fill(&slots->table, 0);
     if (status != NDM_OK)
         return status;
     struct header *header = header_of(slots);
@@ -121,7 +130,7 @@ int ndm_i_slots_reserve(ndm_i_slots *slots)
     int status = ndm_i_backing_grow(&slots->table, doubled, doubled, doubled);
     if (status != NDM_OK)
         return status;
-    status = ndm_i_backing_prepare(&slots->table, old, doubled - old);
+    status = fill(&slots->table, old);
     if (status != NDM_OK)
         ndm_i_backing_shrink(&slots->table, old);
     return status;

@@ -43,17 +43,64 @@ int64_t ndm_region_trim(ndm_region *region)
     const uint64_t used = region->used_bytes;
     const uint64_t capacity = used > region->initial_capacity ? used : region->initial_capacity;
     if (capacity < region->data.capacity)
-        ndm_i_backing_shrink(&region->data, capacity);
-    ndm_i_backing_punch(&region->data, used, region->data.capacity - used);
+        ndm_i_grains_shrink(&region->grains, capacity);
+    ndm_i_grains_punch(&region->grains, used, region->data.capacity - used);
     const ndm_i_extents *extents = &region->extents;
     for (uint32_t e = ndm_i_extents_first_hole(&region->extents); e != NDM_I_NONE; e = ndm_i_extents_next(extents, e)) {
         const uint64_t size = bytes_of(region, ndm_i_extents_length(extents, e));
         if (size >= PUNCH_FROM && ndm_i_extents_is_free(extents, e))
-            ndm_i_backing_punch(&region->data, bytes_of(region, ndm_i_extents_offset(extents, e)), size);
+            ndm_i_grains_punch(&region->grains, bytes_of(region, ndm_i_extents_offset(extents, e)), size);
     }
     if ((status = ndm_i_backing_disk_bytes(&region->data, &after)) != NDM_OK)
         return status;
     return before > after ? (int64_t)(before - after) : 0;
+}
+
+/* ---- leaving RAM ---------------------------------------------------------------------------------------- */
+
+/* Every live value without a view, in runs: a pinned value, and free space, ends a run. */
+static int evict_unpinned(ndm_region *region)
+{
+    const ndm_i_extents *extents = &region->extents;
+    uint64_t start = 0, end = 0;
+    for (uint32_t e = ndm_i_extents_first(extents); e != NDM_I_NONE; e = ndm_i_extents_next(extents, e)) {
+        const uint64_t offset = bytes_of(region, ndm_i_extents_offset(extents, e));
+        const bool stays = !ndm_i_extents_is_free(extents, e) && ndm_i_views_pinned(&region->home, e);
+        if (stays) {
+            int status = end > start ? ndm_i_grains_evict(&region->grains, start, end) : NDM_OK;
+            if (status != NDM_OK)
+                return status;
+        }
+        end = min(offset + bytes_of(region, ndm_i_extents_length(extents, e)), region->data.capacity);
+        start = stays ? end : start;
+    }
+    return end > start ? ndm_i_grains_evict(&region->grains, start, end) : NDM_OK;
+}
+
+int ndm_region_evict(ndm_region *region, const int64_t *slots, uint64_t count)
+{
+    int status = ndm_i_enter(region);
+    if (status != NDM_OK || !slots)
+        return status == NDM_OK ? evict_unpinned(region) : status;
+    for (uint64_t i = 0; i < count; i++)
+        if (!ndm_i_live_record(region, slots[i]))
+            return ndm_last_error()->status;
+    for (uint64_t i = 0; i < count && status == NDM_OK; i++) {
+        const ndm_i_record *record = ndm_i_live_record(region, slots[i]);
+        const uint64_t offset = ndm_i_record_offset(record), size = ndm_i_record_size(record);
+        if (size > 0)
+            status = ndm_i_grains_evict(&region->grains, offset, offset + size);
+    }
+    return status;
+}
+
+int ndm_region_flush(ndm_region *region)
+{
+    int status = ndm_i_enter(region);
+    if (status != NDM_OK)
+        return status;
+    int refused = ndm_i_backing_write_back(&region->data, 0, region->data.capacity, true);
+    return refused ? ndm_i_fail_io(refused, "cannot write the file back to disk") : NDM_OK;
 }
 
 /* ---- compaction ----------------------------------------------------------------------------------------- */
@@ -77,7 +124,7 @@ static int relocate(ndm_region *region, uint32_t extent, ndm_i_place place, uint
     const uint64_t to = bytes_of(region, place.offset);
     if (!ndm_i_extents_reserve(extents))
         return ndm_i_fail(NDM_ERR_MEMORY, "no memory for an extent");
-    int status = ndm_i_backing_move(&region->data, from, to, size);
+    int status = ndm_i_grains_move(&region->grains, from, to, size);
     if (status != NDM_OK)
         return status;
     const uint32_t fresh = ndm_i_extents_take(extents, place, ndm_i_extents_length(extents, extent), slot);
@@ -93,7 +140,7 @@ static int slide(ndm_region *region, uint32_t *hole, uint64_t size)
     const uint32_t extent = ndm_i_extents_next(extents, *hole);
     const uint64_t from = bytes_of(region, ndm_i_extents_offset(extents, extent));
     const uint64_t to = bytes_of(region, ndm_i_extents_offset(extents, *hole));
-    int status = ndm_i_backing_move(&region->data, from, to, size);
+    int status = ndm_i_grains_move(&region->grains, from, to, size);
     if (status != NDM_OK)
         return status;
     *hole = ndm_i_extents_slide(extents, *hole);

@@ -9,10 +9,14 @@ enum { FIRST_BUCKETS = 256 };
 
 #define NDM_I_VIEW UINT32_MAX
 
+/* The pages of a value this large leave the process's RSS with its last view; for less, the system call costs more. */
+#define FORGET_FROM ((uint64_t)64 << 10)
+
 /* A view (where = its address, pin = its extent's pin) or a pin (where = its home, extent = which one). */
 struct ndm_i_entry {
     struct ndm_i_entry *next;
     const void *where;
+    uint64_t size;  /* view: bytes */
     uint64_t count; /* view: times handed out; pin: views of it */
     struct ndm_i_entry *pin;
     union {
@@ -123,7 +127,7 @@ void ndm_i_home_leave(ndm_i_home *home)
         home->last(home);
 }
 
-bool ndm_i_views_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, const void *address)
+bool ndm_i_views_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, const void *address, uint64_t size)
 {
     struct table *table = table_here();
     struct ndm_i_entry *view = malloc(sizeof *view);
@@ -146,7 +150,7 @@ bool ndm_i_views_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, 
         }
         held->count++;
         *view = (struct ndm_i_entry){
-            .where = address, .count = 1, .pin = held, .mapping = mapping, .extent = NDM_I_VIEW};
+            .where = address, .size = size, .count = 1, .pin = held, .mapping = mapping, .extent = NDM_I_VIEW};
         ndm_i_mapping_ref(mapping);
         insert(table, view);
         view = NULL;
@@ -192,6 +196,8 @@ void ndm_i_views_drop(const void *address)
     }
     pthread_mutex_unlock(&table->lock);
 
+    if (view->size >= FORGET_FROM)
+        ndm_i_mapping_forget((void *)view->where, view->size);
     ndm_i_mapping_unref(view->mapping);
     free(view);
     free(pin);

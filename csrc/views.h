@@ -31,8 +31,8 @@ void ndm_i_home_init(ndm_i_home *home, void (*last)(ndm_i_home *));
 /* The region, or a pin, no longer uses its home: calls last() if that was the last user. */
 void ndm_i_home_leave(ndm_i_home *home);
 
-/* Record a view of `extent` at `address` inside `mapping`. false: no memory. Owner only. */
-bool ndm_i_views_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, const void *address);
+/* Record a view of `extent`, `size` bytes at `address` inside `mapping`. false: no memory. Owner only. */
+bool ndm_i_views_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, const void *address, uint64_t size);
 
 /* End one view. Any thread. */
 void ndm_i_views_drop(const void *address);

@@ -194,7 +194,8 @@ def raise_status(status: int, *, path: str | None = None, slot: int | None = Non
         case lib.NDM_ERR_CLOSED:
             raise RegionClosedError(message)
         case lib.NDM_ERR_BUSY:
-            raise RegionBusyError(path or "", holders_of(path) if path else ())
+            name = path or ""
+            raise RegionBusyError(name, holders_of(name) or holders_of(name + ".slots"))
         case lib.NDM_ERR_IO:
             code = error.os_errno
             raise RegionIOError(code, f"{message}: {os.strerror(code)}", path)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, field
 from operator import index
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from nodedb_mem._core import ffi, lib
 from nodedb_mem.engine import KNOWN_ENGINES, EngineId
-from nodedb_mem.errors import raise_status
+from nodedb_mem.errors import InvalidSlotError, raise_status
 from nodedb_mem.tuning import (
     DEFAULT_ALIGNMENT,
+    DEFAULT_CACHE_LIMIT,
     DEFAULT_INITIAL_CAPACITY,
     DEFAULT_MAX_CAPACITY,
     MemoryTuning,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from types import TracebackType
 
     from typing_extensions import Buffer
@@ -33,6 +37,7 @@ _free = lib.ndm_region_free
 _release = lib.ndm_view_release
 
 _NO_LIMIT = (1 << 63) - 1
+_UNLIMITED = (1 << 64) - 1
 _SCRATCH = 4096  # values up to this many bytes become `bytes` by way of a reused buffer
 
 
@@ -72,7 +77,7 @@ class Compaction:
 
 @dataclass(frozen=True)
 class RegionStats:
-    """Figures of a region; all sizes in bytes.
+    """Figures of a region; all sizes in bytes. Those of disk and RAM, which the system changes by itself, don't compare.
 
     Attributes
     ----------
@@ -98,6 +103,12 @@ class RegionStats:
         Bytes that `compact` has moved so far.
     disk_bytes
         Disk space that the file system has given to the file.
+    resident_bytes
+        Bytes of the file that are in RAM now, page cache and RSS together.
+    unwritten_bytes
+        Of these, not yet on disk: the backlog. 0 before Linux 6.5, which cannot tell.
+    written_back_bytes
+        Bytes whose write-back the background writer has started so far.
     can_punch
         False once the file system has refused to punch holes: `trim` then only shortens the file.
     engines
@@ -115,7 +126,10 @@ class RegionStats:
     live_slots: int
     growths: int
     moved_bytes: int
-    disk_bytes: int
+    disk_bytes: int = field(compare=False)
+    resident_bytes: int = field(compare=False)
+    unwritten_bytes: int = field(compare=False)
+    written_back_bytes: int = field(compare=False)
     can_punch: bool
     engines: dict[int, EngineUsage]
 
@@ -145,6 +159,15 @@ class OverflowRegion:
         The most the file may grow to, in bytes.
     alignment
         Of the start of every value, in bytes: a power of two, 1 to 4096. 1 packs values without gaps.
+    cache_limit
+        The most bytes of the file that may stay in RAM, page cache and RSS together: beyond, a background thread of the
+        core writes the oldest to disk and drops them. None: no limit. 0: as little as possible, about 4 MiB. Views
+        that are in use may hold more. Without effect on tmpfs, which has no other place than RAM.
+
+    Warns
+    -----
+    ResourceWarning
+        The file is on tmpfs: what is spilled there stays in RAM.
 
     Raises
     ------
@@ -169,22 +192,36 @@ class OverflowRegion:
         initial_capacity: int = DEFAULT_INITIAL_CAPACITY,
         max_capacity: int = DEFAULT_MAX_CAPACITY,
         alignment: int = DEFAULT_ALIGNMENT,
+        cache_limit: int | None = DEFAULT_CACHE_LIMIT,
     ) -> None:
         name = os.fsencode(path)
         self._path: str | None = os.fsdecode(name)
-        self._open(lib.ndm_region_open, name, initial_capacity, max_capacity, alignment)
+        self._open(lib.ndm_region_open, name, initial_capacity, max_capacity, alignment, cache_limit)
 
-    def _open(self, function: Any, name: bytes, initial: int, maximum: int, alignment: int) -> None:
+    def _open(
+        self, function: Any, name: bytes, initial: int, maximum: int, alignment: int, cache_limit: int | None
+    ) -> None:
         if b"\0" in name:
             raise ValueError("embedded null byte in the path")
         self._where = os.fsdecode(name)
         sizes = [index(initial), index(maximum), index(alignment)]
         if not all(0 <= size < 1 << 63 for size in sizes):
             raise ValueError("capacities and alignment must be positive and below 2**63")
+        limit = _UNLIMITED if cache_limit is None else index(cache_limit)
+        if limit < 0:
+            raise ValueError("cache_limit must not be negative")
+        sizes.append(min(limit, _UNLIMITED))
         handle = function(name, ffi.new("ndm_options *", sizes))
         if not handle:
             self._raise(lib.ndm_last_error().status)
         self._handle = _gc(handle, lib.ndm_region_destroy)
+        if lib.ndm_region_in_memory(self._handle):
+            message = f"{self._where} is on tmpfs: what is spilled there stays in RAM"
+            try:
+                warnings.warn(message, ResourceWarning, stacklevel=_outside_stacklevel())
+            except ResourceWarning:  # a filter has made it an error
+                self.close()
+                raise
         self._engines: dict[int, int] = KNOWN_ENGINES
         # Each is taken while in use: a signal handler or finalizer that reads in between takes a new one.
         self._sizes = [ffi.new("uint64_t *")]
@@ -198,9 +235,16 @@ class OverflowRegion:
         initial_capacity: int = DEFAULT_INITIAL_CAPACITY,
         max_capacity: int = DEFAULT_MAX_CAPACITY,
         alignment: int = DEFAULT_ALIGNMENT,
+        cache_limit: int | None = DEFAULT_CACHE_LIMIT,
     ) -> Self:
         """Create or open the region at `path`; the same as calling the class."""
-        return cls(path, initial_capacity=initial_capacity, max_capacity=max_capacity, alignment=alignment)
+        return cls(
+            path,
+            initial_capacity=initial_capacity,
+            max_capacity=max_capacity,
+            alignment=alignment,
+            cache_limit=cache_limit,
+        )
 
     @classmethod
     def open_with_capacity(cls, path: str | os.PathLike[str], initial: int) -> Self:
@@ -225,6 +269,7 @@ class OverflowRegion:
         initial_capacity: int = DEFAULT_INITIAL_CAPACITY,
         max_capacity: int = DEFAULT_MAX_CAPACITY,
         alignment: int = DEFAULT_ALIGNMENT,
+        cache_limit: int | None = DEFAULT_CACHE_LIMIT,
     ) -> Self:
         """Open a region on an unnamed file, which leaves nothing behind however the process ends.
 
@@ -233,13 +278,15 @@ class OverflowRegion:
         directory
             Where its blocks are taken from; by default the directory for temporary files. On many systems that is
             a tmpfs, which keeps them in RAM.
-        initial_capacity, max_capacity, alignment
+        initial_capacity, max_capacity, alignment, cache_limit
             As for the class.
         """
         region = cls.__new__(cls)
         region._path = None
         name = os.fsencode(tempfile.gettempdir() if directory is None else directory)
-        region._open(lib.ndm_region_open_temporary, name, initial_capacity, max_capacity, alignment)
+        region._open(
+            lib.ndm_region_open_temporary, name, initial_capacity, max_capacity, alignment, cache_limit
+        )
         return region
 
     # -- values ---------------------------------------------------------------------------------------------------
@@ -402,7 +449,10 @@ class OverflowRegion:
     # -- the region -----------------------------------------------------------------------------------------------
 
     def stats(self) -> RegionStats:
-        """Figures of the region. Constant time; one system call, for `disk_bytes`."""
+        """Figures of the region.
+
+        Constant time but for `resident_bytes` and `unwritten_bytes`, which are linear in the pages that are in RAM.
+        """
         out = ffi.new("ndm_stats *")
         self._check(lib.ndm_region_stats(self._handle, out))
         usage = zip(ffi.unpack(out.engine_bytes, 256), ffi.unpack(out.engine_slots, 256), strict=True)
@@ -454,6 +504,36 @@ class OverflowRegion:
         out = ffi.new("ndm_compaction *")
         self._check(lib.ndm_region_compact(self._handle, min(limit, _NO_LIMIT), out))
         return Compaction(out.moved_bytes, out.remaining_bytes)
+
+    def evict(self, slots: Iterable[int] | None = None) -> None:
+        """Write values back to disk and drop them from RAM, now.
+
+        Parameters
+        ----------
+        slots
+            Which values; None for all that have no live view. Values that share a page leave together; a view of one
+            still works, reading from disk when it is touched.
+
+        Raises
+        ------
+        InvalidSlotError
+            One of `slots` is no live slot; nothing has been dropped.
+        RegionIOError
+            Writing back failed.
+        """
+        if slots is None:
+            self._check(lib.ndm_region_evict(self._handle, ffi.NULL, 0))
+            return
+        wanted = list(slots)
+        for slot in wanted:
+            if slot not in self:
+                self.slot(slot)  # raises if it never existed
+                raise InvalidSlotError(slot, "has been freed")
+        self._check(lib.ndm_region_evict(self._handle, wanted, len(wanted)))
+
+    def flush(self) -> None:
+        """Wait until every value is written back to the disk. Raises `RegionIOError` if that failed."""
+        self._check(lib.ndm_region_flush(self._handle))
 
     def close(self) -> None:
         """Close the region; closing again does nothing. Live views stay readable, and keep the file locked.
@@ -562,6 +642,14 @@ class OverflowRegion:
 
     def _raise(self, status: int, slot: int | None = None) -> NoReturn:
         raise_status(status, path=self._where, slot=slot)
+
+
+def _outside_stacklevel() -> int:
+    """How many frames up the caller of this package stands."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__") == __name__:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _exported(data: Buffer, *, require_writable: bool = False) -> Any:

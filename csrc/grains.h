@@ -1,0 +1,113 @@
+/* How bytes get into the file, and how much of it stays in RAM.
+ *
+ * The first promise: a byte is stored through the mapping only after the file system has given its whole neighbourhood
+ * blocks, so that a full disk is a status and never SIGBUS. A store into a clean page makes the file system find
+ * blocks for the whole folio that holds the page, and folios may be large. So every write is cut at grains, aligned
+ * pieces of 512 KiB, which keeps each folio inside one grain, and memcpy is for grains that have all their blocks:
+ *
+ *   EMPTY    no value has a byte in it, and it was not touched since the file was made. It has blocks if it lies below
+ *            `allocated`.
+ *   HOLE     no value has a byte in it, and it may lack blocks.
+ *   PARTIAL  it holds values, but may lack blocks elsewhere: pwrite only, until it gets them.
+ *   READY    it has all its blocks, and was not dropped from RAM since it was written: memcpy.
+ *   DROPPED  it has all its blocks and holds values, but was dropped from RAM: pwrite, because memcpy would first read
+ *            the old bytes back page by page.
+ *
+ * The second: where a limit is set, a background thread starts write-back of grains as they come to RAM, and drops the
+ * oldest (cache.c). The thread is started when half the limit is in use and ends with the region. The owner waits for
+ * it only while more than the limit is in RAM. A forked child has no such thread and needs none.
+ */
+#ifndef NDM_GRAINS_H
+#define NDM_GRAINS_H
+
+#include "backing.h"
+
+#include <pthread.h>
+
+#define NDM_I_UNLIMITED UINT64_MAX
+
+enum { NDM_I_EMPTY, NDM_I_HOLE, NDM_I_PARTIAL, NDM_I_READY, NDM_I_DROPPED };
+
+/* What a grain is to the cache. */
+enum {
+    NDM_I_QUEUED = 1, /* some of it may be in RAM; it stands in the queue */
+    NDM_I_RECENT = 2  /* read since it was queued: it gets a second round */
+};
+
+typedef struct {
+    uint64_t limit; /* grains; NDM_I_UNLIMITED: no queue is kept and no thread runs */
+    pthread_mutex_t lock;
+    pthread_cond_t work, room;
+    pthread_t thread;
+    bool running, stopping;
+    uint32_t *queue; /* ring of grain numbers in the order they came to RAM; stale where the grain is not QUEUED */
+    uint64_t queue_room, head, kicked, tail; /* counters; [head, kicked) is being written back; `& (room - 1)` indexes */
+    uint64_t resident;     /* QUEUED grains, and those being dropped */
+    uint64_t written_back; /* bytes whose write-back was started */
+    _Atomic int error;     /* errno of a failed write-back, for the owner's next call */
+} ndm_i_cache;
+
+typedef struct {
+    ndm_i_backing *file;
+    _Atomic uint8_t *states; /* of each grain of the capacity; written under the cache's lock */
+    _Atomic uint8_t *marks;  /* NDM_I_QUEUED, NDM_I_RECENT */
+    uint64_t room;           /* grains that `states` and `marks` have room for */
+    uint64_t allocated;      /* EMPTY grains below have their blocks */
+    uint64_t pwrite_from;    /* cold values from this size on go by pwrite */
+    ndm_i_cache cache;
+} ndm_i_grains;
+
+/* For a file that has been started. `cache_limit`: bytes, or NDM_I_UNLIMITED. */
+int ndm_i_grains_init(ndm_i_grains *grains, ndm_i_backing *file, uint64_t cache_limit);
+void ndm_i_grains_fini(ndm_i_grains *grains); /* ends the thread */
+
+/* As ndm_i_backing_grow() and ndm_i_backing_shrink(). */
+int ndm_i_grains_grow(ndm_i_grains *grains, uint64_t needed, uint64_t wanted, uint64_t ceiling);
+void ndm_i_grains_shrink(ndm_i_grains *grains, uint64_t capacity);
+
+/* Make [offset, offset + size) safe to store to through the mapping. No value lies in [offset, vacant). */
+int ndm_i_grains_prepare(ndm_i_grains *grains, uint64_t offset, uint64_t size, uint64_t vacant);
+
+/* Copy `size` bytes to `offset`, by the way that suits the size and the grains. No value lies in [offset, vacant). */
+int ndm_i_grains_store(ndm_i_grains *grains, uint64_t offset, const void *data, uint64_t size, uint64_t vacant);
+
+/* Copy `size` bytes from one place of the file to a lower one; they may overlap. */
+int ndm_i_grains_move(ndm_i_grains *grains, uint64_t from, uint64_t to, uint64_t size);
+
+/* [offset, offset + size) is about to be read through the mapping: large or dropped ranges are fetched in one go. */
+void ndm_i_grains_fetch(ndm_i_grains *grains, uint64_t offset, uint64_t size);
+
+/* Copy [offset, offset + size) out. */
+int ndm_i_grains_load(ndm_i_grains *grains, uint64_t offset, void *buffer, uint64_t size);
+
+/* Give back the blocks of the whole pages in [offset, offset + size), which hold no value. Does nothing where the
+ * file system cannot. */
+void ndm_i_grains_punch(ndm_i_grains *grains, uint64_t offset, uint64_t size);
+
+/* Write [start, end) back and drop its whole pages from RAM. */
+int ndm_i_grains_evict(ndm_i_grains *grains, uint64_t start, uint64_t end);
+
+/* ---- cache.c ---- */
+
+int ndm_i_cache_init(ndm_i_cache *cache, const ndm_i_backing *file, uint64_t limit);
+void ndm_i_cache_fini(ndm_i_cache *cache);
+
+/* The owner has brought bytes of the grains [first, last) to RAM. May wait until there is room. */
+void ndm_i_cache_admit(ndm_i_grains *grains, uint64_t first, uint64_t last);
+
+/* The grains [first, last) are not in RAM any more. With the lock held. */
+void ndm_i_cache_forget(ndm_i_grains *grains, uint64_t first, uint64_t last);
+
+static inline void ndm_i_cache_lock(ndm_i_cache *cache)
+{
+    if (cache->limit != NDM_I_UNLIMITED)
+        pthread_mutex_lock(&cache->lock);
+}
+
+static inline void ndm_i_cache_unlock(ndm_i_cache *cache)
+{
+    if (cache->limit != NDM_I_UNLIMITED)
+        pthread_mutex_unlock(&cache->lock);
+}
+
+#endif
