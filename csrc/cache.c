@@ -9,9 +9,10 @@
 
 #define GRAIN NDM_I_GRAIN
 
-/* In grains. A kick of 8 MiB keeps the disk busy; write-back of one grain at a time does not. The newest grains are
- * still being filled. A limit below LEAST would leave no room for a kick behind them. */
-enum { KICK = 16, NEWEST = 2, LEAST = 8, BATCH = 16, FIRST_QUEUE = 256 };
+/* In grains. A kick of 8 MiB keeps the disk busy; write-back of one grain at a time does not. Drops are smaller, because
+ * the owner may be waiting for one. The newest grains are still being filled. A limit below LEAST would leave no room
+ * for a kick behind them. */
+enum { KICK = 16, DROP = 4, NEWEST = 2, LEAST = 8, FIRST_QUEUE = 256 };
 
 int ndm_i_cache_init(ndm_i_cache *cache, const ndm_i_backing *file, uint64_t limit)
 {
@@ -147,7 +148,7 @@ static void drop(ndm_i_grains *grains, uint64_t stop)
     ndm_i_cache *cache = &grains->cache;
     uint64_t first = 0;
     spare_recent(grains, stop);
-    const uint64_t count = take_run(grains, &cache->head, stop, BATCH, &first);
+    const uint64_t count = take_run(grains, &cache->head, stop, DROP, &first);
     if (cache->kicked < cache->head)
         cache->kicked = cache->head;
     if (count == 0)
@@ -178,7 +179,8 @@ static bool step(ndm_i_grains *grains)
 {
     ndm_i_cache *cache = &grains->cache;
     const uint64_t settled = cache->tail > cache->head + NEWEST ? cache->tail - NEWEST : cache->head;
-    if (cache->kicked + KICK <= settled)
+    const uint64_t enough = cache->limit / 4 < KICK ? cache->limit / 4 : KICK;
+    if (cache->kicked + enough <= settled)
         kick(grains, settled);
     else if (cache->resident > cache->limit - cache->limit / 4 && cache->head < settled)
         drop(grains, settled);
