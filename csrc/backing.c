@@ -205,6 +205,27 @@ static int remap(ndm_i_backing *backing, uint64_t length)
     return NDM_OK;
 }
 
+ndm_i_mapping *ndm_i_backing_map_private(const ndm_i_backing *backing, uint64_t offset, uint64_t size, char **address)
+{
+    const uint64_t start = round_down(offset, (uint64_t)sysconf(_SC_PAGESIZE));
+    const uint64_t length = offset + size - start;
+    ndm_i_mapping *mapping = malloc(sizeof *mapping);
+    if (!mapping) {
+        ndm_i_fail(NDM_ERR_MEMORY, "no memory for a mapping");
+        return NULL;
+    }
+    uint8_t *base =
+        mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, backing->fd, (off_t)start);
+    if (base == MAP_FAILED) {
+        ndm_i_fail_io(errno, "cannot map the value");
+        free(mapping);
+        return NULL;
+    }
+    *mapping = (ndm_i_mapping){.base = base, .length = length, .users = 1};
+    *address = (char *)base + (offset - start);
+    return mapping;
+}
+
 /* The whole pages inside [address, address + size), or touching it; 0 if there are none. */
 static uint64_t pages_of(uint8_t **address, uint64_t size, bool inside)
 {

@@ -89,6 +89,9 @@ int ndm_i_backing_residency(const ndm_i_backing *backing, uint64_t *resident, ui
 /* Bytes of disk that the file occupies. */
 int ndm_i_backing_disk_bytes(const ndm_i_backing *backing, uint64_t *bytes);
 
+/* A private, copy-on-write mapping of [offset, offset + size); *address is where `offset` is. NULL with the error set. */
+ndm_i_mapping *ndm_i_backing_map_private(const ndm_i_backing *backing, uint64_t offset, uint64_t size, char **address);
+
 /* Let go of the mapping; views keep it. */
 void ndm_i_backing_unmap(ndm_i_backing *backing);
 

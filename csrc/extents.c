@@ -469,6 +469,23 @@ uint64_t ndm_i_extents_trim(ndm_i_extents *extents)
     return extents->mark;
 }
 
+void ndm_i_extents_lower(ndm_i_extents *extents, uint64_t mark)
+{
+    const uint32_t last = extents->last;
+    if (extents->mark <= mark)
+        return;
+    node_t *node = &extents->nodes[last];
+    assert(is_free(node) && node->offset <= mark);
+    bin_remove(extents, last);
+    if (node->offset == mark) {
+        node_drop(extents, last);
+    } else {
+        node->length = mark - node->offset;
+        bin_insert(extents, last);
+    }
+    extents->mark = mark;
+}
+
 /* ---- the checker: trusts no index, and every walk is bounded by the number of nodes ---- */
 
 /* The address list: a partition of [0, mark), no two free neighbours, true totals. Strictly growing offsets and

@@ -91,6 +91,10 @@ uint32_t ndm_i_extents_slide(ndm_i_extents *extents, uint32_t hole);
 /* Lower the mark past the free extent that touches it, if there is one. Returns the mark. */
 uint64_t ndm_i_extents_trim(ndm_i_extents *extents);
 
+/* Undo takes at the end: lower the mark to `mark`, which lies in, or at an end of, the free extent that touches it.
+ * Does nothing if the mark is there already. */
+void ndm_i_extents_lower(ndm_i_extents *extents, uint64_t mark);
+
 /* How many invariants are broken. 0 in a sound structure. Linear. */
 uint64_t ndm_i_extents_check(const ndm_i_extents *extents);
 

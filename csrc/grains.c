@@ -169,7 +169,7 @@ static int make_ready(ndm_i_grains *grains, uint64_t grain, bool vacant)
     if (refused && !(refused == EOPNOTSUPP && vacant)) /* where blocks come by writing, zeroing gets them */
         return refused;
     refused = 0;
-    if (vacant && grains->file->in_memory)
+    if (vacant && grains->file->in_memory && state_of(grains, grain) <= NDM_I_HOLE)
         ndm_i_backing_populate(grains->file, start, end);
     else if (vacant)
         refused = ndm_i_backing_write(grains->file, NULL, end - start, start);
@@ -204,17 +204,39 @@ static int make_all_ready(ndm_i_grains *grains, uint64_t offset, uint64_t end, u
     return 0;
 }
 
-int ndm_i_grains_prepare(ndm_i_grains *grains, uint64_t offset, uint64_t size, uint64_t vacant)
+/* Zero [start, end) of one grain and make it safe to store to. Returns 0 or errno. */
+static int clear_grain(ndm_i_grains *grains, uint64_t start, uint64_t end, uint64_t vacant_from, uint64_t vacant)
+{
+    const uint64_t grain = start / GRAIN;
+    const uint8_t state = state_of(grains, grain);
+    const bool inside = grain * GRAIN >= vacant_from && min((grain + 1) * GRAIN, grains->file->capacity) <= vacant;
+    if (state == NDM_I_READY) {
+        memset(grains->file->mapping->base + start, 0, end - start);
+        return 0;
+    }
+    if (state != NDM_I_DROPPED || inside) {
+        const bool zeroed = inside || state <= NDM_I_HOLE;
+        int refused = make_ready(grains, grain, zeroed);
+        if (refused || zeroed)
+            return refused;
+    }
+    return ndm_i_backing_write(grains->file, NULL, end - start, start);
+}
+
+int ndm_i_grains_clear(ndm_i_grains *grains, uint64_t offset, uint64_t size, uint64_t vacant)
 {
     const uint64_t end = offset + size;
-    if (is_ready(grains, offset, end))
-        return NDM_OK;
     int status = ndm_i_backing_check_writable(grains->file, end);
     if (status != NDM_OK)
         return status;
-    int refused = make_all_ready(grains, offset, end, vacant);
-    if (refused)
-        return ndm_i_fail_io(refused, "cannot get room in the file");
+    allocate_ahead(grains, end);
+    for (uint64_t start = offset; start < end;) {
+        const uint64_t stop = min((start / GRAIN + 1) * GRAIN, end);
+        int refused = clear_grain(grains, start, stop, offset, vacant);
+        if (refused)
+            return ndm_i_fail_io(refused, "cannot get room in the file");
+        start = stop;
+    }
     ndm_i_cache_admit(grains, offset / GRAIN, end_of(end));
     return NDM_OK;
 }

@@ -65,11 +65,11 @@ void ndm_i_grains_fini(ndm_i_grains *grains); /* ends the thread */
 int ndm_i_grains_grow(ndm_i_grains *grains, uint64_t needed, uint64_t wanted, uint64_t ceiling);
 void ndm_i_grains_shrink(ndm_i_grains *grains, uint64_t capacity);
 
-/* Make [offset, offset + size) safe to store to through the mapping. No value lies in [offset, vacant). */
-int ndm_i_grains_prepare(ndm_i_grains *grains, uint64_t offset, uint64_t size, uint64_t vacant);
-
 /* Copy `size` bytes to `offset`, by the way that suits the size and the grains. No value lies in [offset, vacant). */
 int ndm_i_grains_store(ndm_i_grains *grains, uint64_t offset, const void *data, uint64_t size, uint64_t vacant);
+
+/* Zero [offset, offset + size), and make it safe to store to through the mapping. */
+int ndm_i_grains_clear(ndm_i_grains *grains, uint64_t offset, uint64_t size, uint64_t vacant);
 
 /* Copy `size` bytes from one place of the file to a lower one; they may overlap. */
 int ndm_i_grains_move(ndm_i_grains *grains, uint64_t from, uint64_t to, uint64_t size);

@@ -60,6 +60,7 @@ typedef struct {
     int32_t os_errno;    /* NDM_ERR_IO: errno; else 0 */
     uint64_t required;   /* NDM_ERR_CAPACITY: bytes of capacity the request needs; else 0 */
     uint64_t limit;      /* NDM_ERR_CAPACITY: the ceiling in force; else 0 */
+    int64_t slot;        /* batch verbs, NDM_ERR_NO_SLOT and NDM_ERR_FREED_SLOT: which; else 0 */
     const char *message; /* what was wrong or what was tried, a static string */
 } ndm_error;
 
@@ -103,8 +104,42 @@ void ndm_region_destroy(ndm_region *region);
  * `engine` is 0 to 255. NDM_ERR_CAPACITY, NDM_ERR_IO (ENOSPC, EFBIG, EDQUOT, ...), NDM_ERR_MEMORY. */
 int64_t ndm_region_write(ndm_region *region, const void *data, uint64_t size, int64_t engine);
 
+/* Gather `count` parts into one new slot. If `aligned`, each part starts at a multiple of the region's alignment from
+ * the value's start, and zeros fill the gaps; otherwise they follow each other. */
+int64_t ndm_region_write_vectored(ndm_region *region, const void *const *parts, const uint64_t *sizes, uint64_t count,
+                                  int aligned, int64_t engine);
+
+/* A new slot of `size` zero bytes, to be filled in place through *view, which pins it: release it once. Errors as
+ * ndm_region_write(), and NDM_ERR_IO with EOPNOTSUPP on a file system whose blocks a store might not get. */
+int64_t ndm_region_allocate(ndm_region *region, uint64_t size, int64_t engine, char **view);
+
+/* The value in an allocated slot is complete. */
+int ndm_region_commit(ndm_region *region, int64_t slot);
+
+/* Write `count` values, all or none; their numbers go to `slots`. ..._packed(): the values lie one after the other at
+ * `data`, `size` bytes in all, which is what the lengths must add up to (NDM_ERR_ARGUMENT). */
+int ndm_region_write_many(ndm_region *region, const void *const *parts, const uint64_t *sizes, uint64_t count,
+                          int64_t engine, int64_t *slots);
+int ndm_region_write_packed(ndm_region *region, const void *data, uint64_t size, const int64_t *lengths, uint64_t count,
+                            int64_t engine, int64_t *slots);
+
+/* View `count` slots, all or none: release each view once. A slot may be listed twice. */
+int ndm_region_read_many(ndm_region *region, const int64_t *slots, uint64_t count, const char **views, uint64_t *sizes);
+
+/* Copy `count` values to `buffer`, one after the other, and their sizes to `lengths`; returns the bytes. If that is more
+ * than `capacity`, nothing is copied: the number tells what is needed. */
+int64_t ndm_region_load_many(ndm_region *region, const int64_t *slots, uint64_t count, void *buffer, uint64_t capacity,
+                             int64_t *lengths);
+
+/* Free `count` slots, all or none. NDM_ERR_ARGUMENT if one is listed twice. */
+int ndm_region_free_many(ndm_region *region, const int64_t *slots, uint64_t count);
+
 /* A read-only view of a slot's bytes, and its size. Each view must be given to ndm_view_release() once. */
 const char *ndm_region_read(ndm_region *region, int64_t slot, uint64_t *size);
+
+/* A private view that may be written to: copy-on-write, so that the stored bytes never change and untouched pages cost
+ * no RAM of their own. It pins the slot like a read-only one. */
+char *ndm_region_restore(ndm_region *region, int64_t slot, uint64_t *size);
 
 /* End a view. Any thread, at any time, also after ndm_region_destroy(). Does nothing in a forked child, and
  * for NULL. */

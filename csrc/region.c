@@ -1,4 +1,4 @@
-/* The verbs. The only file that ties slots, extents, views and backing together. */
+/* A region's life, its figures, and its checker. Its verbs are in values.c, batch.c and space.c. */
 #include "region.h"
 
 #include "status.h"
@@ -7,11 +7,6 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define CAPACITY_LIMIT (NDM_I_SIZE_LIMIT / 2)
-
-/* What a view of an empty value points to. */
-static const char nothing[1];
 
 /* ---- opening and closing -------------------------------------------------------------------------------- */
 
@@ -60,7 +55,7 @@ static int open_files(ndm_region *region, const char *path, const char *slots_pa
         goto fail;
     /* In this order: a file with data and without its mark would be taken for somebody else's. */
     status = ndm_i_backing_start(&region->data, found ? found : options->initial_capacity,
-                                 options->max_capacity < CAPACITY_LIMIT ? options->max_capacity : CAPACITY_LIMIT);
+                                 ndm_i_ceiling(options->max_capacity));
     if (status == NDM_OK)
         status = ndm_i_slots_start(&region->slots, &region->data);
     if (status == NDM_OK)
@@ -185,149 +180,6 @@ int ndm_region_close(ndm_region *region)
     if (status == NDM_OK)
         shut(region);
     return status;
-}
-
-/* ---- writing -------------------------------------------------------------------------------------------- */
-
-/* The ceiling that is in force: slot records hold no larger offset, and no process more address space. */
-static uint64_t ceiling_of(const ndm_region *region)
-{
-    return region->max_capacity < CAPACITY_LIMIT ? region->max_capacity : CAPACITY_LIMIT;
-}
-
-/* Make the file reach `end`. */
-static int reach(ndm_region *region, uint64_t end)
-{
-    if (end <= region->data.capacity)
-        return NDM_OK;
-    const uint64_t ceiling = ceiling_of(region);
-    if (end > ceiling)
-        return ndm_i_fail_capacity(end, ceiling);
-    uint64_t wanted = region->data.capacity * 2;
-    if (wanted < end)
-        wanted = end;
-    if (wanted > ceiling)
-        wanted = ceiling;
-    return ndm_i_grains_grow(&region->grains, end, wanted, ceiling);
-}
-
-/* End of the bytes from `place` on that hold no value. */
-static uint64_t vacant_from(const ndm_region *region, ndm_i_place place)
-{
-    const ndm_i_extents *extents = &region->extents;
-    if (place.hole == NDM_I_NONE || place.hole == ndm_i_extents_last(extents))
-        return region->data.capacity;
-    return (place.offset + ndm_i_extents_length(extents, place.hole)) << region->unit_shift;
-}
-
-int64_t ndm_region_write(ndm_region *region, const void *data, uint64_t size, int64_t engine)
-{
-    int status = ndm_i_enter(region);
-    if (status != NDM_OK)
-        return status;
-    if (engine < 0 || engine > 255)
-        return ndm_i_fail(NDM_ERR_ARGUMENT, "engine must be 0 to 255");
-    if (size > CAPACITY_LIMIT)
-        return ndm_i_fail_capacity(size, ceiling_of(region));
-    if (!ndm_i_extents_reserve(&region->extents))
-        return ndm_i_fail(NDM_ERR_MEMORY, "no memory for an extent");
-    if ((status = ndm_i_slots_reserve(&region->slots)) != NDM_OK)
-        return status;
-    if (size == 0) {
-        region->engine_slots[engine]++;
-        return ndm_i_slots_add(&region->slots, 0, 0, (uint8_t)engine, NDM_I_NONE);
-    }
-
-    const uint64_t capacity = region->data.capacity;
-    ndm_i_place place = ndm_i_extents_find(&region->extents, ndm_i_units(region, size));
-    const uint64_t offset = place.offset << region->unit_shift;
-    if ((status = reach(region, offset + size)) != NDM_OK)
-        return status;
-    status = ndm_i_grains_store(&region->grains, offset, data, size, vacant_from(region, place));
-    if (status != NDM_OK) {
-        if (region->data.capacity > capacity)
-            ndm_i_grains_shrink(&region->grains, capacity);
-        return status;
-    }
-
-    uint32_t slot = ndm_i_slots_next(&region->slots);
-    uint32_t extent = ndm_i_extents_take(&region->extents, place, ndm_i_units(region, size), slot);
-    ndm_i_slots_add(&region->slots, offset, size, (uint8_t)engine, extent);
-    region->growths += region->data.capacity > capacity;
-    region->live_bytes += size;
-    region->engine_bytes[engine] += size;
-    region->engine_slots[engine]++;
-    if (region->used_bytes < offset + size)
-        region->used_bytes = offset + size;
-    return slot;
-}
-
-int ndm_region_free(ndm_region *region, int64_t slot)
-{
-    int status = ndm_i_enter(region);
-    if (status != NDM_OK)
-        return status;
-    ndm_i_record *record = ndm_i_live_record(region, slot);
-    if (!record)
-        return ndm_last_error()->status;
-    const uint32_t extent = ndm_i_record_link(record);
-    region->live_bytes -= ndm_i_record_size(record);
-    region->engine_bytes[ndm_i_record_engine(record)] -= ndm_i_record_size(record);
-    region->engine_slots[ndm_i_record_engine(record)]--;
-    ndm_i_slots_remove(&region->slots, (uint32_t)slot);
-    if (extent == NDM_I_NONE)
-        return NDM_OK;
-    if (ndm_i_views_orphan(&region->home, extent)) {
-        ndm_i_extents_set_tag(&region->extents, extent, NDM_I_NONE);
-        region->pinned_bytes += ndm_i_extents_length(&region->extents, extent) << region->unit_shift;
-    } else {
-        ndm_i_extents_release(&region->extents, extent);
-    }
-    return NDM_OK;
-}
-
-/* ---- reading -------------------------------------------------------------------------------------------- */
-
-const char *ndm_region_read(ndm_region *region, int64_t slot, uint64_t *size)
-{
-    if (ndm_i_enter(region) != NDM_OK)
-        return NULL;
-    const ndm_i_record *record = ndm_i_live_record(region, slot);
-    if (!record)
-        return NULL;
-    if (ndm_i_record_size(record) == 0) {
-        *size = 0;
-        return nothing;
-    }
-    ndm_i_mapping *mapping = region->data.mapping;
-    const char *view = (const char *)mapping->base + ndm_i_record_offset(record);
-    if (!ndm_i_views_add(&region->home, ndm_i_record_link(record), mapping, view, ndm_i_record_size(record))) {
-        ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
-        return NULL;
-    }
-    ndm_i_grains_fetch(&region->grains, ndm_i_record_offset(record), ndm_i_record_size(record));
-    *size = ndm_i_record_size(record);
-    return view;
-}
-
-void ndm_view_release(const char *view)
-{
-    if (view && view != nothing)
-        ndm_i_views_drop(view);
-}
-
-int64_t ndm_region_read_into(ndm_region *region, int64_t slot, void *buffer, uint64_t capacity)
-{
-    int status = ndm_i_enter(region);
-    if (status != NDM_OK)
-        return status;
-    const ndm_i_record *record = ndm_i_live_record(region, slot);
-    if (!record)
-        return ndm_last_error()->status;
-    const uint64_t size = ndm_i_record_size(record);
-    if (size > 0 && size <= capacity)
-        status = ndm_i_grains_load(&region->grains, ndm_i_record_offset(record), buffer, size);
-    return status == NDM_OK ? (int64_t)size : status;
 }
 
 /* ---- figures -------------------------------------------------------------------------------------------- */

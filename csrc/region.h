@@ -1,4 +1,8 @@
-/* The region as its verbs see it (region.c, space.c). */
+/* The region as its verbs see it: what ties slots, extents, views and grains together.
+ *
+ *   region.c  open, close, figures, the checker       values.c  one value: write, read, free, ...
+ *   batch.c   many values in one call                 space.c   trim, compact, evict
+ */
 #ifndef NDM_REGION_H
 #define NDM_REGION_H
 
@@ -35,6 +39,46 @@ int ndm_i_enter(ndm_region *region);
 
 /* The record of a live slot; NULL, with the error set, if there is none. */
 ndm_i_record *ndm_i_live_record(const ndm_region *region, int64_t slot);
+
+/* Where a value is going to be, and what to undo if it cannot. */
+typedef struct {
+    ndm_i_place place;
+    uint64_t offset, size;
+    uint64_t vacant;   /* end of the bytes from `offset` on that hold no value */
+    uint64_t capacity; /* of the file before */
+} ndm_i_spot;
+
+/* Find room for `size` bytes, 1 or more, and make the file reach there. Nothing else changes. */
+int ndm_i_spot_find(ndm_region *region, uint64_t size, ndm_i_spot *spot);
+
+/* The bytes could not be stored: the file shrinks to what it was. */
+void ndm_i_spot_leave(ndm_region *region, const ndm_i_spot *spot);
+
+/* Make the file reach `end`. */
+int ndm_i_reach(ndm_region *region, uint64_t end);
+
+/* End of the bytes from `place` on that hold no value. */
+uint64_t ndm_i_vacant(const ndm_region *region, ndm_i_place place);
+
+/* Enter a value whose bytes are in place and whose extent is taken. Needs a reserved slot. */
+uint32_t ndm_i_enter_value(ndm_region *region, uint64_t offset, uint64_t size, uint32_t extent, uint8_t engine);
+
+/* Take a live value out of the books; its extent is reusable, or an orphan. */
+void ndm_i_remove_value(ndm_region *region, uint32_t slot);
+
+/* Add a view of a live value. NULL, with the error set, if there is no memory. */
+const char *ndm_i_view_value(ndm_region *region, const ndm_i_record *record);
+
+/* Are the slots all live, and none named twice if `once`? */
+int ndm_i_check_slots(ndm_region *region, const int64_t *slots, uint64_t count, bool once);
+
+int ndm_i_check_engine(int64_t engine);
+
+/* Slot records hold no offset past 2^47, and no process has more address space. */
+static inline uint64_t ndm_i_ceiling(uint64_t max_capacity)
+{
+    return max_capacity < NDM_I_SIZE_LIMIT / 2 ? max_capacity : NDM_I_SIZE_LIMIT / 2;
+}
 
 static inline uint64_t ndm_i_units(const ndm_region *region, uint64_t bytes)
 {

@@ -120,14 +120,19 @@ ndm_i_record *ndm_i_slots_record(const ndm_i_slots *slots, int64_t slot)
     return &records_of(slots)[slot];
 }
 
-int ndm_i_slots_reserve(ndm_i_slots *slots)
+int ndm_i_slots_reserve(ndm_i_slots *slots, uint64_t count)
 {
-    if (slots->first_free != NDM_I_NO_SLOT || slots->count < room(slots))
+    const uint64_t reusable = slots->count - slots->live;
+    const uint64_t needed = count > reusable ? slots->count + (count - reusable) : 0;
+    if (needed <= room(slots))
         return NDM_OK;
-    if (slots->count >= MOST_SLOTS)
+    if (needed > MOST_SLOTS)
         return ndm_i_fail(NDM_ERR_MEMORY, "the region has as many slots as can be numbered");
-    uint64_t old = slots->table.capacity, doubled = old * 2;
-    int status = ndm_i_backing_grow(&slots->table, doubled, doubled, doubled);
+    const uint64_t old = slots->table.capacity;
+    uint64_t wanted = old * 2;
+    while (wanted < HEADER_ROOM + needed * sizeof(ndm_i_record))
+        wanted *= 2;
+    int status = ndm_i_backing_grow(&slots->table, wanted, wanted, wanted);
     if (status != NDM_OK)
         return status;
     status = fill(&slots->table, old);

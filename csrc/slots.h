@@ -52,8 +52,8 @@ void ndm_i_slots_close(ndm_i_slots *slots, const char *unlink_path);
 /* The record of a live or freed slot; NULL if there never was one. Good until the next reserve(). */
 ndm_i_record *ndm_i_slots_record(const ndm_i_slots *slots, int64_t slot);
 
-/* Make sure that the next add() needs no room. */
-int ndm_i_slots_reserve(ndm_i_slots *slots);
+/* Make sure that the next `count` add()s need no room. */
+int ndm_i_slots_reserve(ndm_i_slots *slots, uint64_t count);
 
 /* The number that the next add() will give. */
 uint32_t ndm_i_slots_next(const ndm_i_slots *slots);

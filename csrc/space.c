@@ -82,9 +82,8 @@ int ndm_region_evict(ndm_region *region, const int64_t *slots, uint64_t count)
     int status = ndm_i_enter(region);
     if (status != NDM_OK || !slots)
         return status == NDM_OK ? evict_unpinned(region) : status;
-    for (uint64_t i = 0; i < count; i++)
-        if (!ndm_i_live_record(region, slots[i]))
-            return ndm_last_error()->status;
+    if ((status = ndm_i_check_slots(region, slots, count, false)) != NDM_OK)
+        return status;
     for (uint64_t i = 0; i < count && status == NDM_OK; i++) {
         const ndm_i_record *record = ndm_i_live_record(region, slots[i]);
         const uint64_t offset = ndm_i_record_offset(record), size = ndm_i_record_size(record);

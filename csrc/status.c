@@ -16,6 +16,12 @@ int ndm_i_fail_io(int os_errno, const char *message)
     return NDM_ERR_IO;
 }
 
+int ndm_i_fail_slot(int status, int64_t slot)
+{
+    last = (ndm_error){.status = status, .slot = slot, .message = "a slot of the batch is not live"};
+    return status;
+}
+
 int ndm_i_fail_capacity(uint64_t required, uint64_t limit)
 {
     last = (ndm_error){.status = NDM_ERR_CAPACITY,

@@ -7,6 +7,7 @@
 /* Each records the details and returns the status. `message` is a static string. */
 int ndm_i_fail(int status, const char *message);
 int ndm_i_fail_io(int os_errno, const char *message);
+int ndm_i_fail_slot(int status, int64_t slot);
 int ndm_i_fail_capacity(uint64_t required, uint64_t limit);
 
 #endif

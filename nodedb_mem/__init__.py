@@ -20,6 +20,7 @@ from nodedb_mem.errors import (
     UnknownEngineError,
     WrongThreadError,
 )
+from nodedb_mem.parts import SlotParts
 from nodedb_mem.region import Compaction, EngineUsage, OverflowRegion, OverflowSlot, RegionStats
 from nodedb_mem.tuning import MemoryTuning
 
@@ -40,6 +41,7 @@ __all__ = [
     "RegionError",
     "RegionIOError",
     "RegionStats",
+    "SlotParts",
     "StaleSlotError",
     "UnknownEngineError",
     "WrongThreadError",

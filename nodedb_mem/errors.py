@@ -176,7 +176,7 @@ def raise_status(status: int, *, path: str | None = None, slot: int | None = Non
     path
         The file concerned, for the message.
     slot
-        The slot asked for, for the message.
+        The slot asked for, for the message; None where the core knows which of several it was.
     """
     error = lib.ndm_last_error()
     message = ffi.string(error.message).decode() if error.message else ""
@@ -184,9 +184,9 @@ def raise_status(status: int, *, path: str | None = None, slot: int | None = Non
         case lib.NDM_ERR_ARGUMENT:
             raise ValueError(message)
         case lib.NDM_ERR_NO_SLOT:
-            raise InvalidSlotError(-1 if slot is None else slot, "never existed")
+            raise InvalidSlotError(error.slot if slot is None else slot, "never existed")
         case lib.NDM_ERR_FREED_SLOT:
-            raise InvalidSlotError(-1 if slot is None else slot, "has been freed")
+            raise InvalidSlotError(error.slot if slot is None else slot, "has been freed")
         case lib.NDM_ERR_CAPACITY:
             raise CapacityExceededError(error.required, error.limit)
         case lib.NDM_ERR_WRONG_THREAD:

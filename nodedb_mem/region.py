@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 from nodedb_mem._core import ffi, lib
 from nodedb_mem.engine import KNOWN_ENGINES, EngineId
 from nodedb_mem.errors import InvalidSlotError, raise_status
+from nodedb_mem.parts import SlotParts
 from nodedb_mem.tuning import (
     DEFAULT_ALIGNMENT,
     DEFAULT_CACHE_LIMIT,
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    Slots = Iterable[int] | Buffer  # slot numbers, or a buffer of int64
+
 _buffer = ffi.buffer
 _from_buffer = ffi.from_buffer
 _gc = ffi.gc
@@ -38,6 +41,8 @@ _release = lib.ndm_view_release
 
 _NO_LIMIT = (1 << 63) - 1
 _UNLIMITED = (1 << 64) - 1
+_ONLY_BYTES = {bytes}
+_JOIN = 4096  # values of up to this many bytes on average are joined for a batch
 _SCRATCH = 4096  # values up to this many bytes become `bytes` by way of a reused buffer
 
 
@@ -77,7 +82,7 @@ class Compaction:
 
 @dataclass(frozen=True)
 class RegionStats:
-    """Figures of a region; all sizes in bytes. Those of disk and RAM, which the system changes by itself, don't compare.
+    """Figures of a region; all sizes in bytes. Those of disk and RAM, which change by themselves, don't compare.
 
     Attributes
     ----------
@@ -181,7 +186,7 @@ class OverflowRegion:
         The system refused, or the path is not a regular file (EINVAL), or holds data that no region wrote (EEXIST).
     """
 
-    __slots__ = ("__weakref__", "_engines", "_handle", "_path", "_scratch", "_sizes", "_where")
+    __slots__ = ("__weakref__", "_alignment", "_engines", "_handle", "_parts", "_path", "_scratch", "_sizes", "_where")
 
     _handle: Any
 
@@ -223,6 +228,8 @@ class OverflowRegion:
                 self.close()
                 raise
         self._engines: dict[int, int] = KNOWN_ENGINES
+        self._parts: dict[int, SlotParts] = {}
+        self._alignment = alignment
         # Each is taken while in use: a signal handler or finalizer that reads in between takes a new one.
         self._sizes = [ffi.new("uint64_t *")]
         self._scratch = [_new_scratch()]
@@ -284,9 +291,7 @@ class OverflowRegion:
         region = cls.__new__(cls)
         region._path = None
         name = os.fsencode(tempfile.gettempdir() if directory is None else directory)
-        region._open(
-            lib.ndm_region_open_temporary, name, initial_capacity, max_capacity, alignment, cache_limit
-        )
+        region._open(lib.ndm_region_open_temporary, name, initial_capacity, max_capacity, alignment, cache_limit)
         return region
 
     # -- values ---------------------------------------------------------------------------------------------------
@@ -329,6 +334,224 @@ class OverflowRegion:
         if slot < 0:
             self._raise(slot)
         return slot
+
+    def write_vectored(self, buffers: Iterable[Buffer], engine: int, *, aligned: bool = False) -> int:
+        """Gather several buffers into one slot, with one copy each.
+
+        Parameters
+        ----------
+        buffers
+            The parts, in order; C-contiguous.
+        engine
+            As for `write`.
+        aligned
+            Start every part at a multiple of the region's alignment, with zeros between. Otherwise they follow each
+            other without gaps.
+
+        Returns
+        -------
+        int
+            The slot's number. `parts` tells where its parts are.
+
+        Raises
+        ------
+        ValueError
+            There are no buffers.
+        TypeError, BufferError, ValueError, CapacityExceededError, RegionIOError
+            As for `write`.
+        """
+        if engine.__class__ is not EngineId:
+            self._learn_engine(engine)
+        sources = _exported_all(buffers)
+        sizes = tuple(map(len, sources))
+        slot: int = lib.ndm_region_write_vectored(self._handle, sources, sizes, len(sizes), aligned, engine)
+        del sources
+        if slot < 0:
+            self._raise(slot)
+        self._parts[slot] = SlotParts.layout(sizes, self._alignment if aligned else 1)
+        return slot
+
+    def parts(self, slot: int) -> SlotParts:
+        """Tell where the parts of a live slot lie in its value: one part, unless `write_vectored` wrote it.
+
+        The layout is the region object's knowledge, not the file's.
+        """
+        facts = self.slot(slot)
+        if not facts.occupied:
+            raise InvalidSlotError(slot, "has been freed")
+        return self._parts.get(slot) or SlotParts((0,), (facts.size,))
+
+    def write_many(
+        self, buffers: Iterable[Buffer] | Buffer, engine: int, *, lengths: Buffer | None = None
+    ) -> list[int] | memoryview:
+        """Write many values in one call, all or none.
+
+        Parameters
+        ----------
+        buffers
+            A value each; or, with `lengths`, one buffer with the values one after the other.
+        engine
+            As for `write`.
+        lengths
+            Bytes of each value: a buffer of int64 that add up to the size of `buffers`.
+
+        Returns
+        -------
+        list of int, or memoryview
+            The slots, in order. With `lengths`, a buffer of int64 (`numpy.frombuffer(slots, "int64")`).
+
+        Raises
+        ------
+        ValueError
+            There are no buffers; a length is negative; the lengths don't add up to the buffer.
+        TypeError, BufferError, ValueError, CapacityExceededError, RegionIOError
+            As for `write`; nothing has been written.
+        """
+        if engine.__class__ is not EngineId:
+            self._learn_engine(engine)
+        if lengths is not None:
+            return self._write_packed(buffers, lengths, engine)  # type: ignore[arg-type]
+        values: list[Any] = list(buffers)  # type: ignore[arg-type]
+        count = len(values)
+        slots = ffi.new("int64_t[]", count)
+        # Joining small values costs less than taking the address of each. Only of bytes, whose lengths cannot change.
+        if set(map(type, values)) == _ONLY_BYTES and (total := sum(sizes := list(map(len, values)))) <= count * _JOIN:
+            data = b"".join(values)
+            status = lib.ndm_region_write_packed(self._handle, data, total, sizes, count, engine, slots)
+        else:
+            sources = _exported_all(values)
+            status = lib.ndm_region_write_many(self._handle, sources, list(map(len, sources)), count, engine, slots)
+            del sources
+        if status < 0:
+            self._raise(status)
+        return ffi.unpack(slots, count)  # type: ignore[no-any-return]
+
+    def _write_packed(self, data: Buffer, lengths: Buffer, engine: int) -> memoryview:
+        source = _exported(data)
+        sizes = _int64_array(lengths)
+        slots = bytearray(8 * len(sizes))
+        target = _from_buffer("int64_t[]", slots)
+        status = lib.ndm_region_write_packed(self._handle, source, len(source), sizes, len(sizes), engine, target)
+        del source, sizes, target
+        if status < 0:
+            self._raise(status)
+        return memoryview(slots).cast("q")
+
+    def allocate(self, size: int, engine: int) -> tuple[int, memoryview]:
+        """Make room for a value that is filled in place, without a copy.
+
+        Parameters
+        ----------
+        size
+            Of the value, in bytes.
+        engine
+            As for `write`.
+
+        Returns
+        -------
+        slot : int
+        view : memoryview
+            Writable, all zeros. It pins the slot like a view of `read`. Call `commit` when the value is complete:
+            readers in other processes see it only then.
+
+        Raises
+        ------
+        ValueError
+            `size` is negative, or `engine` is not 0 to 255.
+        CapacityExceededError, RegionIOError
+            As for `write`; EOPNOTSUPP on a file system (btrfs) where a store might find no block.
+        """
+        if engine.__class__ is not EngineId:
+            self._learn_engine(engine)
+        length = index(size)
+        if not 0 <= length < 1 << 63:
+            raise ValueError("size must not be negative, and below 2**63")
+        view = ffi.new("char **")
+        slot: int = lib.ndm_region_allocate(self._handle, length, engine, view)
+        if slot < 0:
+            self._raise(slot)
+        return slot, memoryview(_buffer(_gc(view[0], _release), length))
+
+    def commit(self, slot: int) -> None:
+        """Declare the value of an allocated slot complete. Its views stay writable, but should be left alone now."""
+        self._slot_call(lib.ndm_region_commit, slot)
+
+    def restore(self, slot: int) -> memoryview:
+        """View a value as a private, writable copy, made page by page when it is written to.
+
+        Returns
+        -------
+        memoryview
+            Writable bytes. The stored value never changes, untouched pages cost no RAM of their own, and the slot is
+            pinned as by `read`.
+
+        Raises
+        ------
+        InvalidSlotError
+            The slot never existed, or has been freed.
+        RegionIOError
+            The system has no room for one more mapping (ENOMEM).
+        """
+        size = ffi.new("uint64_t *")
+        try:
+            view = lib.ndm_region_restore(self._handle, index(slot), size)
+        except OverflowError:
+            self._raise(lib.NDM_ERR_NO_SLOT, slot)
+        if not view:
+            self._raise(lib.ndm_last_error().status, slot)
+        return memoryview(_buffer(_gc(view, _release), size[0]))
+
+    def read_many(self, slots: Slots) -> list[memoryview]:
+        """View many values, as `read` does, in one call; all or none. `slots` may be a buffer of int64."""
+        wanted = _slot_array(slots)
+        count = len(wanted)
+        views, sizes = ffi.new("const char *[]", count), ffi.new("uint64_t[]", count)
+        self._check(lib.ndm_region_read_many(self._handle, wanted, count, views, sizes))
+        return [
+            memoryview(_buffer(_gc(view, _release), size)).toreadonly() for view, size in zip(views, sizes, strict=True)
+        ]
+
+    def read_many_into(self, slots: Slots, buffer: Buffer) -> memoryview:
+        """Copy many values to a writable buffer, one after the other.
+
+        Returns
+        -------
+        memoryview
+            Their sizes in bytes, as int64.
+
+        Raises
+        ------
+        ValueError
+            The buffer is too small; nothing has been copied.
+        InvalidSlotError
+            One of `slots` is no live slot; nothing has been copied.
+        """
+        wanted = _slot_array(slots)
+        target = _exported(buffer, require_writable=True)
+        lengths = bytearray(8 * len(wanted))
+        out = _from_buffer("int64_t[]", lengths)
+        room = len(target)
+        size = lib.ndm_region_load_many(self._handle, wanted, len(wanted), target, room, out)
+        del target, out
+        if self._check(size) > room:
+            raise ValueError(f"the values have {size} bytes, the buffer has room for {room}")
+        return memoryview(lengths).cast("q")
+
+    def free_many(self, slots: Slots) -> None:
+        """Free many slots in one call, all or none. `slots` may be a buffer of int64.
+
+        Raises
+        ------
+        ValueError
+            A slot is listed twice; nothing has been freed.
+        InvalidSlotError
+            One of `slots` is no live slot; nothing has been freed.
+        """
+        wanted = _slot_array(slots)
+        self._check(lib.ndm_region_free_many(self._handle, wanted, len(wanted)))
+        if self._parts:
+            for slot in wanted:
+                self._parts.pop(slot, None)
 
     def read(self, slot: int) -> memoryview:
         """View a value in place, without a copy.
@@ -426,6 +649,8 @@ class OverflowRegion:
             status = lib.NDM_ERR_NO_SLOT
         if status < 0:
             self._raise(status, slot)
+        if self._parts:
+            self._parts.pop(slot, None)
 
     def slot(self, slot: int) -> OverflowSlot:
         """Describe a slot, live or freed.
@@ -505,7 +730,7 @@ class OverflowRegion:
         self._check(lib.ndm_region_compact(self._handle, min(limit, _NO_LIMIT), out))
         return Compaction(out.moved_bytes, out.remaining_bytes)
 
-    def evict(self, slots: Iterable[int] | None = None) -> None:
+    def evict(self, slots: Slots | None = None) -> None:
         """Write values back to disk and drop them from RAM, now.
 
         Parameters
@@ -523,13 +748,9 @@ class OverflowRegion:
         """
         if slots is None:
             self._check(lib.ndm_region_evict(self._handle, ffi.NULL, 0))
-            return
-        wanted = list(slots)
-        for slot in wanted:
-            if slot not in self:
-                self.slot(slot)  # raises if it never existed
-                raise InvalidSlotError(slot, "has been freed")
-        self._check(lib.ndm_region_evict(self._handle, wanted, len(wanted)))
+        else:
+            wanted = _slot_array(slots)
+            self._check(lib.ndm_region_evict(self._handle, wanted, len(wanted)))
 
     def flush(self) -> None:
         """Wait until every value is written back to the disk. Raises `RegionIOError` if that failed."""
@@ -635,6 +856,14 @@ class OverflowRegion:
         if engine.__class__ is not int and number not in KNOWN_ENGINES:
             self._engines = self._engines | {number: engine}
 
+    def _slot_call(self, function: Any, slot: int) -> None:
+        try:
+            status = function(self._handle, index(slot))
+        except OverflowError:
+            status = lib.NDM_ERR_NO_SLOT
+        if status < 0:
+            self._raise(status, slot)
+
     def _check(self, status: int) -> int:
         if status < 0:
             self._raise(status)
@@ -659,6 +888,37 @@ def _exported(data: Buffer, *, require_writable: bool = False) -> Any:
         if "contiguous" in str(error):  # NumPy says it with a ValueError
             raise BufferError(str(error)) from None
         raise
+
+
+def _exported_all(buffers: Iterable[Buffer]) -> list[Any]:
+    sources = [_exported(data) for data in buffers]
+    if not sources:
+        raise ValueError("no buffers given")
+    return sources
+
+
+def _int64_array(data: Buffer) -> Any:
+    with memoryview(data) as view:
+        if view.format not in ("q", "l") or view.itemsize != 8:
+            raise TypeError(f"a buffer of int64 is needed, not of {view.format!r}")
+    return _from_buffer("int64_t[]", data)
+
+
+def _slot_array(slots: Slots) -> Any:
+    if isinstance(slots, list | tuple):
+        numbers = slots
+    else:
+        try:
+            return _int64_array(slots)  # type: ignore[arg-type]
+        except TypeError:
+            if isinstance(slots, bytes | bytearray | memoryview) or not hasattr(slots, "__iter__"):
+                raise
+            numbers = list(slots)  # type: ignore[arg-type]
+    values = list(map(index, numbers))
+    try:
+        return ffi.new("int64_t[]", values)
+    except OverflowError:
+        raise InvalidSlotError(max(values, key=abs)) from None
 
 
 def _new_scratch() -> tuple[Any, Any]:

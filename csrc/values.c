@@ -1,0 +1,307 @@
+/* One value: write, allocate, read, restore, free. */
+#include "region.h"
+
+#include "status.h"
+
+#include <string.h>
+
+/* What a view of an empty value points to. */
+static char nothing[1];
+
+/* ---- room ----------------------------------------------------------------------------------------------- */
+
+int ndm_i_reach(ndm_region *region, uint64_t end)
+{
+    if (end <= region->data.capacity)
+        return NDM_OK;
+    const uint64_t ceiling = ndm_i_ceiling(region->max_capacity);
+    if (end > ceiling)
+        return ndm_i_fail_capacity(end, ceiling);
+    uint64_t wanted = region->data.capacity * 2;
+    if (wanted < end)
+        wanted = end;
+    if (wanted > ceiling)
+        wanted = ceiling;
+    return ndm_i_grains_grow(&region->grains, end, wanted, ceiling);
+}
+
+uint64_t ndm_i_vacant(const ndm_region *region, ndm_i_place place)
+{
+    const ndm_i_extents *extents = &region->extents;
+    if (place.hole == NDM_I_NONE || place.hole == ndm_i_extents_last(extents))
+        return UINT64_MAX;
+    return (place.offset + ndm_i_extents_length(extents, place.hole)) << region->unit_shift;
+}
+
+int ndm_i_spot_find(ndm_region *region, uint64_t size, ndm_i_spot *spot)
+{
+    if (size >= NDM_I_SIZE_LIMIT / 2)
+        return ndm_i_fail_capacity(size, ndm_i_ceiling(region->max_capacity));
+    if (!ndm_i_extents_reserve(&region->extents))
+        return ndm_i_fail(NDM_ERR_MEMORY, "no memory for an extent");
+    *spot = (ndm_i_spot){.size = size, .capacity = region->data.capacity};
+    spot->place = ndm_i_extents_find(&region->extents, ndm_i_units(region, size));
+    spot->offset = spot->place.offset << region->unit_shift;
+    spot->vacant = ndm_i_vacant(region, spot->place);
+    return ndm_i_reach(region, spot->offset + size);
+}
+
+void ndm_i_spot_leave(ndm_region *region, const ndm_i_spot *spot)
+{
+    if (region->data.capacity > spot->capacity)
+        ndm_i_grains_shrink(&region->grains, spot->capacity);
+}
+
+/* ---- the books ------------------------------------------------------------------------------------------ */
+
+int ndm_i_check_engine(int64_t engine)
+{
+    return engine >= 0 && engine <= 255 ? NDM_OK : ndm_i_fail(NDM_ERR_ARGUMENT, "engine must be 0 to 255");
+}
+
+uint32_t ndm_i_enter_value(ndm_region *region, uint64_t offset, uint64_t size, uint32_t extent, uint8_t engine)
+{
+    const uint32_t slot = ndm_i_slots_add(&region->slots, offset, size, engine, extent);
+    if (extent != NDM_I_NONE)
+        ndm_i_extents_set_tag(&region->extents, extent, slot);
+    region->live_bytes += size;
+    region->engine_bytes[engine] += size;
+    region->engine_slots[engine]++;
+    if (region->used_bytes < offset + size)
+        region->used_bytes = offset + size;
+    return slot;
+}
+
+/* The bytes are in the spot: take it, and enter the value. */
+static uint32_t settle(ndm_region *region, const ndm_i_spot *spot, uint8_t engine)
+{
+    const uint32_t extent =
+        ndm_i_extents_take(&region->extents, spot->place, ndm_i_units(region, spot->size), NDM_I_NONE);
+    region->growths += region->data.capacity > spot->capacity;
+    return ndm_i_enter_value(region, spot->offset, spot->size, extent, engine);
+}
+
+void ndm_i_remove_value(ndm_region *region, uint32_t slot)
+{
+    const ndm_i_record *record = ndm_i_slots_record(&region->slots, slot);
+    const uint32_t extent = ndm_i_record_link(record);
+    const uint8_t engine = ndm_i_record_engine(record);
+    region->live_bytes -= ndm_i_record_size(record);
+    region->engine_bytes[engine] -= ndm_i_record_size(record);
+    region->engine_slots[engine]--;
+    ndm_i_slots_remove(&region->slots, slot);
+    if (extent == NDM_I_NONE)
+        return;
+    if (ndm_i_views_orphan(&region->home, extent)) {
+        ndm_i_extents_set_tag(&region->extents, extent, NDM_I_NONE);
+        region->pinned_bytes += ndm_i_extents_length(&region->extents, extent) << region->unit_shift;
+    } else {
+        ndm_i_extents_release(&region->extents, extent);
+    }
+}
+
+int ndm_region_free(ndm_region *region, int64_t slot)
+{
+    int status = ndm_i_enter(region);
+    if (status != NDM_OK)
+        return status;
+    if (!ndm_i_live_record(region, slot))
+        return ndm_last_error()->status;
+    ndm_i_remove_value(region, (uint32_t)slot);
+    return NDM_OK;
+}
+
+/* ---- writing -------------------------------------------------------------------------------------------- */
+
+/* What every writing verb checks and reserves first. */
+static int begin(ndm_region *region, int64_t engine)
+{
+    int status = ndm_i_enter(region);
+    if (status == NDM_OK)
+        status = ndm_i_check_engine(engine);
+    return status == NDM_OK ? ndm_i_slots_reserve(&region->slots, 1) : status;
+}
+
+int64_t ndm_region_write(ndm_region *region, const void *data, uint64_t size, int64_t engine)
+{
+    ndm_i_spot spot;
+    int status = begin(region, engine);
+    if (status != NDM_OK)
+        return status;
+    if (size == 0)
+        return ndm_i_enter_value(region, 0, 0, NDM_I_NONE, (uint8_t)engine);
+    if ((status = ndm_i_spot_find(region, size, &spot)) != NDM_OK)
+        return status;
+    if ((status = ndm_i_grains_store(&region->grains, spot.offset, data, size, spot.vacant)) != NDM_OK) {
+        ndm_i_spot_leave(region, &spot);
+        return status;
+    }
+    return settle(region, &spot, (uint8_t)engine);
+}
+
+/* Size of the value that `count` parts make, each but the first starting at a multiple of `alignment`; UINT64_MAX when
+ * that is more than any region holds. */
+static uint64_t vectored_size(const uint64_t *sizes, uint64_t count, uint64_t alignment)
+{
+    uint64_t total = 0;
+    for (uint64_t i = 0; i < count; i++) {
+        total = (total + alignment - 1) & ~(alignment - 1);
+        if (sizes[i] >= NDM_I_SIZE_LIMIT || (total += sizes[i]) >= NDM_I_SIZE_LIMIT)
+            return UINT64_MAX;
+    }
+    return total;
+}
+
+static int store_parts(ndm_region *region, const ndm_i_spot *spot, const void *const *parts, const uint64_t *sizes,
+                       uint64_t count, uint64_t alignment)
+{
+    static const uint8_t padding[4096];
+    uint64_t at = 0;
+    for (uint64_t i = 0; i < count; i++) {
+        const uint64_t start = (at + alignment - 1) & ~(alignment - 1);
+        int status = NDM_OK;
+        if (start > at)
+            status = ndm_i_grains_store(&region->grains, spot->offset + at, padding, start - at, spot->vacant);
+        if (status == NDM_OK && sizes[i] > 0)
+            status = ndm_i_grains_store(&region->grains, spot->offset + start, parts[i], sizes[i], spot->vacant);
+        if (status != NDM_OK)
+            return status;
+        at = start + sizes[i];
+    }
+    return NDM_OK;
+}
+
+int64_t ndm_region_write_vectored(ndm_region *region, const void *const *parts, const uint64_t *sizes, uint64_t count,
+                                  int aligned, int64_t engine)
+{
+    ndm_i_spot spot;
+    int status = begin(region, engine);
+    if (status != NDM_OK)
+        return status;
+    const uint64_t alignment = aligned ? (uint64_t)1 << region->unit_shift : 1;
+    const uint64_t size = vectored_size(sizes, count, alignment);
+    if (size == 0)
+        return ndm_i_enter_value(region, 0, 0, NDM_I_NONE, (uint8_t)engine);
+    if ((status = ndm_i_spot_find(region, size, &spot)) != NDM_OK)
+        return status;
+    if ((status = store_parts(region, &spot, parts, sizes, count, alignment)) != NDM_OK) {
+        ndm_i_spot_leave(region, &spot);
+        return status;
+    }
+    return settle(region, &spot, (uint8_t)engine);
+}
+
+int64_t ndm_region_allocate(ndm_region *region, uint64_t size, int64_t engine, char **view)
+{
+    ndm_i_spot spot;
+    int status = begin(region, engine);
+    if (status != NDM_OK)
+        return status;
+    if (size == 0) {
+        *view = nothing;
+        return ndm_i_enter_value(region, 0, 0, NDM_I_NONE, (uint8_t)engine);
+    }
+    if ((status = ndm_i_spot_find(region, size, &spot)) != NDM_OK)
+        return status;
+    if ((status = ndm_i_grains_clear(&region->grains, spot.offset, size, spot.vacant)) != NDM_OK)
+        goto fail;
+    char *address = (char *)region->data.mapping->base + spot.offset;
+    const uint32_t extent = ndm_i_extents_take(&region->extents, spot.place, ndm_i_units(region, size), NDM_I_NONE);
+    if (!ndm_i_views_add(&region->home, extent, region->data.mapping, address, size)) {
+        status = ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
+        ndm_i_extents_release(&region->extents, extent);
+        goto fail;
+    }
+    region->growths += region->data.capacity > spot.capacity;
+    *view = address;
+    return ndm_i_enter_value(region, spot.offset, size, extent, (uint8_t)engine);
+
+fail:
+    ndm_i_spot_leave(region, &spot);
+    return status;
+}
+
+int ndm_region_commit(ndm_region *region, int64_t slot)
+{
+    int status = ndm_i_enter(region);
+    if (status == NDM_OK && !ndm_i_live_record(region, slot))
+        status = ndm_last_error()->status;
+    return status;
+}
+
+/* ---- reading -------------------------------------------------------------------------------------------- */
+
+const char *ndm_region_read(ndm_region *region, int64_t slot, uint64_t *size)
+{
+    if (ndm_i_enter(region) != NDM_OK)
+        return NULL;
+    const ndm_i_record *record = ndm_i_live_record(region, slot);
+    if (!record)
+        return NULL;
+    const char *view = ndm_i_view_value(region, record);
+    if (view)
+        *size = ndm_i_record_size(record);
+    return view;
+}
+
+const char *ndm_i_view_value(ndm_region *region, const ndm_i_record *record)
+{
+    const uint64_t offset = ndm_i_record_offset(record), size = ndm_i_record_size(record);
+    if (size == 0)
+        return nothing;
+    ndm_i_mapping *mapping = region->data.mapping;
+    const char *view = (const char *)mapping->base + offset;
+    if (!ndm_i_views_add(&region->home, ndm_i_record_link(record), mapping, view, size)) {
+        ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
+        return NULL;
+    }
+    ndm_i_grains_fetch(&region->grains, offset, size);
+    return view;
+}
+
+char *ndm_region_restore(ndm_region *region, int64_t slot, uint64_t *size)
+{
+    if (ndm_i_enter(region) != NDM_OK)
+        return NULL;
+    const ndm_i_record *record = ndm_i_live_record(region, slot);
+    if (!record)
+        return NULL;
+    if (ndm_i_record_size(record) == 0) {
+        *size = 0;
+        return nothing;
+    }
+    char *view;
+    ndm_i_mapping *mapping =
+        ndm_i_backing_map_private(&region->data, ndm_i_record_offset(record), ndm_i_record_size(record), &view);
+    if (!mapping)
+        return NULL;
+    const bool added = ndm_i_views_add(&region->home, ndm_i_record_link(record), mapping, view, ndm_i_record_size(record));
+    ndm_i_mapping_unref(mapping); /* the view holds it */
+    if (!added) {
+        ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
+        return NULL;
+    }
+    ndm_i_grains_fetch(&region->grains, ndm_i_record_offset(record), ndm_i_record_size(record));
+    *size = ndm_i_record_size(record);
+    return view;
+}
+
+void ndm_view_release(const char *view)
+{
+    if (view && view != nothing)
+        ndm_i_views_drop(view);
+}
+
+int64_t ndm_region_read_into(ndm_region *region, int64_t slot, void *buffer, uint64_t capacity)
+{
+    int status = ndm_i_enter(region);
+    if (status != NDM_OK)
+        return status;
+    const ndm_i_record *record = ndm_i_live_record(region, slot);
+    if (!record)
+        return ndm_last_error()->status;
+    const uint64_t size = ndm_i_record_size(record);
+    if (size > 0 && size <= capacity)
+        status = ndm_i_grains_load(&region->grains, ndm_i_record_offset(record), buffer, size);
+    return status == NDM_OK ? (int64_t)size : status;
+}
