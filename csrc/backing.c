@@ -65,7 +65,34 @@ static int examine(ndm_i_backing *backing)
     return NDM_OK;
 }
 
-int ndm_i_backing_open(ndm_i_backing *backing, const char *path, bool create)
+bool ndm_i_backing_lock_byte(const ndm_i_backing *backing, uint64_t byte, bool lock)
+{
+    struct flock range = {
+        .l_type = lock ? F_WRLCK : F_UNLCK, .l_whence = SEEK_SET, .l_start = (off_t)byte, .l_len = 1};
+    return fcntl(backing->fd, F_OFD_SETLK, &range) == 0;
+}
+
+bool ndm_i_backing_is_byte_locked(const ndm_i_backing *backing, uint64_t byte)
+{
+    struct flock range = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = (off_t)byte, .l_len = 1};
+    return fcntl(backing->fd, F_OFD_GETLK, &range) == 0 && range.l_type != F_UNLCK;
+}
+
+uint64_t ndm_i_backing_size(const ndm_i_backing *backing)
+{
+    struct stat facts;
+    return fstat(backing->fd, &facts) == 0 ? (uint64_t)facts.st_size : 0;
+}
+
+/* false with errno EWOULDBLOCK or EACCES: somebody else has it. */
+static bool lock_file(const ndm_i_backing *backing, int lock)
+{
+    if (lock == NDM_I_LOCK_FILE)
+        return flock(backing->fd, LOCK_EX | LOCK_NB) == 0;
+    return lock == NDM_I_LOCK_NONE || ndm_i_backing_lock_byte(backing, 0, true);
+}
+
+int ndm_i_backing_open(ndm_i_backing *backing, const char *path, bool create, int lock)
 {
     *backing = (ndm_i_backing){.fd = -1};
     const int flags = O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY;
@@ -80,8 +107,8 @@ int ndm_i_backing_open(ndm_i_backing *backing, const char *path, bool create)
         return ndm_i_fail_io(errno, "cannot open the file");
     if ((status = examine(backing)) != NDM_OK)
         goto fail;
-    if (flock(backing->fd, LOCK_EX | LOCK_NB) != 0) {
-        status = errno == EWOULDBLOCK ? ndm_i_fail(NDM_ERR_BUSY, "the file is locked by another region")
+    if (!lock_file(backing, lock)) {
+        status = errno == EWOULDBLOCK || errno == EACCES ? ndm_i_fail(NDM_ERR_BUSY, "the file is locked by another region")
                                       : ndm_i_fail_io(errno, "cannot lock the file");
         backing->created = false; /* somebody else's by now */
         goto fail;
@@ -91,6 +118,30 @@ int ndm_i_backing_open(ndm_i_backing *backing, const char *path, bool create)
 fail:
     ndm_i_backing_close(backing, backing->created ? path : NULL);
     return status;
+}
+
+int ndm_i_backing_open_to_read(ndm_i_backing *backing, const char *path)
+{
+    *backing = (ndm_i_backing){.fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY)};
+    if (backing->fd < 0)
+        return ndm_i_fail_io(errno, "cannot open the file");
+    int status = examine(backing);
+    if (status != NDM_OK)
+        ndm_i_backing_close(backing, NULL);
+    return status;
+}
+
+bool ndm_i_backing_flock(const ndm_i_backing *backing, bool whole)
+{
+    return flock(backing->fd, whole ? LOCK_EX | LOCK_NB : LOCK_UN) == 0;
+}
+
+int ndm_i_backing_flock_to_read(const ndm_i_backing *backing)
+{
+    while (flock(backing->fd, LOCK_SH) != 0)
+        if (errno != EINTR)
+            return ndm_i_fail_io(errno, "cannot lock the file for reading");
+    return NDM_OK;
 }
 
 static int unnamed_file(const char *directory)
@@ -226,6 +277,24 @@ ndm_i_mapping *ndm_i_backing_map_private(const ndm_i_backing *backing, uint64_t 
     return mapping;
 }
 
+ndm_i_mapping *ndm_i_backing_map_to_read(const ndm_i_backing *backing, uint64_t length)
+{
+    ndm_i_mapping *mapping = malloc(sizeof *mapping);
+    if (!mapping) {
+        ndm_i_fail(NDM_ERR_MEMORY, "no memory for a mapping");
+        return NULL;
+    }
+    uint8_t *base = mmap(NULL, length, PROT_READ, MAP_SHARED | MAP_NORESERVE, backing->fd, 0);
+    if (base == MAP_FAILED) {
+        ndm_i_fail_io(errno, "cannot map the file");
+        free(mapping);
+        return NULL;
+    }
+    madvise(base, length, MADV_RANDOM);
+    *mapping = (ndm_i_mapping){.base = base, .length = length, .users = 1};
+    return mapping;
+}
+
 /* The whole pages inside [address, address + size), or touching it; 0 if there are none. */
 static uint64_t pages_of(uint8_t **address, uint64_t size, bool inside)
 {
@@ -289,11 +358,11 @@ int ndm_i_backing_check_writable(const ndm_i_backing *backing, uint64_t end)
     return NDM_OK;
 }
 
-int ndm_i_backing_start(ndm_i_backing *backing, uint64_t capacity, uint64_t ceiling)
+int ndm_i_backing_start(ndm_i_backing *backing, uint64_t capacity, uint64_t ceiling, bool keep)
 {
-    if (backing->capacity > 0 && ftruncate(backing->fd, 0) != 0)
+    if (!keep && backing->capacity > 0 && ftruncate(backing->fd, 0) != 0)
         return ndm_i_fail_io(errno, "cannot empty the file");
-    int refused = set_size(backing->fd, capacity);
+    int refused = keep && backing->capacity == capacity ? 0 : set_size(backing->fd, capacity);
     if (refused)
         return ndm_i_fail_io(refused, "cannot size the file");
     backing->capacity = capacity;
@@ -461,6 +530,7 @@ void ndm_i_backing_close(ndm_i_backing *backing, const char *unlink_path)
         unlink(unlink_path);
     if (backing->fd >= 0) {
         flock(backing->fd, LOCK_UN); /* a forked child may hold the same open file for long */
+        ndm_i_backing_lock_byte(backing, 0, false);
         close(backing->fd);
     }
     backing->fd = -1;

@@ -39,7 +39,32 @@ typedef struct {
 
 /* Open `path` (not through a symlink, regular files only), create it (0600) if it is missing and `create` is set, and
  * lock it. The file's size becomes the capacity. Nothing is mapped or changed yet. */
-int ndm_i_backing_open(ndm_i_backing *backing, const char *path, bool create);
+int ndm_i_backing_open(ndm_i_backing *backing, const char *path, bool create, int lock);
+
+/* How a file is locked: as a whole (flock), or by its first byte (a lock of the open file, F_OFD_SETLK), which leaves
+ * flock to say who reads. */
+enum { NDM_I_LOCK_FILE, NDM_I_LOCK_BYTE, NDM_I_LOCK_NONE };
+
+/* Lock, or unlock, one byte for this open file. false: another has it. */
+bool ndm_i_backing_lock_byte(const ndm_i_backing *backing, uint64_t byte, bool lock);
+
+/* Has another open file that byte? */
+bool ndm_i_backing_is_byte_locked(const ndm_i_backing *backing, uint64_t byte);
+
+/* The file's size now; 0 if it cannot be told. */
+uint64_t ndm_i_backing_size(const ndm_i_backing *backing);
+
+/* Open `path` for reading only. The caller has no lock. */
+int ndm_i_backing_open_to_read(ndm_i_backing *backing, const char *path);
+
+/* `whole`: lock the file against readers, false if there are some. Otherwise let them in again. */
+bool ndm_i_backing_flock(const ndm_i_backing *backing, bool whole);
+
+/* Say that a reader is there, until the file is closed. Waits while the owner bars readers. */
+int ndm_i_backing_flock_to_read(const ndm_i_backing *backing);
+
+/* Map `length` bytes for reading only; those past the end may become part of the file later. NULL with the error set. */
+ndm_i_mapping *ndm_i_backing_map_to_read(const ndm_i_backing *backing, uint64_t length);
 
 /* An unnamed file in `directory`, or in memory if it is NULL. */
 int ndm_i_backing_open_unnamed(ndm_i_backing *backing, const char *directory);
@@ -47,8 +72,8 @@ int ndm_i_backing_open_unnamed(ndm_i_backing *backing, const char *directory);
 /* 1 if the file has a byte that is not part of a hole, 0 if not. */
 int ndm_i_backing_has_data(const ndm_i_backing *backing);
 
-/* Give the file `capacity` bytes, all of them holes, and map it with room for `ceiling`. */
-int ndm_i_backing_start(ndm_i_backing *backing, uint64_t capacity, uint64_t ceiling);
+/* Give the file `capacity` bytes and map it with room for `ceiling`. `keep` what is there, or make it all holes. */
+int ndm_i_backing_start(ndm_i_backing *backing, uint64_t capacity, uint64_t ceiling, bool keep);
 
 /* Extend the file to `wanted` bytes or, if the system refuses that, to `needed`. The mapping is replaced only
  * when its address space ends below; the new one has room for `ceiling` if it can be had. */

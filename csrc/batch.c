@@ -110,7 +110,8 @@ static int write_batch(ndm_region *region, const values *batch, int64_t engine, 
         const uint32_t extent = places[i].extent;
         const uint64_t offset =
             extent == NDM_I_NONE ? 0 : ndm_i_extents_offset(&region->extents, extent) << region->unit_shift;
-        slots[i] = ndm_i_enter_value(region, offset, size_at(batch, i), extent, (uint8_t)engine);
+        slots[i] = ndm_i_enter_value(region, offset, size_at(batch, i), extent, (uint8_t)engine,
+                                     NDM_I_LIVE);
     }
 
 fail:

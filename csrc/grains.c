@@ -82,6 +82,19 @@ int ndm_i_grains_init(ndm_i_grains *grains, ndm_i_backing *file, uint64_t cache_
     return status;
 }
 
+void ndm_i_grains_adopt(ndm_i_grains *grains, uint64_t offset, uint64_t size)
+{
+    for (uint64_t grain = offset / GRAIN; grain < end_of(offset + size); grain++)
+        set_state(grains, grain, NDM_I_PARTIAL);
+}
+
+void ndm_i_grains_adopt_rest(ndm_i_grains *grains)
+{
+    for (uint64_t grain = 0; grain < end_of(grains->file->capacity); grain++)
+        if (state_of(grains, grain) == NDM_I_EMPTY)
+            set_state(grains, grain, NDM_I_HOLE);
+}
+
 void ndm_i_grains_fini(ndm_i_grains *grains)
 {
     ndm_i_cache_fini(&grains->cache);
@@ -284,21 +297,29 @@ int ndm_i_grains_store(ndm_i_grains *grains, uint64_t offset, const void *data, 
     return NDM_OK;
 }
 
-int ndm_i_grains_move(ndm_i_grains *grains, uint64_t from, uint64_t to, uint64_t size)
+int ndm_i_grains_move(ndm_i_grains *grains, uint64_t from, uint64_t to, uint64_t size, _Atomic uint64_t *moved)
 {
+    const uint64_t distance = from > to ? from - to : to - from;
+    const bool ready = is_ready(grains, to, to + size);
     uint8_t *base = grains->file->mapping->base;
-    if (is_ready(grains, to, to + size)) {
-        memmove(base + to, base + from, size);
-        return NDM_OK;
+    /* All blocks first: a move of overlapping bytes cannot stop in the middle. */
+    for (uint64_t grain = to / GRAIN; !ready && grain < end_of(to + size); grain++) {
+        int refused = allocate_grain(grains, grain);
+        if (refused && refused != EOPNOTSUPP) /* without fallocate() no blocks were ever given back */
+            return ndm_i_fail_io(refused, "cannot get room in the file");
     }
     ndm_i_grains_fetch(grains, from, size);
-    /* Front to back in pieces no longer than the distance: what is written has been moved or is free. */
-    for (uint64_t done = 0; done < size;) {
-        const uint64_t piece = min(size - done, from - to);
-        int status = ndm_i_grains_store(grains, to + done, base + from + done, piece, to + done + piece);
-        if (status != NDM_OK)
-            return status;
+    for (uint64_t done = atomic_load_explicit(moved, memory_order_relaxed); done < size;) {
+        const uint64_t piece = min(size - done, distance);
+        if (ready) {
+            memcpy(base + to + done, base + from + done, piece);
+        } else {
+            int status = ndm_i_grains_store(grains, to + done, base + from + done, piece, to + done + piece);
+            if (status != NDM_OK)
+                return status;
+        }
         done += piece;
+        atomic_store_explicit(moved, done, memory_order_release); /* the next piece may overwrite what this one read */
     }
     return NDM_OK;
 }

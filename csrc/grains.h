@@ -59,6 +59,11 @@ typedef struct {
 
 /* For a file that has been started. `cache_limit`: bytes, or NDM_I_UNLIMITED. */
 int ndm_i_grains_init(ndm_i_grains *grains, ndm_i_backing *file, uint64_t cache_limit);
+
+/* The file has bytes from before; those of [offset, offset + size) are a value's. */
+void ndm_i_grains_adopt(ndm_i_grains *grains, uint64_t offset, uint64_t size);
+void ndm_i_grains_adopt_rest(ndm_i_grains *grains); /* the others are no value's */
+
 void ndm_i_grains_fini(ndm_i_grains *grains); /* ends the thread */
 
 /* As ndm_i_backing_grow() and ndm_i_backing_shrink(). */
@@ -71,8 +76,9 @@ int ndm_i_grains_store(ndm_i_grains *grains, uint64_t offset, const void *data, 
 /* Zero [offset, offset + size), and make it safe to store to through the mapping. */
 int ndm_i_grains_clear(ndm_i_grains *grains, uint64_t offset, uint64_t size, uint64_t vacant);
 
-/* Copy `size` bytes from one place of the file to a lower one; they may overlap. */
-int ndm_i_grains_move(ndm_i_grains *grains, uint64_t from, uint64_t to, uint64_t size);
+/* Copy `size` bytes from one place of the file to another, from `*moved` on, front to back in pieces that overlap only
+ * what has been copied; `*moved` counts what has, so that a copy cut off by a crash can go on. */
+int ndm_i_grains_move(ndm_i_grains *grains, uint64_t from, uint64_t to, uint64_t size, _Atomic uint64_t *moved);
 
 /* [offset, offset + size) is about to be read through the mapping: large or dropped ranges are fetched in one go. */
 void ndm_i_grains_fetch(ndm_i_grains *grains, uint64_t offset, uint64_t size);

@@ -52,7 +52,8 @@ enum ndm_status {
     NDM_ERR_CLOSED = -6,       /* the region is closed, or the pointer is NULL */
     NDM_ERR_BUSY = -7,         /* the file is locked by another region */
     NDM_ERR_IO = -8,           /* the system refused: ndm_error.os_errno */
-    NDM_ERR_MEMORY = -9        /* malloc failed */
+    NDM_ERR_MEMORY = -9,       /* malloc failed */
+    NDM_ERR_STALE = -10        /* reader: the value is gone, or another has its slot, or the region was opened anew */
 };
 
 typedef struct {
@@ -73,6 +74,7 @@ typedef struct {
     uint64_t max_capacity;     /* the ceiling; address space for all of it is reserved where the system allows */
     uint64_t alignment;        /* of every value: a power of two, 1 to 4096 */
     uint64_t cache_limit;      /* bytes of the file that may stay in RAM; UINT64_MAX: no limit; at least 4 MiB is used */
+    uint64_t recover;          /* 1: keep the values that an earlier region left; its alignment holds, too */
 } ndm_options;
 
 /* Create or open the region at `path` (mode 0600), and lock it. The calling thread becomes its owner. The region
@@ -225,9 +227,83 @@ int ndm_region_evict(ndm_region *region, const int64_t *slots, uint64_t count);
 /* Wait until every value is written back to the disk (not for the disk's own cache). */
 int ndm_region_flush(ndm_region *region);
 
+/* Let readers lease values from now on: makes the leases file (`path` + ".leases"). Done already is fine. */
+int ndm_region_allow_leases(ndm_region *region);
+
+/* Descriptors of the data file, the slot table and the leases (-1: none), for readers of a temporary region, which open
+ * /proc/<pid>/fd/<number>; and the incarnation, which is another each time a region is opened anew. */
+typedef struct {
+    int32_t data, slots, leases;
+    uint32_t generation; /* of the slot asked for */
+    uint64_t incarnation;
+} ndm_shared;
+
+int ndm_region_share(ndm_region *region, int64_t slot, ndm_shared *out);
+
 /* Walk every invariant of the region's bookkeeping and return how many are broken: 0 in a sound region. Linear in
  * the number of slots and extents. For tests and for hunting a bug. */
 int64_t ndm_region_check(ndm_region *region);
+
+/* ---- readers ----
+ *
+ * A reader opens a region's files for reading only, in any thread or process, while the owner works, and follows its
+ * growth, trimming and compaction by itself. It may be used from every thread of the process that opened it.
+ *
+ * Memory order: the owner takes no lock. It publishes a value with release stores of its record, and withdraws it, with
+ * a fence, before its bytes may change; a slot's generation grows with each free. A reader loads the record (acquire),
+ * reads the bytes, and after an acquire fence loads the record again: unchanged means that the bytes are the value's.
+ * This is a sequence lock per record, in C11 atomics; it holds on aarch64 as on x86-64.
+ *
+ * A view from a reader pins nothing: the owner may free, move and overwrite the value meanwhile. Copy
+ * (ndm_reader_copy) or check afterwards (ndm_reader_is_unchanged), or lease. */
+
+typedef struct ndm_reader ndm_reader;
+
+typedef struct {
+    int64_t slot;
+    uint64_t offset, size;
+    uint64_t place;      /* changes when the value is moved */
+    uint32_t generation; /* changes when the slot is freed */
+    uint8_t engine;
+    uint8_t state;
+} ndm_value;
+
+/* Open the region whose data file, slot table and leases are at these paths. NULL on failure: NDM_ERR_IO (EINVAL: not a
+ * region, of another version, or cut short), NDM_ERR_MEMORY. The leases are not opened before they are needed. */
+ndm_reader *ndm_reader_open(const char *data_path, const char *slots_path, const char *leases_path);
+
+/* Close: views stay readable. Leases end. Any thread; twice is fine. */
+void ndm_reader_close(ndm_reader *reader);
+void ndm_reader_destroy(ndm_reader *reader);
+
+/* Look a live slot up. `generation` -1: any. NDM_ERR_NO_SLOT, NDM_ERR_FREED_SLOT, NDM_ERR_STALE. */
+int ndm_reader_find(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out);
+
+/* A view of a value, to be given to ndm_view_release() once. */
+const char *ndm_reader_read(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out);
+
+/* Copy a value, never torn. Returns its size; if that is more than `capacity`, nothing is copied. */
+int64_t ndm_reader_copy(ndm_reader *reader, int64_t slot, int64_t generation, void *buffer, uint64_t capacity);
+
+/* 1 if the value is live and its bytes are where and what they were when `value` was looked up, 0 if not. */
+int ndm_reader_is_unchanged(ndm_reader *reader, const ndm_value *value);
+
+/* The first live slot that is `from` or more; NDM_ERR_NO_SLOT if there is none. */
+int ndm_reader_next(ndm_reader *reader, int64_t from, ndm_value *out);
+
+typedef struct {
+    uint64_t incarnation;
+    uint64_t capacity, max_capacity, used_bytes, live_bytes, slot_count, alignment, resident_bytes, leases;
+    uint64_t owner; /* process id of a living owner, 0 if there is none */
+} ndm_reader_figures;
+
+/* Figures, as the owner last published them. */
+int ndm_reader_stats(ndm_reader *reader, ndm_reader_figures *out);
+
+/* Keep a value where it is, through the owner's free and compact, until ndm_reader_release() or the end of this process.
+ * Returns the lease's number, and a view. NDM_ERR_IO with ENOENT if the owner has not allowed leases. */
+int64_t ndm_reader_lease(ndm_reader *reader, int64_t slot, int64_t generation, const char **view, ndm_value *out);
+int ndm_reader_release(ndm_reader *reader, int64_t lease);
 
 /* [/cdef] */
 

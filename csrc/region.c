@@ -12,8 +12,10 @@
 
 static void let_go(ndm_region *region)
 {
-    if (atomic_fetch_sub(&region->holders, 1) == 1)
-        free(region);
+    if (atomic_fetch_sub(&region->holders, 1) > 1)
+        return;
+    free(region->leases_path);
+    free(region);
 }
 
 /* The region is closed and its last view has ended. */
@@ -38,31 +40,66 @@ static int check_options(const ndm_options *options)
     return NDM_OK;
 }
 
-/* Open both files and, once nothing can be refused any more, empty them. */
+/* Empty the data file. Where readers have it mapped it keeps its size, and becomes one hole: a page that is cut off
+ * under a view would be SIGBUS. */
+static int empty_data(ndm_region *region, uint64_t capacity, uint64_t ceiling)
+{
+    const bool alone = ndm_i_slots_bar_readers(&region->slots);
+    int status = ndm_i_backing_start(&region->data, capacity, ceiling, !alone);
+    if (status == NDM_OK && !alone && !ndm_i_backing_punch(&region->data, 0, capacity))
+        status = ndm_i_fail(NDM_ERR_BUSY, "readers have the old file open, and the file system punches no holes");
+    return status;
+}
+
+static int start_anew(ndm_region *region, const ndm_options *options)
+{
+    const uint64_t found = region->data.capacity;
+    /* In this order: readers learn that the values are gone, then they go. A file with data and without its mark would be
+     * taken for somebody else's, so the table is emptied last. */
+    ndm_i_slots_invalidate(&region->slots);
+    int status = empty_data(region, found ? found : options->initial_capacity, ndm_i_ceiling(options->max_capacity));
+    if (status == NDM_OK)
+        status = ndm_i_slots_start(&region->slots, &region->data, options->alignment);
+    if (status == NDM_OK)
+        status = ndm_i_grains_init(&region->grains, &region->data, options->cache_limit);
+    ndm_i_slots_let_readers(&region->slots);
+    return status;
+}
+
+static int take_over(ndm_region *region, const ndm_options *options)
+{
+    int status = ndm_i_slots_adopt(&region->slots, &region->data);
+    if (status == NDM_OK)
+        status = ndm_i_backing_start(&region->data, region->data.capacity, ndm_i_ceiling(options->max_capacity), true);
+    if (status == NDM_OK)
+        status = ndm_i_grains_init(&region->grains, &region->data, options->cache_limit);
+    if (status != NDM_OK)
+        return status;
+    region->unit_shift = (unsigned)__builtin_ctzll(ndm_i_slots_header(&region->slots)->alignment);
+    return ndm_i_recover(region);
+}
+
+/* Open both files and, once nothing can be refused any more, empty or adopt them. */
 static int open_files(ndm_region *region, const char *path, const char *slots_path, const char *directory,
                       const ndm_options *options)
 {
-    int status = path ? ndm_i_backing_open(&region->data, path, true)
+    int status = path ? ndm_i_backing_open(&region->data, path, true, NDM_I_LOCK_FILE)
                       : ndm_i_backing_open_unnamed(&region->data, directory);
     if (status != NDM_OK)
         return status;
-    const uint64_t found = region->data.capacity;
-    if (found > options->max_capacity)
-        status = ndm_i_fail_capacity(found, options->max_capacity);
+    if (region->data.capacity > options->max_capacity)
+        status = ndm_i_fail_capacity(region->data.capacity, options->max_capacity);
     else
         status = ndm_i_slots_open(&region->slots, slots_path, &region->data);
     if (status != NDM_OK)
         goto fail;
-    /* In this order: a file with data and without its mark would be taken for somebody else's. */
-    status = ndm_i_backing_start(&region->data, found ? found : options->initial_capacity,
-                                 ndm_i_ceiling(options->max_capacity));
-    if (status == NDM_OK)
-        status = ndm_i_slots_start(&region->slots, &region->data);
-    if (status == NDM_OK)
-        status = ndm_i_grains_init(&region->grains, &region->data, options->cache_limit);
+    const bool left = region->data.capacity > 0 && region->slots.ours;
+    status = options->recover && left ? take_over(region, options) : start_anew(region, options);
     if (status == NDM_OK)
         return NDM_OK;
 
+    ndm_i_grains_fini(&region->grains);
+    ndm_i_extents_fini(&region->extents);
     ndm_i_slots_close(&region->slots, region->slots.table.created ? slots_path : NULL);
 fail:
     ndm_i_backing_close(&region->data, region->data.created ? path : NULL);
@@ -72,35 +109,44 @@ fail:
 static ndm_region *region_new(const char *path, const char *directory, const ndm_options *options)
 {
     ndm_region *region = NULL;
-    char *slots_path = NULL;
+    char *slots_path = NULL, *leases_path = NULL;
     if (check_options(options) != NDM_OK)
         return NULL;
     region = calloc(1, sizeof *region);
-    slots_path = path ? malloc(strlen(path) + sizeof ".slots") : NULL;
-    if (!region || (path && !slots_path)) {
+    if (path) {
+        slots_path = malloc(strlen(path) + sizeof ".slots");
+        leases_path = malloc(strlen(path) + sizeof ".leases");
+    }
+    if (!region || (path && (!slots_path || !leases_path))) {
         ndm_i_fail(NDM_ERR_MEMORY, "no memory for a region");
         goto fail;
     }
-    if (path)
+    if (path) {
         strcat(strcpy(slots_path, path), ".slots");
+        strcat(strcpy(leases_path, path), ".leases");
+    }
     region->owner = ndm_i_owner_here();
     if (region->owner.process == 0) {
         ndm_i_fail(NDM_ERR_MEMORY, "no memory for the owner page");
         goto fail;
     }
+    region->unit_shift = (unsigned)__builtin_ctzll(options->alignment);
+    region->max_capacity = options->max_capacity;
+    region->leases.file.fd = -1;
+    ndm_i_extents_init(&region->extents);
     if (open_files(region, path, slots_path, directory, options) != NDM_OK)
         goto fail;
     region->initial_capacity = region->data.capacity;
-    region->max_capacity = options->max_capacity;
-    region->unit_shift = (unsigned)__builtin_ctzll(options->alignment);
+    region->leases_path = leases_path;
     atomic_init(&region->holders, 2);
-    ndm_i_extents_init(&region->extents);
     ndm_i_home_init(&region->home, last_use);
+    ndm_i_publish(region);
     free(slots_path);
     return region;
 
 fail:
     free(slots_path);
+    free(leases_path);
     free(region);
     return NULL;
 }
@@ -115,6 +161,8 @@ ndm_region *ndm_region_open_temporary(const char *directory, const ndm_options *
 static void shut(ndm_region *region)
 {
     atomic_store(&region->owner.thread, 0);
+    ndm_i_leases_forget(region);
+    ndm_i_leases_close(&region->leases);
     ndm_i_slots_close(&region->slots, NULL);
     ndm_i_extents_fini(&region->extents);
     ndm_i_grains_fini(&region->grains);
@@ -153,10 +201,9 @@ int ndm_i_enter(ndm_region *region)
         return ndm_i_fail_io(failed, "writing spilled values back to disk failed");
     }
     uint32_t extent;
-    while (ndm_i_views_collect(&region->home, &extent)) {
-        region->pinned_bytes -= ndm_i_extents_length(&region->extents, extent) << region->unit_shift;
-        ndm_i_extents_release(&region->extents, extent);
-    }
+    while (ndm_i_views_collect(&region->home, &extent))
+        ndm_i_orphan_returns(region, extent);
+    ndm_i_leases_collect(region, false);
     return NDM_OK;
 }
 
@@ -165,7 +212,7 @@ ndm_i_record *ndm_i_live_record(const ndm_region *region, int64_t slot)
     ndm_i_record *record = ndm_i_slots_record(&region->slots, slot);
     if (!record)
         ndm_i_fail(NDM_ERR_NO_SLOT, "the slot never existed");
-    else if (ndm_i_record_state(record) != NDM_I_LIVE)
+    else if (!ndm_i_record_is_live(record))
         ndm_i_fail(NDM_ERR_FREED_SLOT, "the slot has been freed");
     else
         return record;
@@ -196,7 +243,7 @@ int ndm_region_slot(ndm_region *region, int64_t slot, ndm_slot *out)
                       .size = ndm_i_record_size(record),
                       .generation = ndm_i_record_generation(record),
                       .engine = ndm_i_record_engine(record),
-                      .occupied = ndm_i_record_state(record) == NDM_I_LIVE};
+                      .occupied = ndm_i_record_is_live(record)};
     return NDM_OK;
 }
 
@@ -206,7 +253,7 @@ int ndm_region_contains(ndm_region *region, int64_t slot)
     if (status != NDM_OK)
         return status;
     const ndm_i_record *record = ndm_i_slots_record(&region->slots, slot);
-    return record && ndm_i_record_state(record) == NDM_I_LIVE;
+    return record && ndm_i_record_is_live(record);
 }
 
 int ndm_region_stats(ndm_region *region, ndm_stats *out)
@@ -247,6 +294,30 @@ int ndm_region_stats(ndm_region *region, ndm_stats *out)
     return NDM_OK;
 }
 
+int ndm_region_allow_leases(ndm_region *region)
+{
+    int status = ndm_i_enter(region);
+    if (status != NDM_OK || region->leases.table)
+        return status;
+    return ndm_i_leases_start(&region->leases, region->leases_path);
+}
+
+int ndm_region_share(ndm_region *region, int64_t slot, ndm_shared *out)
+{
+    int status = ndm_i_enter(region);
+    if (status != NDM_OK)
+        return status;
+    const ndm_i_record *record = ndm_i_live_record(region, slot);
+    if (!record)
+        return ndm_last_error()->status;
+    *out = (ndm_shared){.data = region->data.fd,
+                        .slots = region->slots.table.fd,
+                        .leases = region->leases.file.fd,
+                        .generation = ndm_i_record_generation(record),
+                        .incarnation = ndm_i_word(&ndm_i_slots_header(&region->slots)->incarnation)};
+    return NDM_OK;
+}
+
 static int64_t figure(ndm_region *region, size_t offset)
 {
     int status = ndm_i_enter(region);
@@ -268,6 +339,7 @@ int ndm_region_set_max_capacity(ndm_region *region, uint64_t max_capacity)
     if (max_capacity < region->max_capacity)
         return ndm_i_fail(NDM_ERR_ARGUMENT, "max_capacity can only be raised");
     region->max_capacity = max_capacity;
+    ndm_i_publish(region);
     return NDM_OK;
 }
 
@@ -289,7 +361,7 @@ static uint64_t check_extents(ndm_region *region, uint64_t *slots, uint64_t *orp
         }
         const ndm_i_record *record = ndm_i_slots_record(&region->slots, tag);
         *slots += 1;
-        broken += !record || ndm_i_record_state(record) != NDM_I_LIVE || ndm_i_record_link(record) != e ||
+        broken += !record || !ndm_i_record_is_live(record) || ndm_i_record_link(record) != e ||
                   ndm_i_record_offset(record) != ndm_i_extents_offset(extents, e) << region->unit_shift ||
                   ndm_i_units(region, ndm_i_record_size(record)) != length;
     }
@@ -308,7 +380,7 @@ int64_t ndm_region_check(ndm_region *region)
         broken += check_extents(region, &with_extent, &orphan_bytes);
     for (uint64_t i = 0; i < region->slots.count; i++) {
         const ndm_i_record *record = ndm_i_slots_record(&region->slots, (int64_t)i);
-        if (ndm_i_record_state(record) != NDM_I_LIVE)
+        if (!ndm_i_record_is_live(record))
             continue;
         const uint64_t end = ndm_i_record_offset(record) + ndm_i_record_size(record);
         empty += ndm_i_record_size(record) == 0;

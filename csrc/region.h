@@ -9,6 +9,7 @@
 #include "backing.h"
 #include "extents.h"
 #include "grains.h"
+#include "leases.h"
 #include "nodedb_mem.h"
 #include "owner.h"
 #include "slots.h"
@@ -21,6 +22,9 @@ struct ndm_region {
     ndm_i_backing data;
     ndm_i_grains grains;
     ndm_i_home home;
+    ndm_i_leases leases;
+    char *leases_path;     /* NULL for a temporary region */
+    struct ndm_i_leased *leased; /* freed extents that leases keep */
     uint64_t initial_capacity; /* trim() shrinks the file no further */
     uint64_t max_capacity;
     uint64_t used_bytes;
@@ -60,8 +64,27 @@ int ndm_i_reach(ndm_region *region, uint64_t end);
 /* End of the bytes from `place` on that hold no value. */
 uint64_t ndm_i_vacant(const ndm_region *region, ndm_i_place place);
 
+/* Tell readers the figures that they may see. */
+void ndm_i_publish(ndm_region *region);
+
+/* A freed extent that nothing keeps any more. */
+void ndm_i_orphan_returns(ndm_region *region, uint32_t extent);
+
+/* Let freed extents come home whose leases have ended: those released, and if `reap` those of dead processes. */
+void ndm_i_leases_collect(ndm_region *region, bool reap);
+
+/* Forget the extents that leases keep: the region is closing. */
+void ndm_i_leases_forget(ndm_region *region);
+
+/* Take over the values of a table that was adopted. NDM_ERR_IO with EUCLEAN if it is torn. */
+int ndm_i_recover(ndm_region *region);
+
+/* Count a value among the figures. */
+void ndm_i_count_value(ndm_region *region, uint64_t offset, uint64_t size, uint8_t engine);
+
 /* Enter a value whose bytes are in place and whose extent is taken. Needs a reserved slot. */
-uint32_t ndm_i_enter_value(ndm_region *region, uint64_t offset, uint64_t size, uint32_t extent, uint8_t engine);
+uint32_t ndm_i_enter_value(ndm_region *region, uint64_t offset, uint64_t size, uint32_t extent, uint8_t engine,
+                           uint8_t state);
 
 /* Take a live value out of the books; its extent is reusable, or an orphan. */
 void ndm_i_remove_value(ndm_region *region, uint32_t slot);

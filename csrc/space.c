@@ -39,11 +39,15 @@ int64_t ndm_region_trim(ndm_region *region)
     if (status != NDM_OK)
         return status;
 
+    ndm_i_leases_collect(region, true);
     lower_mark(region);
     const uint64_t used = region->used_bytes;
     const uint64_t capacity = used > region->initial_capacity ? used : region->initial_capacity;
-    if (capacity < region->data.capacity)
+    /* Cutting pages off under a reader's view would be SIGBUS: with readers the end becomes a hole instead. */
+    if (capacity < region->data.capacity && ndm_i_slots_bar_readers(&region->slots)) {
         ndm_i_grains_shrink(&region->grains, capacity);
+        ndm_i_slots_let_readers(&region->slots);
+    }
     ndm_i_grains_punch(&region->grains, used, region->data.capacity - used);
     const ndm_i_extents *extents = &region->extents;
     for (uint32_t e = ndm_i_extents_first_hole(&region->extents); e != NDM_I_NONE; e = ndm_i_extents_next(extents, e)) {
@@ -110,8 +114,25 @@ static uint64_t movable(ndm_region *region, uint32_t extent, uint64_t budget)
     const uint32_t slot = ndm_i_extents_tag(&region->extents, extent);
     if (slot == NDM_I_NONE || ndm_i_views_pinned(&region->home, extent))
         return 0;
-    const uint64_t size = ndm_i_record_size(ndm_i_slots_record(&region->slots, slot));
+    const ndm_i_record *record = ndm_i_slots_record(&region->slots, slot);
+    if (ndm_i_leases_has(&region->leases, slot, ndm_i_record_generation(record)))
+        return 0;
+    const uint64_t size = ndm_i_record_size(record);
     return size <= budget ? size : 0;
+}
+
+/* Copy a value's bytes to their new place; readers know. NDM_ERR_STALE: a reader has just leased the value. */
+static int move_bytes(ndm_region *region, uint32_t slot, uint64_t from, uint64_t to, uint64_t size)
+{
+    ndm_i_header *header = ndm_i_slots_header(&region->slots);
+    const uint32_t generation = ndm_i_record_generation(ndm_i_slots_record(&region->slots, slot));
+    ndm_i_slots_move_begin(&region->slots, slot, to);
+    int status = ndm_i_leases_has(&region->leases, slot, generation)
+                     ? ndm_i_fail(NDM_ERR_STALE, "the value is leased")
+                     : ndm_i_grains_move(&region->grains, from, to, size, &header->moved);
+    if (status != NDM_OK)
+        ndm_i_slots_move_cancel(&region->slots, slot);
+    return status;
 }
 
 /* Move the last value into a hole that find() gave. */
@@ -123,11 +144,11 @@ static int relocate(ndm_region *region, uint32_t extent, ndm_i_place place, uint
     const uint64_t to = bytes_of(region, place.offset);
     if (!ndm_i_extents_reserve(extents))
         return ndm_i_fail(NDM_ERR_MEMORY, "no memory for an extent");
-    int status = ndm_i_grains_move(&region->grains, from, to, size);
+    int status = move_bytes(region, slot, from, to, size);
     if (status != NDM_OK)
         return status;
     const uint32_t fresh = ndm_i_extents_take(extents, place, ndm_i_extents_length(extents, extent), slot);
-    ndm_i_slots_move(&region->slots, slot, to, fresh);
+    ndm_i_slots_move_end(&region->slots, slot, to, fresh);
     ndm_i_extents_release(extents, extent);
     return NDM_OK;
 }
@@ -139,11 +160,12 @@ static int slide(ndm_region *region, uint32_t *hole, uint64_t size)
     const uint32_t extent = ndm_i_extents_next(extents, *hole);
     const uint64_t from = bytes_of(region, ndm_i_extents_offset(extents, extent));
     const uint64_t to = bytes_of(region, ndm_i_extents_offset(extents, *hole));
-    int status = ndm_i_grains_move(&region->grains, from, to, size);
+    const uint32_t slot = ndm_i_extents_tag(extents, extent);
+    int status = move_bytes(region, slot, from, to, size);
     if (status != NDM_OK)
         return status;
     *hole = ndm_i_extents_slide(extents, *hole);
-    ndm_i_slots_move(&region->slots, ndm_i_extents_tag(extents, extent), to, extent);
+    ndm_i_slots_move_end(&region->slots, slot, to, extent);
     return NDM_OK;
 }
 
@@ -153,8 +175,9 @@ static uint32_t next_hole(ndm_region *region, uint32_t extent, uint64_t budget, 
     const ndm_i_extents *extents = &region->extents;
     while (extent != NDM_I_NONE) {
         const uint32_t next = ndm_i_extents_next(extents, extent);
-        if (next != NDM_I_NONE && ndm_i_extents_is_free(extents, extent) && (*size = movable(region, next, budget)))
-            break;
+        if (next != NDM_I_NONE && ndm_i_extents_is_free(extents, extent) && (*size = movable(region, next, budget)) &&
+            (region->data.keeps_blocks || *size <= bytes_of(region, ndm_i_extents_length(extents, extent))))
+            break; /* overlapping moves are for file systems where a write to a block that is there cannot fail */
         extent = next;
     }
     return extent;
@@ -199,11 +222,14 @@ int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out)
     int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
+    ndm_i_leases_collect(region, true);
     uint64_t left = budget;
     uint32_t hole = NDM_I_NONE;
     bool stopped = budget == 0;
     while (!stopped) {
         int64_t moved = compact_step(region, budget, left, &hole, &stopped);
+        if (moved == NDM_ERR_STALE)
+            continue; /* the next step sees the lease */
         if (moved < 0)
             return (int)moved;
         if (moved == 0)

@@ -3,6 +3,7 @@
 
 #include "status.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 /* What a view of an empty value points to. */
@@ -17,6 +18,7 @@ int ndm_i_reach(ndm_region *region, uint64_t end)
     const uint64_t ceiling = ndm_i_ceiling(region->max_capacity);
     if (end > ceiling)
         return ndm_i_fail_capacity(end, ceiling);
+    ndm_i_leases_collect(region, true); /* for the next time: growing is when space is short */
     uint64_t wanted = region->data.capacity * 2;
     if (wanted < end)
         wanted = end;
@@ -59,16 +61,32 @@ int ndm_i_check_engine(int64_t engine)
     return engine >= 0 && engine <= 255 ? NDM_OK : ndm_i_fail(NDM_ERR_ARGUMENT, "engine must be 0 to 255");
 }
 
-uint32_t ndm_i_enter_value(ndm_region *region, uint64_t offset, uint64_t size, uint32_t extent, uint8_t engine)
+void ndm_i_publish(ndm_region *region)
 {
-    const uint32_t slot = ndm_i_slots_add(&region->slots, offset, size, engine, extent);
-    if (extent != NDM_I_NONE)
-        ndm_i_extents_set_tag(&region->extents, extent, slot);
+    ndm_i_header *header = ndm_i_slots_header(&region->slots);
+    atomic_store_explicit(&header->capacity, region->data.capacity, memory_order_relaxed);
+    atomic_store_explicit(&header->max_capacity, region->max_capacity, memory_order_relaxed);
+    atomic_store_explicit(&header->used_bytes, region->used_bytes, memory_order_relaxed);
+    atomic_store_explicit(&header->live_bytes, region->live_bytes, memory_order_relaxed);
+}
+
+void ndm_i_count_value(ndm_region *region, uint64_t offset, uint64_t size, uint8_t engine)
+{
     region->live_bytes += size;
     region->engine_bytes[engine] += size;
     region->engine_slots[engine]++;
     if (region->used_bytes < offset + size)
         region->used_bytes = offset + size;
+}
+
+uint32_t ndm_i_enter_value(ndm_region *region, uint64_t offset, uint64_t size, uint32_t extent, uint8_t engine,
+                           uint8_t state)
+{
+    const uint32_t slot = ndm_i_slots_add(&region->slots, offset, size, engine, extent, state);
+    if (extent != NDM_I_NONE)
+        ndm_i_extents_set_tag(&region->extents, extent, slot);
+    ndm_i_count_value(region, offset, size, engine);
+    ndm_i_publish(region);
     return slot;
 }
 
@@ -78,7 +96,61 @@ static uint32_t settle(ndm_region *region, const ndm_i_spot *spot, uint8_t engin
     const uint32_t extent =
         ndm_i_extents_take(&region->extents, spot->place, ndm_i_units(region, spot->size), NDM_I_NONE);
     region->growths += region->data.capacity > spot->capacity;
-    return ndm_i_enter_value(region, spot->offset, spot->size, extent, engine);
+    return ndm_i_enter_value(region, spot->offset, spot->size, extent, engine, NDM_I_LIVE);
+}
+
+/* A freed extent that a lease keeps. */
+struct ndm_i_leased {
+    struct ndm_i_leased *next;
+    uint32_t extent, slot, generation;
+};
+
+/* false: no memory to note it. Then the extent is kept by nobody but its slot number; better to lose its space until the
+ * region is closed than to let a reader see other bytes. */
+static bool keep_leased(ndm_region *region, uint32_t extent, uint32_t slot, uint32_t generation)
+{
+    struct ndm_i_leased *leased = malloc(sizeof *leased);
+    if (leased) {
+        *leased = (struct ndm_i_leased){region->leased, extent, slot, generation};
+        region->leased = leased;
+    }
+    return true;
+}
+
+void ndm_i_orphan_returns(ndm_region *region, uint32_t extent)
+{
+    region->pinned_bytes -= ndm_i_extents_length(&region->extents, extent) << region->unit_shift;
+    ndm_i_extents_release(&region->extents, extent);
+}
+
+void ndm_i_leases_collect(ndm_region *region, bool reap)
+{
+    if (!region->leased)
+        return;
+    if (reap)
+        ndm_i_leases_reap(&region->leases);
+    if (!ndm_i_leases_news(&region->leases))
+        return;
+    for (struct ndm_i_leased **link = &region->leased; *link;) {
+        struct ndm_i_leased *leased = *link;
+        if (ndm_i_leases_has(&region->leases, leased->slot, leased->generation)) {
+            link = &leased->next;
+            continue;
+        }
+        *link = leased->next;
+        if (!ndm_i_views_orphan(&region->home, leased->extent)) /* the owner's own views keep it, too */
+            ndm_i_orphan_returns(region, leased->extent);
+        free(leased);
+    }
+}
+
+void ndm_i_leases_forget(ndm_region *region)
+{
+    while (region->leased) {
+        struct ndm_i_leased *leased = region->leased;
+        region->leased = leased->next;
+        free(leased);
+    }
 }
 
 void ndm_i_remove_value(ndm_region *region, uint32_t slot)
@@ -89,15 +161,19 @@ void ndm_i_remove_value(ndm_region *region, uint32_t slot)
     region->live_bytes -= ndm_i_record_size(record);
     region->engine_bytes[engine] -= ndm_i_record_size(record);
     region->engine_slots[engine]--;
+    const uint32_t generation = ndm_i_record_generation(record);
     ndm_i_slots_remove(&region->slots, slot);
     if (extent == NDM_I_NONE)
         return;
-    if (ndm_i_views_orphan(&region->home, extent)) {
+    const bool leased = ndm_i_leases_has(&region->leases, slot, generation) &&
+                        keep_leased(region, extent, slot, generation);
+    if (leased || ndm_i_views_orphan(&region->home, extent)) {
         ndm_i_extents_set_tag(&region->extents, extent, NDM_I_NONE);
         region->pinned_bytes += ndm_i_extents_length(&region->extents, extent) << region->unit_shift;
     } else {
         ndm_i_extents_release(&region->extents, extent);
     }
+    ndm_i_publish(region);
 }
 
 int ndm_region_free(ndm_region *region, int64_t slot)
@@ -129,7 +205,7 @@ int64_t ndm_region_write(ndm_region *region, const void *data, uint64_t size, in
     if (status != NDM_OK)
         return status;
     if (size == 0)
-        return ndm_i_enter_value(region, 0, 0, NDM_I_NONE, (uint8_t)engine);
+        return ndm_i_enter_value(region, 0, 0, NDM_I_NONE, (uint8_t)engine, NDM_I_LIVE);
     if ((status = ndm_i_spot_find(region, size, &spot)) != NDM_OK)
         return status;
     if ((status = ndm_i_grains_store(&region->grains, spot.offset, data, size, spot.vacant)) != NDM_OK) {
@@ -181,7 +257,7 @@ int64_t ndm_region_write_vectored(ndm_region *region, const void *const *parts, 
     const uint64_t alignment = aligned ? (uint64_t)1 << region->unit_shift : 1;
     const uint64_t size = vectored_size(sizes, count, alignment);
     if (size == 0)
-        return ndm_i_enter_value(region, 0, 0, NDM_I_NONE, (uint8_t)engine);
+        return ndm_i_enter_value(region, 0, 0, NDM_I_NONE, (uint8_t)engine, NDM_I_LIVE);
     if ((status = ndm_i_spot_find(region, size, &spot)) != NDM_OK)
         return status;
     if ((status = store_parts(region, &spot, parts, sizes, count, alignment)) != NDM_OK) {
@@ -199,7 +275,7 @@ int64_t ndm_region_allocate(ndm_region *region, uint64_t size, int64_t engine, c
         return status;
     if (size == 0) {
         *view = nothing;
-        return ndm_i_enter_value(region, 0, 0, NDM_I_NONE, (uint8_t)engine);
+        return ndm_i_enter_value(region, 0, 0, NDM_I_NONE, (uint8_t)engine, NDM_I_DRAFT);
     }
     if ((status = ndm_i_spot_find(region, size, &spot)) != NDM_OK)
         return status;
@@ -214,7 +290,7 @@ int64_t ndm_region_allocate(ndm_region *region, uint64_t size, int64_t engine, c
     }
     region->growths += region->data.capacity > spot.capacity;
     *view = address;
-    return ndm_i_enter_value(region, spot.offset, size, extent, (uint8_t)engine);
+    return ndm_i_enter_value(region, spot.offset, size, extent, (uint8_t)engine, NDM_I_DRAFT);
 
 fail:
     ndm_i_spot_leave(region, &spot);
@@ -224,9 +300,12 @@ fail:
 int ndm_region_commit(ndm_region *region, int64_t slot)
 {
     int status = ndm_i_enter(region);
-    if (status == NDM_OK && !ndm_i_live_record(region, slot))
-        status = ndm_last_error()->status;
-    return status;
+    if (status != NDM_OK)
+        return status;
+    if (!ndm_i_live_record(region, slot))
+        return ndm_last_error()->status;
+    ndm_i_slots_commit(&region->slots, (uint32_t)slot);
+    return NDM_OK;
 }
 
 /* ---- reading -------------------------------------------------------------------------------------------- */

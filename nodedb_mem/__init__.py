@@ -21,6 +21,7 @@ from nodedb_mem.errors import (
     WrongThreadError,
 )
 from nodedb_mem.parts import SlotParts
+from nodedb_mem.reader import Lease, OverflowReader, ReaderSlot, ReaderStats, SlotRef
 from nodedb_mem.region import Compaction, EngineUsage, OverflowRegion, OverflowSlot, RegionStats
 from nodedb_mem.tuning import MemoryTuning
 
@@ -32,16 +33,21 @@ __all__ = [
     "EngineUsage",
     "GlobalCeilingExceededError",
     "InvalidSlotError",
+    "Lease",
     "MemError",
     "MemoryTuning",
+    "OverflowReader",
     "OverflowRegion",
     "OverflowSlot",
+    "ReaderSlot",
+    "ReaderStats",
     "RegionBusyError",
     "RegionClosedError",
     "RegionError",
     "RegionIOError",
     "RegionStats",
     "SlotParts",
+    "SlotRef",
     "StaleSlotError",
     "UnknownEngineError",
     "WrongThreadError",

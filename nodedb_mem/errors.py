@@ -199,6 +199,9 @@ def raise_status(status: int, *, path: str | None = None, slot: int | None = Non
         case lib.NDM_ERR_IO:
             code = error.os_errno
             raise RegionIOError(code, f"{message}: {os.strerror(code)}", path)
+        case lib.NDM_ERR_STALE:
+            where = f"{path}: " if path else ""
+            raise StaleSlotError(f"{where}{message}" + ("" if slot is None else f" (slot {slot})"))
         case lib.NDM_ERR_MEMORY:
             raise MemoryError(message)
         case _:

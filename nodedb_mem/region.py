@@ -14,6 +14,7 @@ from nodedb_mem._core import ffi, lib
 from nodedb_mem.engine import KNOWN_ENGINES, EngineId
 from nodedb_mem.errors import InvalidSlotError, raise_status
 from nodedb_mem.parts import SlotParts
+from nodedb_mem.reader import SlotRef
 from nodedb_mem.tuning import (
     DEFAULT_ALIGNMENT,
     DEFAULT_CACHE_LIMIT,
@@ -168,6 +169,10 @@ class OverflowRegion:
         The most bytes of the file that may stay in RAM, page cache and RSS together: beyond, a background thread of the
         core writes the oldest to disk and drops them. None: no limit. 0: as little as possible, about 4 MiB. Views
         that are in use may hold more. Without effect on tmpfs, which has no other place than RAM.
+    recover
+        Keep the values of an earlier region, whose owner closed it or was killed, under their slots; references to them
+        stay good, and its alignment holds. A value being written when the owner died is not among them. Values survive
+        the death of the process, not that of the machine.
 
     Warns
     -----
@@ -183,7 +188,8 @@ class OverflowRegion:
     CapacityExceededError
         The file is already larger than `max_capacity`.
     RegionIOError
-        The system refused, or the path is not a regular file (EINVAL), or holds data that no region wrote (EEXIST).
+        The system refused, or the path is not a regular file (EINVAL), or holds data that no region wrote (EEXIST), or
+        the slot table to recover is torn (EUCLEAN) or of another version (EINVAL).
     """
 
     __slots__ = ("__weakref__", "_alignment", "_engines", "_handle", "_parts", "_path", "_scratch", "_sizes", "_where")
@@ -198,13 +204,21 @@ class OverflowRegion:
         max_capacity: int = DEFAULT_MAX_CAPACITY,
         alignment: int = DEFAULT_ALIGNMENT,
         cache_limit: int | None = DEFAULT_CACHE_LIMIT,
+        recover: bool = False,
     ) -> None:
         name = os.fsencode(path)
         self._path: str | None = os.fsdecode(name)
-        self._open(lib.ndm_region_open, name, initial_capacity, max_capacity, alignment, cache_limit)
+        self._open(lib.ndm_region_open, name, initial_capacity, max_capacity, alignment, cache_limit, recover)
 
     def _open(
-        self, function: Any, name: bytes, initial: int, maximum: int, alignment: int, cache_limit: int | None
+        self,
+        function: Any,
+        name: bytes,
+        initial: int,
+        maximum: int,
+        alignment: int,
+        cache_limit: int | None,
+        recover: bool = False,
     ) -> None:
         if b"\0" in name:
             raise ValueError("embedded null byte in the path")
@@ -215,7 +229,7 @@ class OverflowRegion:
         limit = _UNLIMITED if cache_limit is None else index(cache_limit)
         if limit < 0:
             raise ValueError("cache_limit must not be negative")
-        sizes.append(min(limit, _UNLIMITED))
+        sizes += [min(limit, _UNLIMITED), bool(recover)]
         handle = function(name, ffi.new("ndm_options *", sizes))
         if not handle:
             self._raise(lib.ndm_last_error().status)
@@ -243,6 +257,7 @@ class OverflowRegion:
         max_capacity: int = DEFAULT_MAX_CAPACITY,
         alignment: int = DEFAULT_ALIGNMENT,
         cache_limit: int | None = DEFAULT_CACHE_LIMIT,
+        recover: bool = False,
     ) -> Self:
         """Create or open the region at `path`; the same as calling the class."""
         return cls(
@@ -251,6 +266,7 @@ class OverflowRegion:
             max_capacity=max_capacity,
             alignment=alignment,
             cache_limit=cache_limit,
+            recover=recover,
         )
 
     @classmethod
@@ -692,6 +708,31 @@ class OverflowRegion:
             },
         )
 
+    def share(self, slot: int) -> SlotRef:
+        """Make a reference to a value, for an `OverflowReader` in another thread or process.
+
+        The reference is small and picklable. It names the value, not the slot: once the slot is freed, it is stale. For
+        a temporary region it works while this process lives, for processes of the same user.
+
+        Raises
+        ------
+        InvalidSlotError
+            The slot never existed, or has been freed.
+        RegionIOError
+            The leases file cannot be made.
+        """
+        facts = self.slot(slot)
+        shared = ffi.new("ndm_shared *")
+        self._check(lib.ndm_region_allow_leases(self._handle))
+        self._slot_call(lib.ndm_region_share, slot, shared)
+        if self._path is None:
+            owner = f"/proc/{os.getpid()}/fd"
+            paths = f"{owner}/{shared.data}", f"{owner}/{shared.slots}", f"{owner}/{shared.leases}"
+        else:
+            path = os.path.abspath(self._path)
+            paths = path, path + ".slots", path + ".leases"
+        return SlotRef(paths[0], shared.incarnation, slot, shared.generation, facts.size, *paths[1:])
+
     def trim(self) -> int:
         """Give unused space back to the file system.
 
@@ -856,9 +897,9 @@ class OverflowRegion:
         if engine.__class__ is not int and number not in KNOWN_ENGINES:
             self._engines = self._engines | {number: engine}
 
-    def _slot_call(self, function: Any, slot: int) -> None:
+    def _slot_call(self, function: Any, slot: int, *more: Any) -> None:
         try:
-            status = function(self._handle, index(slot))
+            status = function(self._handle, index(slot), *more)
         except OverflowError:
             status = lib.NDM_ERR_NO_SLOT
         if status < 0:

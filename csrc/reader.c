@@ -1,0 +1,409 @@
+/* The read-only side: any thread, any process, while the owner works. How it stays true without a lock on the owner's
+ * path is told in slots.h. */
+#define _GNU_SOURCE
+#include "leases.h"
+#include "nodedb_mem.h"
+#include "owner.h"
+#include "slots.h"
+#include "status.h"
+#include "views.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+/* A value that is being moved is looked at again after a pause; an owner that died in the middle never ends it. */
+enum { PAUSES = 200, PAUSE_NS = 50000, RETRIES = 1000 };
+
+struct ndm_reader {
+    ndm_i_backing data, slots;
+    ndm_i_mapping *values, *table;
+    ndm_i_leases leases;
+    char *leases_path;
+    ndm_i_home home;
+    pthread_mutex_t lock; /* of the mappings and the leases */
+    uint64_t process;
+    uint64_t incarnation;
+    _Atomic unsigned holders; /* of this struct: the handle, and the files until the last view has ended */
+};
+
+/* ---- opening and closing -------------------------------------------------------------------------------- */
+
+static void let_go(ndm_reader *reader)
+{
+    if (atomic_fetch_sub(&reader->holders, 1) > 1)
+        return;
+    pthread_mutex_destroy(&reader->lock);
+    free(reader->leases_path);
+    free(reader);
+}
+
+static void last_use(ndm_i_home *home) { let_go((ndm_reader *)((char *)home - offsetof(ndm_reader, home))); }
+
+static void close_files(ndm_reader *reader)
+{
+    ndm_i_leases_close(&reader->leases);
+    if (reader->values)
+        ndm_i_mapping_unref(reader->values);
+    if (reader->table)
+        ndm_i_mapping_unref(reader->table);
+    reader->values = reader->table = NULL;
+    ndm_i_backing_close(&reader->slots, NULL);
+    ndm_i_backing_close(&reader->data, NULL);
+}
+
+static const ndm_i_header *header_of(const ndm_reader *reader) { return (const ndm_i_header *)reader->table->base; }
+
+static int open_files(ndm_reader *reader, const char *data_path, const char *slots_path)
+{
+    int status = ndm_i_backing_open_to_read(&reader->data, data_path);
+    if (status == NDM_OK)
+        status = ndm_i_backing_open_to_read(&reader->slots, slots_path);
+    if (status == NDM_OK)
+        status = ndm_i_backing_flock_to_read(&reader->slots);
+    if (status != NDM_OK)
+        return status;
+    if (ndm_i_backing_size(&reader->slots) < NDM_I_HEADER_ROOM)
+        return ndm_i_fail_io(EINVAL, "the slot table is cut short");
+    reader->table = ndm_i_backing_map_to_read(&reader->slots, ndm_i_backing_size(&reader->slots));
+    if (!reader->table)
+        return ndm_last_error()->status;
+    const ndm_i_header *header = header_of(reader);
+    if ((status = ndm_i_header_check(header, reader->data.inode, reader->data.born)) != NDM_OK)
+        return status;
+    const uint64_t count = atomic_load(&header->count);
+    reader->incarnation = atomic_load(&header->incarnation);
+    if (reader->incarnation == 0 || count > (reader->table->length - NDM_I_HEADER_ROOM) / sizeof(ndm_i_record))
+        return ndm_i_fail_io(EINVAL, "the slot table is cut short, or being made");
+    return NDM_OK;
+}
+
+ndm_reader *ndm_reader_open(const char *data_path, const char *slots_path, const char *leases_path)
+{
+    ndm_reader *reader = calloc(1, sizeof *reader);
+    if (!reader || !(reader->leases_path = strdup(leases_path))) {
+        free(reader);
+        ndm_i_fail(NDM_ERR_MEMORY, "no memory for a reader");
+        return NULL;
+    }
+    reader->data.fd = reader->slots.fd = reader->leases.file.fd = -1;
+    reader->process = ndm_i_process();
+    atomic_init(&reader->holders, 2);
+    pthread_mutex_init(&reader->lock, NULL);
+    ndm_i_home_init(&reader->home, last_use);
+    if (open_files(reader, data_path, slots_path) == NDM_OK)
+        return reader;
+    close_files(reader);
+    pthread_mutex_destroy(&reader->lock);
+    free(reader->leases_path);
+    free(reader);
+    return NULL;
+}
+
+void ndm_reader_close(ndm_reader *reader)
+{
+    if (!reader || !ndm_i_is_process(reader->process))
+        return;
+    pthread_mutex_lock(&reader->lock);
+    const bool open = reader->table != NULL;
+    if (open)
+        close_files(reader);
+    pthread_mutex_unlock(&reader->lock);
+    if (open)
+        ndm_i_home_leave(&reader->home);
+}
+
+void ndm_reader_destroy(ndm_reader *reader)
+{
+    if (!reader || !ndm_i_is_process(reader->process))
+        return;
+    ndm_reader_close(reader);
+    let_go(reader);
+}
+
+/* ---- looking a value up, with the lock held ------------------------------------------------------------- */
+
+/* Take the lock if the reader may be used. */
+static int enter(ndm_reader *reader)
+{
+    if (!reader)
+        return ndm_i_fail(NDM_ERR_CLOSED, "the reader is closed");
+    if (!ndm_i_is_process(reader->process))
+        return ndm_i_fail(NDM_ERR_WRONG_THREAD, "the reader belongs to the process that opened it");
+    pthread_mutex_lock(&reader->lock);
+    if (!reader->table) {
+        pthread_mutex_unlock(&reader->lock);
+        return ndm_i_fail(NDM_ERR_CLOSED, "the reader is closed");
+    }
+    if (atomic_load(&header_of(reader)->incarnation) != reader->incarnation) {
+        pthread_mutex_unlock(&reader->lock);
+        return ndm_i_fail(NDM_ERR_STALE, "the region has been opened anew: its values are gone");
+    }
+    return NDM_OK;
+}
+
+/* Have `length` bytes of a file mapped; views keep an outgrown mapping. */
+static int reach(const ndm_i_backing *file, ndm_i_mapping **mapping, uint64_t needed, uint64_t wanted)
+{
+    if (*mapping && (*mapping)->length >= needed)
+        return NDM_OK;
+    ndm_i_mapping *fresh = ndm_i_backing_map_to_read(file, wanted);
+    if (!fresh && wanted > needed)
+        fresh = ndm_i_backing_map_to_read(file, needed);
+    if (!fresh)
+        return ndm_last_error()->status;
+    if (*mapping)
+        ndm_i_mapping_unref(*mapping);
+    *mapping = fresh;
+    return NDM_OK;
+}
+
+static const ndm_i_record *record_of(const ndm_reader *reader, int64_t slot)
+{
+    return (const ndm_i_record *)(reader->table->base + NDM_I_HEADER_ROOM) + slot;
+}
+
+static uint64_t acquire(const _Atomic uint64_t *word) { return atomic_load_explicit(word, memory_order_acquire); }
+
+/* Read a record as a whole. 0: it changed meanwhile. */
+static bool read_record(const ndm_i_record *record, ndm_value *out)
+{
+    const uint64_t life = acquire(&record->life), shape = acquire(&record->shape), place = acquire(&record->place);
+    atomic_thread_fence(memory_order_acquire);
+    *out = (ndm_value){.offset = place & (NDM_I_SIZE_LIMIT - 1),
+                       .size = shape & (NDM_I_SIZE_LIMIT - 1),
+                       .place = place,
+                       .generation = (uint32_t)life,
+                       .engine = (uint8_t)(shape >> 48),
+                       .state = (uint8_t)(shape >> 56)};
+    return ndm_i_word(&record->shape) == shape && ndm_i_word(&record->place) == place &&
+           (uint32_t)ndm_i_word(&record->life) == out->generation;
+}
+
+static int look_up(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out)
+{
+    const uint64_t count = acquire(&header_of(reader)->count);
+    if (slot < 0 || (uint64_t)slot >= count)
+        return ndm_i_fail(NDM_ERR_NO_SLOT, "the slot never existed");
+    const uint64_t needed = NDM_I_HEADER_ROOM + ((uint64_t)slot + 1) * sizeof(ndm_i_record);
+    int status = reach(&reader->slots, &reader->table, needed, ndm_i_backing_size(&reader->slots));
+    if (status != NDM_OK)
+        return status;
+    for (int pauses = 0; pauses < PAUSES; pauses++) {
+        const bool whole = read_record(record_of(reader, slot), out);
+        if (whole && out->state == NDM_I_LIVE) {
+            out->slot = slot;
+            if (generation >= 0 && out->generation != (uint32_t)generation)
+                return ndm_i_fail(NDM_ERR_STALE, "the slot holds another value now");
+            return NDM_OK;
+        }
+        if (whole && out->state != NDM_I_MOVING)
+            return generation >= 0 ? ndm_i_fail(NDM_ERR_STALE, "the value has been freed")
+                                   : ndm_i_fail(NDM_ERR_FREED_SLOT, "the slot has been freed");
+        if (whole)
+            nanosleep(&(struct timespec){.tv_nsec = PAUSE_NS}, NULL);
+    }
+    return ndm_i_fail(NDM_ERR_STALE, "the value is being moved");
+}
+
+/* Are the value's bytes where they were, and unchanged since look_up()? */
+static bool is_unchanged(const ndm_reader *reader, const ndm_value *value)
+{
+    ndm_value now;
+    atomic_thread_fence(memory_order_acquire);
+    return read_record(record_of(reader, value->slot), &now) && now.state == NDM_I_LIVE &&
+           now.generation == value->generation && now.place == value->place;
+}
+
+static int reach_value(ndm_reader *reader, const ndm_value *value)
+{
+    const uint64_t end = value->offset + value->size, ceiling = acquire(&header_of(reader)->max_capacity);
+    if (end > ndm_i_backing_size(&reader->data))
+        return ndm_i_fail_io(EIO, "the file is shorter than its table says");
+    return reach(&reader->data, &reader->values, end, ceiling > end ? ceiling : end);
+}
+
+/* ---- the verbs ------------------------------------------------------------------------------------------ */
+
+int ndm_reader_find(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out)
+{
+    ndm_value found;
+    int status = enter(reader);
+    if (status != NDM_OK)
+        return status;
+    if ((status = look_up(reader, slot, generation, &found)) == NDM_OK)
+        *out = found;
+    pthread_mutex_unlock(&reader->lock);
+    return status;
+}
+
+/* A view, with the lock held. */
+static const char *view_of(ndm_reader *reader, const ndm_value *value)
+{
+    static const char nothing[1];
+    if (value->size == 0)
+        return nothing;
+    if (reach_value(reader, value) != NDM_OK)
+        return NULL;
+    const char *view = (const char *)reader->values->base + value->offset;
+    if (!ndm_i_views_add(&reader->home, (uint32_t)value->slot, reader->values, view, value->size)) {
+        ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
+        return NULL;
+    }
+    if (value->size >= (uint64_t)64 << 10)
+        ndm_i_mapping_fetch((void *)view, value->size);
+    return view;
+}
+
+const char *ndm_reader_read(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out)
+{
+    ndm_value found;
+    if (enter(reader) != NDM_OK)
+        return NULL;
+    const char *view = NULL;
+    if (look_up(reader, slot, generation, &found) == NDM_OK && (view = view_of(reader, &found)))
+        *out = found;
+    pthread_mutex_unlock(&reader->lock);
+    return view;
+}
+
+/* The owner may be writing these bytes: what is copied counts only if the record is unchanged afterwards. */
+__attribute__((no_sanitize("thread"))) static void copy_racing(char *to, const char *from, uint64_t size)
+{
+#if defined(__SANITIZE_THREAD__)
+    for (uint64_t i = 0; i < size; i++)
+        to[i] = ((const volatile char *)from)[i];
+#else
+    memcpy(to, from, size);
+#endif
+}
+
+int64_t ndm_reader_copy(ndm_reader *reader, int64_t slot, int64_t generation, void *buffer, uint64_t capacity)
+{
+    ndm_value value;
+    int64_t status = enter(reader);
+    if (status != NDM_OK)
+        return status;
+    status = ndm_i_fail(NDM_ERR_STALE, "the value keeps changing");
+    for (int tries = 0; tries < RETRIES; tries++) {
+        int found = look_up(reader, slot, generation, &value);
+        if (found == NDM_OK && value.size > 0)
+            found = reach_value(reader, &value);
+        if (found != NDM_OK) {
+            status = found;
+            break;
+        }
+        const bool fits = value.size <= capacity;
+        if (fits && value.size > 0)
+            copy_racing(buffer, (const char *)reader->values->base + value.offset, value.size);
+        if (is_unchanged(reader, &value)) {
+            status = (int64_t)value.size;
+            break;
+        }
+    }
+    pthread_mutex_unlock(&reader->lock);
+    return status;
+}
+
+int ndm_reader_is_unchanged(ndm_reader *reader, const ndm_value *value)
+{
+    int status = enter(reader);
+    if (status != NDM_OK)
+        return status;
+    status = is_unchanged(reader, value);
+    pthread_mutex_unlock(&reader->lock);
+    return status;
+}
+
+int ndm_reader_next(ndm_reader *reader, int64_t from, ndm_value *out)
+{
+    ndm_value found;
+    int status = enter(reader);
+    if (status != NDM_OK)
+        return status;
+    const uint64_t count = acquire(&header_of(reader)->count);
+    status = ndm_i_fail(NDM_ERR_NO_SLOT, "no live slot follows");
+    for (uint64_t slot = from < 0 ? 0 : (uint64_t)from; slot < count; slot++) {
+        if (look_up(reader, (int64_t)slot, -1, &found) == NDM_OK) {
+            *out = found;
+            status = NDM_OK;
+            break;
+        }
+    }
+    pthread_mutex_unlock(&reader->lock);
+    return status;
+}
+
+int ndm_reader_stats(ndm_reader *reader, ndm_reader_figures *out)
+{
+    int status = enter(reader);
+    if (status != NDM_OK)
+        return status;
+    const ndm_i_header *header = header_of(reader);
+    uint64_t resident, unwritten;
+    reader->data.capacity = ndm_i_backing_size(&reader->data);
+    if ((status = ndm_i_backing_residency(&reader->data, &resident, &unwritten)) == NDM_OK)
+        *out = (ndm_reader_figures){.incarnation = reader->incarnation,
+                                    .capacity = reader->data.capacity,
+                                    .max_capacity = acquire(&header->max_capacity),
+                                    .used_bytes = acquire(&header->used_bytes),
+                                    .live_bytes = acquire(&header->live_bytes),
+                                    .slot_count = acquire(&header->count),
+                                    .alignment = header->alignment,
+                                    .owner = ndm_i_backing_is_byte_locked(&reader->slots, 0) ? acquire(&header->owner) : 0,
+                                    .leases = ndm_i_leases_count(&reader->leases),
+                                    .resident_bytes = resident};
+    pthread_mutex_unlock(&reader->lock);
+    return status;
+}
+
+/* ---- leases --------------------------------------------------------------------------------------------- */
+
+int64_t ndm_reader_lease(ndm_reader *reader, int64_t slot, int64_t generation, const char **view, ndm_value *out)
+{
+    ndm_value value, again;
+    int64_t entry = -1;
+    int status = enter(reader);
+    if (status != NDM_OK)
+        return status;
+    if (!reader->leases.table)
+        status = ndm_i_leases_join(&reader->leases, reader->leases_path);
+    if (status == NDM_OK)
+        status = look_up(reader, slot, generation, &value);
+    if (status == NDM_OK && (entry = ndm_i_leases_claim(&reader->leases, (uint32_t)slot, value.generation)) < 0)
+        status = (int)entry;
+    if (status != NDM_OK)
+        goto end;
+    /* From here on the owner sees the lease; was the value still there? */
+    status = look_up(reader, slot, value.generation, &again);
+    const char *address = status == NDM_OK ? view_of(reader, &again) : NULL;
+    if (status == NDM_OK && !address)
+        status = ndm_last_error()->status;
+    if (status != NDM_OK) {
+        ndm_i_leases_release(&reader->leases, (uint64_t)entry);
+        goto end;
+    }
+    *view = address;
+    *out = again;
+
+end:
+    pthread_mutex_unlock(&reader->lock);
+    return status == NDM_OK ? entry : status;
+}
+
+int ndm_reader_release(ndm_reader *reader, int64_t lease)
+{
+    int status = enter(reader);
+    if (status == NDM_ERR_STALE || status == NDM_ERR_CLOSED)
+        return NDM_OK; /* it went with the files */
+    if (status != NDM_OK)
+        return status;
+    if (lease >= 0 && lease < NDM_I_LEASES && reader->leases.table)
+        ndm_i_leases_release(&reader->leases, (uint64_t)lease);
+    pthread_mutex_unlock(&reader->lock);
+    return NDM_OK;
+}

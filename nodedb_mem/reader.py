@@ -1,0 +1,311 @@
+"""`OverflowReader`: the read-only side of a region, for other threads and processes."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import index
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
+
+from nodedb_mem._core import ffi, lib
+from nodedb_mem.engine import KNOWN_ENGINES
+from nodedb_mem.errors import RegionClosedError, StaleSlotError, raise_status
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+_COPY_AT_ONCE = 4096
+
+
+class SlotRef(NamedTuple):
+    """A reference to one value, made by `OverflowRegion.share`; small, picklable, and good in any process.
+
+    Attributes
+    ----------
+    path : str
+        The region's file; for a temporary region, where /proc shows it while its owner lives.
+    incarnation : int
+        Which opening of the region the value belongs to.
+    slot, generation : int
+        Which value.
+    size : int
+        In bytes.
+    slots_path, leases_path : str
+        The region's other files.
+    """
+
+    path: str
+    incarnation: int
+    slot: int
+    generation: int
+    size: int
+    slots_path: str
+    leases_path: str
+
+
+@dataclass(frozen=True)
+class ReaderSlot:
+    """A live slot as a reader sees it; `offset` and `size` are bytes."""
+
+    slot: int
+    offset: int
+    size: int
+    engine: int
+    generation: int
+
+
+@dataclass(frozen=True)
+class ReaderStats:
+    """Figures of a region as its owner last published them; sizes in bytes.
+
+    `owner` is the process id of a living owner, None if there is none. `resident_bytes` counts the file's bytes in
+    RAM; `leases` those that this reader's process can see.
+    """
+
+    incarnation: int
+    capacity: int
+    max_capacity: int
+    used_bytes: int
+    live_bytes: int
+    slot_count: int
+    alignment: int
+    resident_bytes: int
+    leases: int
+    owner: int | None
+
+
+class Lease:
+    """A value that stays where it is until `release`, or until this process ends; also after the owner's free.
+
+    `view` is the value, zero-copy and read-only. Works as a context manager.
+    """
+
+    __slots__ = ("_number", "_reader", "view")
+
+    def __init__(self, reader: OverflowReader, number: int, view: memoryview) -> None:
+        self._reader: OverflowReader | None = reader
+        self._number = number
+        self.view = view
+
+    def release(self) -> None:
+        """End the lease; ending it again does nothing. The view may be overwritten from now on."""
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader._release_lease(self._number)
+
+    def __enter__(self) -> memoryview:
+        """Give the view."""
+        return self.view
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Release."""
+        self.release()
+
+    def __del__(self) -> None:
+        """Release, if nobody did."""
+        self.release()
+
+
+class OverflowReader:
+    """Read a region that another thread or process owns, without a lock on the owner's path.
+
+    Opens the files for reading only: it can change nothing. It follows growth, trim, compact and a raised ceiling by
+    itself, and may be used from every thread of the process that opened it.
+
+    What it reads may be freed and overwritten meanwhile. `read_bytes` never gives torn bytes; `borrow` tells on leaving
+    whether the view was true all along; `lease` keeps the value in place; a plain `read` is for values of which you
+    know that the owner keeps them.
+
+    Parameters
+    ----------
+    source
+        The region's path, or a `SlotRef` into it.
+
+    Raises
+    ------
+    RegionIOError
+        A file is missing (ENOENT) or may not be read, or is no region's, of another version or cut short (EINVAL).
+    StaleSlotError
+        `source` is a reference into a region that has been opened anew, or closed, since.
+    """
+
+    __slots__ = ("__weakref__", "_handle", "_incarnation", "_path")
+
+    def __init__(self, source: str | os.PathLike[str] | SlotRef) -> None:
+        if isinstance(source, SlotRef):
+            paths = source.path, source.slots_path, source.leases_path
+        else:
+            name = os.fsdecode(source)
+            paths = name, name + ".slots", name + ".leases"
+        self._path = paths[0]
+        handle = lib.ndm_reader_open(*(os.fsencode(path) for path in paths))
+        if not handle:
+            self._raise(lib.ndm_last_error().status)
+        self._handle = _gc(handle, lib.ndm_reader_destroy)
+        self._incarnation = self.stats().incarnation
+        if isinstance(source, SlotRef):
+            self._check_ref(source)
+
+    # -- values ---------------------------------------------------------------------------------------------------
+
+    def read(self, slot: int | SlotRef) -> memoryview:
+        """View a value, zero-copy and read-only.
+
+        The mapping stays as long as the view, but the bytes are the owner's: they change if it frees the slot, or
+        compacts, while the view is in use.
+
+        Raises
+        ------
+        InvalidSlotError
+            The slot never existed, or has been freed.
+        StaleSlotError
+            A reference's value is gone, or the region has been opened anew.
+        """
+        return self._view(slot)[0]
+
+    def read_bytes(self, slot: int | SlotRef) -> bytes:
+        """Copy a value, never torn. Raises as `read` does."""
+        number, generation = self._name(slot)
+        room = slot.size if isinstance(slot, SlotRef) else _COPY_AT_ONCE
+        while True:
+            memory = ffi.new("char[]", room + 1)
+            size = self._check(lib.ndm_reader_copy(self._handle, number, generation, memory, room), number)
+            if size <= room:
+                return ffi.buffer(memory, size)[:]  # type: ignore[no-any-return]
+            room = size
+
+    @contextmanager
+    def borrow(self, slot: int | SlotRef) -> Iterator[memoryview]:
+        """View a value for the length of a `with` block, and know afterwards whether it was true all along.
+
+        Raises
+        ------
+        StaleSlotError
+            On leaving: the owner has freed or moved the value meanwhile, so that what was read may be other bytes.
+        InvalidSlotError, StaleSlotError
+            On entering: as `read`.
+        """
+        view, value = self._view(slot)
+        yield view
+        if not self._check(lib.ndm_reader_is_unchanged(self._handle, value), value.slot):
+            raise StaleSlotError(f"{self._path}: slot {value.slot} was freed or moved while it was borrowed")
+
+    def lease(self, slot: int | SlotRef) -> Lease:
+        """Keep a value in place, through the owner's `free` and `compact`.
+
+        Needs write access to the leases file, which the owner makes with its first `share`.
+
+        Raises
+        ------
+        RegionIOError
+            There is no leases file (ENOENT), or no permission, or all leases are taken (EAGAIN).
+        InvalidSlotError, StaleSlotError
+            As `read`.
+        """
+        number, generation = self._name(slot)
+        view, value = ffi.new("const char **"), ffi.new("ndm_value *")
+        lease = self._check(lib.ndm_reader_lease(self._handle, number, generation, view, value), number)
+        return Lease(self, lease, _as_view(view[0], value.size))
+
+    def is_current(self, ref: SlotRef) -> bool:
+        """Tell whether a reference's value is still there."""
+        try:
+            self._check_ref(ref)
+            value = ffi.new("ndm_value *")
+            self._check(lib.ndm_reader_find(self._handle, ref.slot, ref.generation, value), ref.slot)
+        except StaleSlotError:
+            return False
+        return True
+
+    def slots(self) -> list[ReaderSlot]:
+        """List the live slots. Linear in the slot table."""
+        found: list[ReaderSlot] = []
+        value = ffi.new("ndm_value *")
+        while (status := lib.ndm_reader_next(self._handle, found[-1].slot + 1 if found else 0, value)) >= 0:
+            engine = KNOWN_ENGINES.get(value.engine, value.engine)
+            found.append(ReaderSlot(value.slot, value.offset, value.size, engine, value.generation))
+        if status != lib.NDM_ERR_NO_SLOT:
+            self._raise(status)
+        return found
+
+    # -- the reader -----------------------------------------------------------------------------------------------
+
+    def stats(self) -> ReaderStats:
+        """Figures of the region. Linear in the pages that are in RAM."""
+        out = ffi.new("ndm_reader_figures *")
+        self._check(lib.ndm_reader_stats(self._handle, out))
+        figures = {name: getattr(out, name) for name in ReaderStats.__dataclass_fields__}
+        return ReaderStats(**(figures | {"owner": out.owner or None}))
+
+    def close(self) -> None:
+        """Close the reader, ending its leases; closing again does nothing. Views stay readable."""
+        lib.ndm_reader_close(self._handle)
+
+    @property
+    def path(self) -> str:
+        """The data file's path."""
+        return self._path
+
+    def __enter__(self) -> Self:
+        """Give the reader itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the reader."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Name the file."""
+        return f"<{type(self).__name__} {self._path}>"
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse: open another reader where it is needed."""
+        raise TypeError(f"cannot copy or pickle {type(self).__name__!r}: send its path, or a SlotRef")
+
+    # -- helpers --------------------------------------------------------------------------------------------------
+
+    def _name(self, slot: int | SlotRef) -> tuple[int, int]:
+        """Slot number and generation, -1 for any."""
+        if isinstance(slot, SlotRef):
+            self._check_ref(slot)
+            return slot.slot, slot.generation
+        number = index(slot)
+        return (number if 0 <= number < 1 << 62 else -1), -1
+
+    def _check_ref(self, ref: SlotRef) -> None:
+        if ref.incarnation != self._incarnation:
+            raise StaleSlotError(f"{self._path}: slot {ref.slot} belongs to another region, or to an earlier opening")
+
+    def _view(self, slot: int | SlotRef) -> tuple[memoryview, Any]:
+        number, generation = self._name(slot)
+        value = ffi.new("ndm_value *")
+        view = lib.ndm_reader_read(self._handle, number, generation, value)
+        if not view:
+            self._raise(lib.ndm_last_error().status, number)
+        return _as_view(view, value.size), value
+
+    def _release_lease(self, number: int) -> None:
+        lib.ndm_reader_release(self._handle, number)
+
+    def _check(self, status: int, slot: int | None = None) -> int:
+        if status < 0:
+            self._raise(status, slot)
+        return status
+
+    def _raise(self, status: int, slot: int | None = None) -> NoReturn:
+        if status == lib.NDM_ERR_CLOSED:
+            raise RegionClosedError(f"{self._path}: the reader is closed")
+        raise_status(status, path=self._path, slot=slot)
+
+
+def _as_view(address: Any, size: int) -> memoryview:
+    return memoryview(ffi.buffer(_gc(address, lib.ndm_view_release), size)).toreadonly()
+
+
+_gc = ffi.gc
