@@ -266,14 +266,12 @@ static int store_directly(ndm_i_grains *grains, uint64_t offset, const uint8_t *
     return NDM_OK;
 }
 
-int ndm_i_grains_store(ndm_i_grains *grains, uint64_t offset, const void *data, uint64_t size, uint64_t vacant)
+/* Of a file that may be written to `offset` + `size`. */
+static int put(ndm_i_grains *grains, uint64_t offset, const void *data, uint64_t size, uint64_t vacant)
 {
     const uint64_t end = offset + size;
     bool ready = is_ready(grains, offset, end);
     if (!ready) {
-        int status = ndm_i_backing_check_writable(grains->file, end);
-        if (status != NDM_OK)
-            return status;
         /* If a grain cannot be had, there may yet be room for these bytes. */
         ready = size < grains->pwrite_from && make_all_ready(grains, offset, end, vacant) == 0;
         if (!ready)
@@ -284,6 +282,16 @@ int ndm_i_grains_store(ndm_i_grains *grains, uint64_t offset, const void *data, 
     return NDM_OK;
 }
 
+int ndm_i_grains_store(ndm_i_grains *grains, uint64_t offset, const void *data, uint64_t size, uint64_t vacant)
+{
+    if (!is_ready(grains, offset, offset + size)) {
+        int status = ndm_i_backing_check_writable(grains->file, offset + size);
+        if (status != NDM_OK)
+            return status;
+    }
+    return put(grains, offset, data, size, vacant);
+}
+
 int ndm_i_grains_move(ndm_i_grains *grains, uint64_t from, uint64_t to, uint64_t size)
 {
     uint8_t *base = grains->file->mapping->base;
@@ -291,11 +299,16 @@ int ndm_i_grains_move(ndm_i_grains *grains, uint64_t from, uint64_t to, uint64_t
         memmove(base + to, base + from, size);
         return NDM_OK;
     }
+    /* What can be refused is refused before the value is written over itself. */
+    int status = ndm_i_backing_check_writable(grains->file, from + size);
+    if (status != NDM_OK)
+        return status;
     ndm_i_grains_fetch(grains, from, size);
-    /* Front to back in pieces no longer than the distance: what is written has been moved or is free. */
+    /* Front to back in pieces no longer than the distance: what is written has been moved or is free, and only the
+     * first piece goes where blocks may be missing. */
     for (uint64_t done = 0; done < size;) {
         const uint64_t piece = min(size - done, from - to);
-        int status = ndm_i_grains_store(grains, to + done, base + from + done, piece, to + done + piece);
+        status = put(grains, to + done, base + from + done, piece, to + done + piece);
         if (status != NDM_OK)
             return status;
         done += piece;

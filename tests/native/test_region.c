@@ -472,6 +472,33 @@ static void test_cut_short(void)
     group("a file cut short is noticed");
 }
 
+/* A value that slides over itself, out of RAM and so by pwrite, is moved whole or not at all. */
+static void move_past_the_limit(void *argument)
+{
+    (void)argument;
+    ndm_compaction done;
+    ndm_region *region = ndm_region_open(path, &(ndm_options){4 * MIB, 64 * MIB, 64, UINT64_MAX});
+    CHECK(region && store(region, 100 * KIB, 1) == 0 && store(region, 900 * KIB, 2) == 1);
+    CHECK(ndm_region_evict(region, NULL, 0) == NDM_OK && ndm_region_free(region, 0) == NDM_OK);
+    const struct rlimit limit = {600 * KIB, RLIM_INFINITY};
+    CHECK(setrlimit(RLIMIT_FSIZE, &limit) == 0);
+    FAILS(NDM_ERR_IO, ndm_region_compact(region, UINT64_MAX, &done));
+    check_value(region, 1, 900 * KIB, 2);
+    const struct rlimit none = {RLIM_INFINITY, RLIM_INFINITY};
+    CHECK(setrlimit(RLIMIT_FSIZE, &none) == 0);
+    CHECK(ndm_region_compact(region, UINT64_MAX, &done) == NDM_OK && done.moved_bytes == 900 * KIB);
+    check_value(region, 1, 900 * KIB, 2);
+    finish(region);
+}
+
+static void test_refused_move(void)
+{
+    unlink(path);
+    unlink(slots_path);
+    in_child(move_past_the_limit, NULL);
+    group("a move that is refused");
+}
+
 static int lowest_descriptor(void)
 {
     int fd = dup(0);
@@ -494,6 +521,7 @@ int main(void)
     test_many_threads();
     test_fork();
     test_cut_short();
+    test_refused_move();
     unlink(path);
     unlink(slots_path);
     CHECK(rmdir(directory) == 0);
