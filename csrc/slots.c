@@ -25,6 +25,7 @@ struct header {
 
 static const char magic[8] = {'N', 'D', 'M', 'S', 'L', 'O', 'T', 'S'};
 static const char foreign_data[] = "the file holds data that no overflow region wrote";
+static const char not_a_table[] = "a file stands where the slot table belongs, and it is none";
 enum { VERSION = 1, BYTE_ORDER_MARK = 0x01020304 };
 
 _Static_assert(sizeof(struct header) <= HEADER_ROOM, "the header fits its page");
@@ -45,13 +46,18 @@ static uint64_t room(const ndm_i_slots *slots)
 /* 1: the table there is ours and speaks of this data file. 0: ours, but of another, or empty. Negative: not ours. */
 static int recognise(const ndm_i_slots *slots, const ndm_i_backing *data)
 {
-    struct header found = {.version = 0};
+    static const struct header unwritten;
+    struct header found;
     if (slots->table.capacity == 0)
         return 0;
     if (slots->table.capacity < sizeof found ||
-        ndm_i_backing_load(&slots->table, 0, &found, sizeof found) != NDM_OK ||
-        memcmp(found.magic, magic, sizeof magic) != 0)
-        return ndm_i_fail_io(EEXIST, "a file stands where the slot table belongs, and it is none");
+        ndm_i_backing_load(&slots->table, 0, &found, sizeof found) != NDM_OK)
+        return ndm_i_fail_io(EEXIST, not_a_table);
+    /* An open that failed, or was killed, between sizing the table and marking it. */
+    if (slots->table.capacity == FIRST_ROOM && memcmp(&found, &unwritten, sizeof found) == 0)
+        return 0;
+    if (memcmp(found.magic, magic, sizeof magic) != 0)
+        return ndm_i_fail_io(EEXIST, not_a_table);
     return found.inode == data->inode && found.born == data->born;
 }
 

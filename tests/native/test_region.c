@@ -41,6 +41,25 @@ static char directory[] = "/tmp/nodedb-mem-test-XXXXXX";
 static char path[100], slots_path[110];
 static const ndm_options small = {64 * KIB, 64 * MIB, 64, UINT64_MAX};
 
+/* ---- a file system that refuses: fallocate() of the core is this one --------------------------------------- */
+
+static _Thread_local struct {
+    int allocate, punch; /* the errno to fail with, once */
+    int calls;
+} refuse;
+
+int fallocate(int fd, int mode, off_t offset, off_t size)
+{
+    int *refused = mode & FALLOC_FL_PUNCH_HOLE ? &refuse.punch : &refuse.allocate;
+    refuse.calls++;
+    if (*refused) {
+        errno = *refused;
+        *refused = 0;
+        return -1;
+    }
+    return (int)syscall(SYS_fallocate, fd, mode, offset, size);
+}
+
 /* ---- helpers -------------------------------------------------------------------------------------------- */
 
 static uint8_t *pattern(uint64_t size, unsigned seed)
@@ -499,6 +518,41 @@ static void test_refused_move(void)
     group("a move that is refused");
 }
 
+static void no_descriptors(void *argument)
+{
+    (void)argument;
+    for (rlim_t most = 3; most < 16; most++) {
+        struct rlimit limit;
+        CHECK(getrlimit(RLIMIT_NOFILE, &limit) == 0);
+        limit.rlim_cur = most;
+        CHECK(setrlimit(RLIMIT_NOFILE, &limit) == 0);
+        ndm_region *region = ndm_region_open(path, &small);
+        CHECK(region || ndm_last_error()->os_errno == EMFILE);
+        ndm_region_destroy(region);
+    }
+    finish(ndm_region_open(path, &small));
+}
+
+/* An open that failed half way, or was killed there, bars nobody from the path. */
+static void test_failed_opens(void)
+{
+    in_child(no_descriptors, NULL);
+    finish(open_new(&small));
+    refuse.allocate = ENOSPC; /* for the slot table */
+    CHECK(!ndm_region_open(path, &small) && ndm_last_error()->os_errno == ENOSPC);
+    ndm_region *region = ndm_region_open(path, &small);
+    CHECK(region && store(region, 100, 1) == 0);
+    finish(region);
+    CHECK(truncate(path, 0) == 0 && truncate(slots_path, 0) == 0 && truncate(slots_path, 64 * KIB) == 0);
+    region = ndm_region_open(path, &small);
+    CHECK(region && ndm_region_capacity(region) == 64 * KIB);
+    finish(region);
+    int fd = open(slots_path, O_WRONLY);
+    CHECK(fd >= 0 && pwrite(fd, "somebody else's", 15, 0) == 15 && close(fd) == 0);
+    CHECK(!ndm_region_open(path, &small) && ndm_last_error()->os_errno == EEXIST);
+    group("an open that failed bars nobody");
+}
+
 static int lowest_descriptor(void)
 {
     int fd = dup(0);
@@ -522,6 +576,7 @@ int main(void)
     test_fork();
     test_cut_short();
     test_refused_move();
+    test_failed_opens();
     unlink(path);
     unlink(slots_path);
     CHECK(rmdir(directory) == 0);
