@@ -365,11 +365,15 @@ void ndm_i_grains_punch(ndm_i_grains *grains, uint64_t offset, uint64_t size)
     for (uint64_t grain = first; !has_blocks && grain < last; grain++)
         has_blocks = state_of(grains, grain) >= NDM_I_PARTIAL ||
                      (state_of(grains, grain) == NDM_I_EMPTY && grain * GRAIN < grains->allocated);
-    if (!has_blocks || !ndm_i_backing_punch(file, start, end))
+    if (!has_blocks)
         return;
+    const bool done = ndm_i_backing_punch(file, start, end);
+    if (!done && !file->can_punch)
+        return;
+    /* One that failed may have taken some blocks before it did. */
     ndm_i_cache_lock(&grains->cache);
     for (uint64_t grain = first; grain < last; grain++) {
-        const bool whole = grain * GRAIN >= start && (grain + 1) * GRAIN <= end;
+        const bool whole = done && grain * GRAIN >= start && (grain + 1) * GRAIN <= end;
         if (whole || state_of(grains, grain) <= NDM_I_HOLE) {
             set_state(grains, grain, NDM_I_HOLE);
             ndm_i_cache_forget(grains, grain, grain + 1);

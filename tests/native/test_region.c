@@ -491,6 +491,29 @@ static void test_cut_short(void)
     group("a file cut short is noticed");
 }
 
+/* Blocks that a failed punch has taken are had back before the next store. */
+static void test_failed_punch(void)
+{
+    ndm_region *region = open_new(&(ndm_options){1 * MIB, 64 * MIB, 64, UINT64_MAX});
+    CHECK(store(region, 10 * KIB, 1) == 0);
+    CHECK(store(region, 100 * KIB, 2) == 1);
+    CHECK(store(region, 10 * KIB, 3) == 2);
+    refuse.punch = EIO;
+    CHECK(ndm_region_trim(region) >= 0 && refuse.punch == 0);
+    refuse.calls = 0;
+    CHECK(store(region, 90 * KIB, 4) >= 0 && refuse.calls > 0);
+    CHECK(ndm_region_free(region, 1) == NDM_OK);
+    ndm_stats stats;
+    CHECK(ndm_region_stats(region, &stats) == NDM_OK && stats.can_punch == 1);
+    refuse.punch = EOPNOTSUPP;
+    CHECK(store(region, 400 * KIB, 5) >= 0 && ndm_region_trim(region) >= 0);
+    CHECK(ndm_region_stats(region, &stats) == NDM_OK && stats.can_punch == 0);
+    check_value(region, 0, 10 * KIB, 1);
+    check_value(region, 2, 10 * KIB, 3);
+    finish(region);
+    group("a punch that failed");
+}
+
 /* A value that slides over itself, out of RAM and so by pwrite, is moved whole or not at all. */
 static void move_past_the_limit(void *argument)
 {
@@ -575,6 +598,7 @@ int main(void)
     test_many_threads();
     test_fork();
     test_cut_short();
+    test_failed_punch();
     test_refused_move();
     test_failed_opens();
     unlink(path);
