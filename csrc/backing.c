@@ -340,6 +340,8 @@ void ndm_i_backing_shrink(ndm_i_backing *backing, uint64_t capacity)
 int ndm_i_backing_write(const ndm_i_backing *backing, const uint8_t *data, uint64_t size, uint64_t offset)
 {
     static const uint8_t zeros[NDM_I_GRAIN];
+    if (over_size_limit(offset + size))
+        return EFBIG;
     while (size > 0) {
         const uint64_t piece = min(size, NDM_I_GRAIN - offset % NDM_I_GRAIN);
         const ssize_t done = pwrite(backing->fd, data ? data : zeros, piece, (off_t)offset);

@@ -61,7 +61,8 @@ void ndm_i_backing_shrink(ndm_i_backing *backing, uint64_t capacity);
  * would be SIGBUS. EFBIG beyond RLIMIT_FSIZE, where writing would raise SIGXFSZ. */
 int ndm_i_backing_check_writable(const ndm_i_backing *backing, uint64_t end);
 
-/* pwrite all of it, cut at grains. `data` NULL: zeros. 0 or errno. */
+/* pwrite all of it, cut at grains. `data` NULL: zeros. 0 or errno: EFBIG, before anything is written, if it would reach
+ * past RLIMIT_FSIZE. */
 int ndm_i_backing_write(const ndm_i_backing *backing, const uint8_t *data, uint64_t size, uint64_t offset);
 
 /* pread all of it; a file that ends before is EIO. */

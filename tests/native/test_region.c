@@ -514,6 +514,34 @@ static void test_failed_punch(void)
     group("a punch that failed");
 }
 
+/* A limit below the file's size that still admits the value; SIGXFSZ would end this child. */
+static void below_the_limit(void *argument)
+{
+    (void)argument;
+    ndm_region *region = ndm_region_open(path, &(ndm_options){4 * MIB, 64 * MIB, 64, UINT64_MAX});
+    CHECK(region && store(region, 1000, 1) == 0);
+    const struct rlimit limit = {700 * KIB, RLIM_INFINITY};
+    CHECK(setrlimit(RLIMIT_FSIZE, &limit) == 0);
+    CHECK(store(region, 400 * KIB, 2) == 1);
+    CHECK(store(region, 150 * KIB, 3) == 2); /* reaches past the first grain, whose successor ends past the limit */
+    FAILS(NDM_ERR_IO, store(region, 900 * KIB, 4));
+    CHECK(ndm_last_error()->os_errno == EFBIG);
+    FAILS(NDM_ERR_IO, store(region, 10 * MIB, 4));
+    CHECK(ndm_last_error()->os_errno == EFBIG);
+    check_value(region, 0, 1000, 1);
+    check_value(region, 1, 400 * KIB, 2);
+    check_value(region, 2, 150 * KIB, 3);
+    finish(region);
+}
+
+static void test_size_limit(void)
+{
+    unlink(path);
+    unlink(slots_path);
+    in_child(below_the_limit, NULL);
+    group("a file size limit is an error, never a signal");
+}
+
 /* A value that slides over itself, out of RAM and so by pwrite, is moved whole or not at all. */
 static void move_past_the_limit(void *argument)
 {
@@ -599,6 +627,7 @@ int main(void)
     test_fork();
     test_cut_short();
     test_failed_punch();
+    test_size_limit();
     test_refused_move();
     test_failed_opens();
     unlink(path);
