@@ -274,7 +274,10 @@ static int set_size(int fd, uint64_t size)
 {
     if (over_size_limit(size))
         return EFBIG;
-    return ftruncate(fd, (off_t)size) == 0 ? 0 : errno;
+    while (ftruncate(fd, (off_t)size) != 0)
+        if (errno != EINTR)
+            return errno;
+    return 0;
 }
 
 int ndm_i_backing_check_writable(const ndm_i_backing *backing, uint64_t end)
@@ -374,11 +377,12 @@ int ndm_i_backing_load(const ndm_i_backing *backing, uint64_t offset, void *buff
 
 int ndm_i_backing_allocate(ndm_i_backing *backing, uint64_t start, uint64_t end)
 {
-    if (!backing->can_allocate || fallocate(backing->fd, 0, (off_t)start, (off_t)(end - start)) == 0)
-        return 0;
-    if (errno != EOPNOTSUPP)
-        return errno;
-    backing->can_allocate = false;
+    while (backing->can_allocate && fallocate(backing->fd, 0, (off_t)start, (off_t)(end - start)) != 0) {
+        if (errno == EOPNOTSUPP)
+            backing->can_allocate = false;
+        else if (errno != EINTR)
+            return errno;
+    }
     return 0;
 }
 

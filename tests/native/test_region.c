@@ -491,6 +491,20 @@ static void test_cut_short(void)
     group("a file cut short is noticed");
 }
 
+static void test_refused_blocks(void)
+{
+    refuse.allocate = EINTR; /* a signal is no reason */
+    ndm_region *region = open_new(&(ndm_options){2 * MIB, 64 * MIB, 64, UINT64_MAX});
+    CHECK(store(region, 100, 1) == 0);
+    check_value(region, 0, 100, 1);
+    refuse.allocate = EIO; /* asked for ahead: no matter */
+    CHECK(store(region, 600 * KIB, 2) == 1);
+    check_value(region, 1, 600 * KIB, 2);
+    refuse.allocate = 0;
+    finish(region);
+    group("an interrupted or refused request for blocks");
+}
+
 /* Blocks that a failed punch has taken are had back before the next store. */
 static void test_failed_punch(void)
 {
@@ -626,6 +640,7 @@ int main(void)
     test_many_threads();
     test_fork();
     test_cut_short();
+    test_refused_blocks();
     test_failed_punch();
     test_size_limit();
     test_refused_move();
