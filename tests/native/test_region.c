@@ -437,6 +437,29 @@ static void test_many_threads(void)
     group("views end on other threads while the owner works");
 }
 
+static void *open_at_once(void *barrier)
+{
+    pthread_barrier_wait(barrier);
+    ndm_region *region = ndm_region_open_temporary(directory, &small);
+    CHECK(region && store(region, 10, 1) == 0);
+    ndm_region_destroy(region);
+    return NULL;
+}
+
+/* The first thing that this process does. */
+static void test_first_opens(void)
+{
+    pthread_t threads[4];
+    pthread_barrier_t barrier;
+    pthread_barrier_init(&barrier, NULL, 4);
+    for (int i = 0; i < 4; i++)
+        CHECK(pthread_create(&threads[i], NULL, open_at_once, &barrier) == 0);
+    for (int i = 0; i < 4; i++)
+        pthread_join(threads[i], NULL);
+    pthread_barrier_destroy(&barrier);
+    group("several threads may open the first region at once");
+}
+
 /* ---- forks ---------------------------------------------------------------------------------------------- */
 
 struct inherited {
@@ -632,6 +655,7 @@ int main(void)
     snprintf(path, sizeof path, "%s/region", directory);
     snprintf(slots_path, sizeof slots_path, "%s.slots", path);
     setvbuf(stdout, NULL, _IOLBF, 0);
+    test_first_opens();
     test_values();
     test_views();
     test_space();
