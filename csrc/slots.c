@@ -40,7 +40,8 @@ static ndm_i_record *records_of(const ndm_i_slots *slots)
 
 static uint64_t room(const ndm_i_slots *slots)
 {
-    return (slots->table.capacity - HEADER_ROOM) / sizeof(ndm_i_record);
+    const uint64_t records = (slots->table.capacity - HEADER_ROOM) / sizeof(ndm_i_record);
+    return records < MOST_SLOTS ? records : MOST_SLOTS;
 }
 
 /* 1: the table there is ours and speaks of this data file. 0: ours, but of another, or empty. Negative: not ours. */

@@ -250,7 +250,7 @@ static void test_space(void)
 static void test_arguments(void)
 {
     static const ndm_options wrong[] = {{0, 1, 1, 0},    {1, 0, 1, 0}, {2, 1, 1, 0}, {1, 1, 0, 0},
-                                        {1, 1, 8192, 0}, {1, 1, 3, 0}};
+                                        {1, 1, 8192, 0}, {1, 1, 3, 0}, {1, (uint64_t)INT64_MAX + 1, 1, 0}};
     for (unsigned i = 0; i < sizeof wrong / sizeof *wrong; i++)
         CHECK(!ndm_region_open(path, &wrong[i]) && ndm_last_error()->status == NDM_ERR_ARGUMENT);
     ndm_region *region = open_new(&(ndm_options){4096, 8192, 64, UINT64_MAX});
@@ -260,6 +260,7 @@ static void test_arguments(void)
     CHECK(ndm_last_error()->required == 8193 && ndm_last_error()->limit == 8192);
     FAILS(NDM_ERR_CAPACITY, ndm_region_write(region, "x", UINT64_MAX, 0));
     FAILS(NDM_ERR_ARGUMENT, ndm_region_set_max_capacity(region, 8191));
+    FAILS(NDM_ERR_ARGUMENT, ndm_region_set_max_capacity(region, UINT64_MAX));
     CHECK(ndm_region_set_max_capacity(region, INT64_MAX) == NDM_OK && ndm_region_max_capacity(region) == INT64_MAX);
     FAILS(NDM_ERR_CAPACITY, ndm_region_write(region, "x", (uint64_t)1 << 48, 0));
     FAILS(NDM_ERR_NO_SLOT, ndm_region_free(region, 0));
