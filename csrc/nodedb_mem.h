@@ -213,8 +213,8 @@ typedef struct {
 } ndm_compaction;
 
 /* Move values toward the start of the file, at most `budget` bytes of them. Slots keep their numbers. A value that is
- * pinned, or larger than the budget, stays where it is. Done when the holes are under 1 % of the space, or nothing can
- * move. NDM_ERR_IO with ENOSPC when a hole's blocks cannot be had back: every value is intact, *out is not written. */
+ * pinned, or larger than the budget, stays where it is. Done when the holes are under 1 % of the live bytes, or nothing
+ * can move. NDM_ERR_IO with ENOSPC when a hole's blocks cannot be had back: every value is intact, *out is not written. */
 int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out);
 
 /* Wait until all values are written back, and drop the `count` values in `slots` from RAM; `slots` NULL: all values
