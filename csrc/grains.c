@@ -256,7 +256,7 @@ static int store_directly(ndm_i_grains *grains, uint64_t offset, const uint8_t *
     for (uint64_t grain = offset / GRAIN; grain < end_of(end); grain++) {
         const bool filled = grain * GRAIN >= offset && min((grain + 1) * GRAIN, capacity) <= end;
         const uint8_t state = state_of(grains, grain);
-        if (filled || (all && state < NDM_I_READY))
+        if (grains->file->keeps_blocks && (filled || (all && state < NDM_I_READY)))
             set_state(grains, grain, NDM_I_READY);
         else if (state <= NDM_I_HOLE)
             set_state(grains, grain, NDM_I_PARTIAL);
