@@ -53,6 +53,7 @@ static int examine(ndm_i_backing *backing)
     if (!S_ISREG(facts.stx_mode))
         return ndm_i_fail_io(EINVAL, "not a regular file");
     backing->capacity = facts.stx_size;
+    backing->linked = facts.stx_nlink > 0;
     backing->inode = facts.stx_ino;
     if (facts.stx_mask & STATX_BTIME)
         backing->born = (uint64_t)facts.stx_btime.tv_sec * 1000000000u + facts.stx_btime.tv_nsec;
@@ -84,6 +85,14 @@ int ndm_i_backing_open(ndm_i_backing *backing, const char *path, bool create)
         status = errno == EWOULDBLOCK ? ndm_i_fail(NDM_ERR_BUSY, "the file is locked by another region")
                                       : ndm_i_fail_io(errno, "cannot lock the file");
         backing->created = false; /* somebody else's by now */
+        goto fail;
+    }
+    /* Whoever held the lock until now may have resized the file, or failed to open it and removed it. */
+    if ((status = examine(backing)) != NDM_OK)
+        goto fail;
+    if (!backing->linked) {
+        status = ndm_i_fail(NDM_ERR_BUSY, "the file was removed while it was opened");
+        backing->created = false; /* what stands at the path by now is somebody else's */
         goto fail;
     }
     return NDM_OK;

@@ -33,6 +33,7 @@ typedef struct {
     bool can_allocate;   /* the file system knows fallocate() */
     bool can_punch;      /* and holes */
     bool created;        /* by this open, not found */
+    bool linked;         /* it had a name when it was examined */
 } ndm_i_backing;
 
 /* Functions that return int give a status with the error set, unless they say "0 or errno". */
