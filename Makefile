@@ -10,6 +10,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 BUDGET ?= 16MiB
+SECONDS ?= 60
 
 CSOURCES := $(sort $(wildcard csrc/*.c))
 CHEADERS := $(wildcard csrc/*.h)
@@ -22,7 +23,7 @@ CSAN     := -O1 -g -fno-omit-frame-pointer -fsanitize=$(SANITIZE) -fno-sanitize-
 # The same commit gives the same sdist and wheel, byte for byte.
 SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),1767225600)
 
-.PHONY: help run test test-native test-python bench bench-quick lint sanitize wheel wheel-smoke clean
+.PHONY: help run test test-native test-python bench bench-quick lint sanitize fuzz valgrind wheel wheel-smoke clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would race
 
@@ -32,6 +33,8 @@ help:
 	@echo 'make bench        benchmarks (ARGS=--quick, or make bench-quick: the short form)'
 	@echo 'make lint         ruff, mypy --strict, C warnings as errors'
 	@echo 'make sanitize     the pytest suite on a build with ASan and UBSan'
+	@echo 'make fuzz         libFuzzer with ASan and UBSan, SECONDS=$(SECONDS) for each program (needs clang)'
+	@echo 'make valgrind     the C programs under valgrind: no error, no leak'
 	@echo 'make wheel        sdist and abi3 wheel in dist/'
 	@echo 'make wheel-smoke  install that wheel in each CPython found and try it'
 	@echo 'make clean        remove what make made'
@@ -119,6 +122,47 @@ sanitize: $(SAN)/.extra-test
 	cd $(SAN)/tree && NODEDB_MEM_SANITIZE=$(SANITIZE) NODEDB_MEM_DEBUG=1 \
 	    ../venv/bin/python -m pip --disable-pip-version-check --quiet install --editable .
 	cd $(SAN)/tree && $(SAN_ENV) ../venv/bin/python ../venv/bin/pytest -o timeout=900 $(ARGS)
+
+# libFuzzer comes with clang. The core of fuzz_region makes its system calls through tests/fuzz/disk.c.
+CLANG    ?= clang
+FUZZ     := build/fuzz
+FUZZERS  := fuzz_extents fuzz_region
+CFUZZ    := $(CWARN) -O1 -g -fno-omit-frame-pointer -fsanitize=$(SANITIZE),fuzzer-no-link -fno-sanitize-recover=all \
+	-Icsrc -Itests/fuzz
+FUZZCORE := $(patsubst csrc/%.c,$(FUZZ)/%.o,$(CSOURCES))
+
+$(FUZZ)/%.o: csrc/%.c $(CHEADERS) tests/fuzz/faults.h
+	@mkdir -p $(@D)
+	$(CLANG) $(CFUZZ) -include tests/fuzz/faults.h -c -o $@ $<
+
+$(FUZZ)/fuzz_extents: tests/fuzz/fuzz_extents.c csrc/extents.c csrc/extents.h
+	@mkdir -p $(@D)
+	$(CLANG) $(CFUZZ) -fsanitize=fuzzer -o $@ $(filter %.c,$^)
+
+$(FUZZ)/fuzz_region: tests/fuzz/fuzz_region.c tests/fuzz/disk.c $(FUZZCORE) tests/fuzz/disk.h
+	$(CLANG) $(CFUZZ) -fsanitize=fuzzer -o $@ $(filter %.c %.o,$^)
+
+# First what is known, then what chance finds; new inputs go to build/fuzz/corpus, an input that fails to build/fuzz.
+fuzz: $(addprefix $(FUZZ)/,$(FUZZERS))
+	@set -e; for fuzzer in $(FUZZERS); do \
+	    known=tests/fuzz/corpus/$$fuzzer; found=$(FUZZ)/corpus/$$fuzzer; mkdir -p $$found; \
+	    echo "$$fuzzer: the kept corpus, then $(SECONDS) s"; \
+	    $(FUZZ)/$$fuzzer -verbosity=0 -runs=0 $$known; \
+	    $(FUZZ)/$$fuzzer -verbosity=0 -print_final_stats=1 -timeout=20 -max_len=2048 -max_total_time=$(SECONDS) \
+	        -artifact_prefix=$(FUZZ)/ $$found $$known; \
+	done
+
+# Without sanitizers, which valgrind cannot stand.
+CHECKED := $(patsubst build/native/%,build/valgrind/%,$(NATIVE))
+
+build/valgrind/%: tests/native/%.c $(CSOURCES) $(CHEADERS) $(wildcard tests/native/*.h)
+	@mkdir -p $(@D)
+	$(CC) $(CWARN) -O1 -g -Icsrc -Itests/native -o $@ $< $(CSOURCES)
+
+valgrind: $(CHECKED)
+	@set -e; for program in $^; do echo "$$program"; \
+	    valgrind --quiet --error-exitcode=99 --leak-check=full --errors-for-leak-kinds=definite,indirect,possible \
+	        --child-silent-after-fork=yes "$$program"; done
 
 wheel: $(VENV)/.extra-dist
 	rm -rf dist

@@ -53,6 +53,7 @@ static int examine(ndm_i_backing *backing)
     if (!S_ISREG(facts.stx_mode))
         return ndm_i_fail_io(EINVAL, "not a regular file");
     backing->capacity = facts.stx_size;
+    backing->linked = facts.stx_nlink > 0;
     backing->inode = facts.stx_ino;
     if (facts.stx_mask & STATX_BTIME)
         backing->born = (uint64_t)facts.stx_btime.tv_sec * 1000000000u + facts.stx_btime.tv_nsec;
@@ -111,6 +112,14 @@ int ndm_i_backing_open(ndm_i_backing *backing, const char *path, bool create, in
         status = errno == EWOULDBLOCK || errno == EACCES ? ndm_i_fail(NDM_ERR_BUSY, "the file is locked by another region")
                                       : ndm_i_fail_io(errno, "cannot lock the file");
         backing->created = false; /* somebody else's by now */
+        goto fail;
+    }
+    /* Whoever held the lock until now may have resized the file, or failed to open it and removed it. */
+    if ((status = examine(backing)) != NDM_OK)
+        goto fail;
+    if (!backing->linked) {
+        status = ndm_i_fail(NDM_ERR_BUSY, "the file was removed while it was opened");
+        backing->created = false; /* what stands at the path by now is somebody else's */
         goto fail;
     }
     return NDM_OK;
@@ -343,7 +352,10 @@ static int set_size(int fd, uint64_t size)
 {
     if (over_size_limit(size))
         return EFBIG;
-    return ftruncate(fd, (off_t)size) == 0 ? 0 : errno;
+    while (ftruncate(fd, (off_t)size) != 0)
+        if (errno != EINTR)
+            return errno;
+    return 0;
 }
 
 int ndm_i_backing_check_writable(const ndm_i_backing *backing, uint64_t end)
@@ -409,6 +421,8 @@ void ndm_i_backing_shrink(ndm_i_backing *backing, uint64_t capacity)
 int ndm_i_backing_write(const ndm_i_backing *backing, const uint8_t *data, uint64_t size, uint64_t offset)
 {
     static const uint8_t zeros[NDM_I_GRAIN];
+    if (over_size_limit(offset + size))
+        return EFBIG;
     while (size > 0) {
         const uint64_t piece = min(size, NDM_I_GRAIN - offset % NDM_I_GRAIN);
         const ssize_t done = pwrite(backing->fd, data ? data : zeros, piece, (off_t)offset);
@@ -441,11 +455,12 @@ int ndm_i_backing_load(const ndm_i_backing *backing, uint64_t offset, void *buff
 
 int ndm_i_backing_allocate(ndm_i_backing *backing, uint64_t start, uint64_t end)
 {
-    if (!backing->can_allocate || fallocate(backing->fd, 0, (off_t)start, (off_t)(end - start)) == 0)
-        return 0;
-    if (errno != EOPNOTSUPP)
-        return errno;
-    backing->can_allocate = false;
+    while (backing->can_allocate && fallocate(backing->fd, 0, (off_t)start, (off_t)(end - start)) != 0) {
+        if (errno == EOPNOTSUPP)
+            backing->can_allocate = false;
+        else if (errno != EINTR)
+            return errno;
+    }
     return 0;
 }
 

@@ -33,6 +33,7 @@ typedef struct {
     bool can_allocate;   /* the file system knows fallocate() */
     bool can_punch;      /* and holes */
     bool created;        /* by this open, not found */
+    bool linked;         /* it had a name when it was examined */
 } ndm_i_backing;
 
 /* Functions that return int give a status with the error set, unless they say "0 or errno". */
@@ -86,7 +87,8 @@ void ndm_i_backing_shrink(ndm_i_backing *backing, uint64_t capacity);
  * would be SIGBUS. EFBIG beyond RLIMIT_FSIZE, where writing would raise SIGXFSZ. */
 int ndm_i_backing_check_writable(const ndm_i_backing *backing, uint64_t end);
 
-/* pwrite all of it, cut at grains. `data` NULL: zeros. 0 or errno. */
+/* pwrite all of it, cut at grains. `data` NULL: zeros. 0 or errno: EFBIG, before anything is written, if it would reach
+ * past RLIMIT_FSIZE. */
 int ndm_i_backing_write(const ndm_i_backing *backing, const uint8_t *data, uint64_t size, uint64_t offset);
 
 /* pread all of it; a file that ends before is EIO. */

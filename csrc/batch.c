@@ -83,7 +83,8 @@ static int store_all(ndm_region *region, const values *batch, const taken *place
             if (status != NDM_OK)
                 return status;
         }
-        packed += batch->parts ? 0 : size;
+        if (!batch->parts)
+            packed += size;
     }
     return NDM_OK;
 }

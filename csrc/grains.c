@@ -269,7 +269,7 @@ static int store_directly(ndm_i_grains *grains, uint64_t offset, const uint8_t *
     for (uint64_t grain = offset / GRAIN; grain < end_of(end); grain++) {
         const bool filled = grain * GRAIN >= offset && min((grain + 1) * GRAIN, capacity) <= end;
         const uint8_t state = state_of(grains, grain);
-        if (filled || (all && state < NDM_I_READY))
+        if (grains->file->keeps_blocks && (filled || (all && state < NDM_I_READY)))
             set_state(grains, grain, NDM_I_READY);
         else if (state <= NDM_I_HOLE)
             set_state(grains, grain, NDM_I_PARTIAL);
@@ -279,14 +279,12 @@ static int store_directly(ndm_i_grains *grains, uint64_t offset, const uint8_t *
     return NDM_OK;
 }
 
-int ndm_i_grains_store(ndm_i_grains *grains, uint64_t offset, const void *data, uint64_t size, uint64_t vacant)
+/* Of a file that may be written to `offset` + `size`. */
+static int put(ndm_i_grains *grains, uint64_t offset, const void *data, uint64_t size, uint64_t vacant)
 {
     const uint64_t end = offset + size;
     bool ready = is_ready(grains, offset, end);
     if (!ready) {
-        int status = ndm_i_backing_check_writable(grains->file, end);
-        if (status != NDM_OK)
-            return status;
         /* If a grain cannot be had, there may yet be room for these bytes. */
         ready = size < grains->pwrite_from && make_all_ready(grains, offset, end, vacant) == 0;
         if (!ready)
@@ -297,13 +295,25 @@ int ndm_i_grains_store(ndm_i_grains *grains, uint64_t offset, const void *data, 
     return NDM_OK;
 }
 
+int ndm_i_grains_store(ndm_i_grains *grains, uint64_t offset, const void *data, uint64_t size, uint64_t vacant)
+{
+    if (!is_ready(grains, offset, offset + size)) {
+        int status = ndm_i_backing_check_writable(grains->file, offset + size);
+        if (status != NDM_OK)
+            return status;
+    }
+    return put(grains, offset, data, size, vacant);
+}
+
 int ndm_i_grains_move(ndm_i_grains *grains, uint64_t from, uint64_t to, uint64_t size, _Atomic uint64_t *moved)
 {
     const uint64_t distance = from > to ? from - to : to - from;
-    const bool ready = is_ready(grains, to, to + size);
     uint8_t *base = grains->file->mapping->base;
-    /* All blocks first: a move of overlapping bytes cannot stop in the middle. */
-    for (uint64_t grain = to / GRAIN; !ready && grain < end_of(to + size); grain++) {
+    /* What can be refused is refused before the value is written over itself: size, limits, and all blocks. */
+    int status = ndm_i_backing_check_writable(grains->file, from + size);
+    if (status != NDM_OK)
+        return status;
+    for (uint64_t grain = to / GRAIN; grain < end_of(to + size); grain++) {
         int refused = allocate_grain(grains, grain);
         if (refused && refused != EOPNOTSUPP) /* without fallocate() no blocks were ever given back */
             return ndm_i_fail_io(refused, "cannot get room in the file");
@@ -311,13 +321,9 @@ int ndm_i_grains_move(ndm_i_grains *grains, uint64_t from, uint64_t to, uint64_t
     ndm_i_grains_fetch(grains, from, size);
     for (uint64_t done = atomic_load_explicit(moved, memory_order_relaxed); done < size;) {
         const uint64_t piece = min(size - done, distance);
-        if (ready) {
-            memcpy(base + to + done, base + from + done, piece);
-        } else {
-            int status = ndm_i_grains_store(grains, to + done, base + from + done, piece, to + done + piece);
-            if (status != NDM_OK)
-                return status;
-        }
+        status = put(grains, to + done, base + from + done, piece, to + done + piece);
+        if (status != NDM_OK)
+            return status;
         done += piece;
         atomic_store_explicit(moved, done, memory_order_release); /* the next piece may overwrite what this one read */
     }
@@ -373,11 +379,15 @@ void ndm_i_grains_punch(ndm_i_grains *grains, uint64_t offset, uint64_t size)
     for (uint64_t grain = first; !has_blocks && grain < last; grain++)
         has_blocks = state_of(grains, grain) >= NDM_I_PARTIAL ||
                      (state_of(grains, grain) == NDM_I_EMPTY && grain * GRAIN < grains->allocated);
-    if (!has_blocks || !ndm_i_backing_punch(file, start, end))
+    if (!has_blocks)
         return;
+    const bool done = ndm_i_backing_punch(file, start, end);
+    if (!done && !file->can_punch)
+        return;
+    /* One that failed may have taken some blocks before it did. */
     ndm_i_cache_lock(&grains->cache);
     for (uint64_t grain = first; grain < last; grain++) {
-        const bool whole = grain * GRAIN >= start && (grain + 1) * GRAIN <= end;
+        const bool whole = done && grain * GRAIN >= start && (grain + 1) * GRAIN <= end;
         if (whole || state_of(grains, grain) <= NDM_I_HOLE) {
             set_state(grains, grain, NDM_I_HOLE);
             ndm_i_cache_forget(grains, grain, grain + 1);

@@ -12,7 +12,8 @@
  *    released, even after the slot is freed or the region is closed. A view that is never released leaks its
  *    extent and keeps the mapping, and so the file's lock, until the process ends.
  *  - In a forked child the views taken before the fork stay readable, but nothing pins them for the child: once
- *    the parent has freed and released a slot, the child sees what the parent writes there next.
+ *    the parent has freed and released a slot, the child sees what the parent writes there next, and touching it
+ *    is SIGBUS once the parent has trimmed the file to less.
  *  - If another program shortens the file, touching a lost page is SIGBUS. Growing and preparing space notice a
  *    short file and return NDM_ERR_IO with EIO; reading cannot notice.
  *  - Link with -pthread. Linux only.
@@ -215,8 +216,8 @@ typedef struct {
 } ndm_compaction;
 
 /* Move values toward the start of the file, at most `budget` bytes of them. Slots keep their numbers. A value that is
- * pinned, or larger than the budget, stays where it is. Done when the holes are under 1 % of the space, or nothing can
- * move. NDM_ERR_IO with ENOSPC when a hole's blocks cannot be had back: every value is intact, *out is not written. */
+ * pinned, or larger than the budget, stays where it is. Done when the holes are under 1 % of the live bytes, or nothing
+ * can move. NDM_ERR_IO with ENOSPC when a hole's blocks cannot be had back: every value is intact, *out is not written. */
 int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out);
 
 /* Wait until all values are written back, and drop the `count` values in `slots` from RAM; `slots` NULL: all values

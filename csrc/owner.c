@@ -10,7 +10,7 @@
 static const volatile uint64_t nobody = 0;
 
 _Thread_local uint64_t ndm_i_this_thread;
-const volatile uint64_t *ndm_i_process_word = &nobody;
+const volatile uint64_t *_Atomic ndm_i_process_word = &nobody;
 
 static _Atomic uint64_t next_thread = 1;
 static _Atomic uint64_t generation; /* copied by fork, unlike the page: a child's number differs from its parent's */
@@ -37,7 +37,6 @@ static _Atomic uint64_t *make_page(void)
         munmap(fresh, size);
         return expected; /* another thread was first */
     }
-    ndm_i_process_word = (const volatile uint64_t *)fresh;
     return fresh;
 
 fail:
@@ -50,6 +49,8 @@ uint64_t ndm_i_process(void)
     _Atomic uint64_t *word = atomic_load(&page);
     if (!word && !(word = make_page()))
         return 0;
+    /* Each caller sees to it: the thread that made the page may not have come so far, or not exist in this child. */
+    atomic_store(&ndm_i_process_word, (const volatile uint64_t *)word);
     uint64_t seen = 0;
     if (atomic_load(word) == 0)
         atomic_compare_exchange_strong(word, &seen, atomic_fetch_add(&generation, 1) + 1);

@@ -18,7 +18,7 @@ typedef struct {
 
 /* The page is set up by ndm_i_process(); until then every comparison fails. */
 extern _Thread_local uint64_t ndm_i_this_thread;
-extern const volatile uint64_t *ndm_i_process_word;
+extern const volatile uint64_t *_Atomic ndm_i_process_word;
 
 /* The number of the calling process; 0 when the page cannot be had (no memory). */
 uint64_t ndm_i_process(void);
@@ -26,7 +26,10 @@ uint64_t ndm_i_process(void);
 /* The calling thread as an owner; .process is 0 when ndm_i_process() failed. */
 ndm_i_owner ndm_i_owner_here(void);
 
-static inline bool ndm_i_is_process(uint64_t process) { return *ndm_i_process_word == process; }
+static inline bool ndm_i_is_process(uint64_t process)
+{
+    return *atomic_load_explicit(&ndm_i_process_word, memory_order_relaxed) == process;
+}
 
 static inline bool ndm_i_is_owner(const ndm_i_owner *owner)
 {

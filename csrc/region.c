@@ -33,6 +33,8 @@ static int check_options(const ndm_options *options)
 {
     if (options->initial_capacity == 0 || options->max_capacity == 0)
         return ndm_i_fail(NDM_ERR_ARGUMENT, "a capacity must be positive");
+    if (options->max_capacity > INT64_MAX)
+        return ndm_i_fail(NDM_ERR_ARGUMENT, "max_capacity must be below 2^63");
     if (options->initial_capacity > options->max_capacity)
         return ndm_i_fail(NDM_ERR_ARGUMENT, "initial_capacity must not exceed max_capacity");
     if (options->alignment == 0 || options->alignment > 4096 || (options->alignment & (options->alignment - 1)) != 0)
@@ -177,7 +179,7 @@ static bool is_closed(const ndm_region *region)
 
 int ndm_region_is_closed(const ndm_region *region) { return is_closed(region); }
 
-int ndm_region_in_memory(const ndm_region *region) { return region->data.in_memory; }
+int ndm_region_in_memory(const ndm_region *region) { return region && region->data.in_memory; }
 
 void ndm_region_destroy(ndm_region *region)
 {
@@ -224,7 +226,7 @@ int ndm_region_close(ndm_region *region)
     if (is_closed(region))
         return NDM_OK;
     int status = ndm_i_enter(region);
-    if (status == NDM_OK)
+    if (status != NDM_ERR_WRONG_THREAD) /* a write-back that failed is told, and closes it all the same */
         shut(region);
     return status;
 }
@@ -338,6 +340,8 @@ int ndm_region_set_max_capacity(ndm_region *region, uint64_t max_capacity)
         return status;
     if (max_capacity < region->max_capacity)
         return ndm_i_fail(NDM_ERR_ARGUMENT, "max_capacity can only be raised");
+    if (max_capacity > INT64_MAX)
+        return ndm_i_fail(NDM_ERR_ARGUMENT, "max_capacity must be below 2^63");
     region->max_capacity = max_capacity;
     ndm_i_publish(region);
     return NDM_OK;

@@ -31,7 +31,8 @@ static ndm_i_record *records_of(const ndm_i_slots *slots)
 
 static uint64_t room(const ndm_i_slots *slots)
 {
-    return (slots->table.capacity - NDM_I_HEADER_ROOM) / sizeof(ndm_i_record);
+    const uint64_t records = (slots->table.capacity - NDM_I_HEADER_ROOM) / sizeof(ndm_i_record);
+    return records < MOST_SLOTS ? records : MOST_SLOTS;
 }
 
 static void publish(_Atomic uint64_t *word, uint64_t bits)

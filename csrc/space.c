@@ -6,7 +6,7 @@
 #include <stdbool.h>
 
 #define PUNCH_FROM ((uint64_t)64 << 10) /* a hole costs a system call and, later, blocks again: not for less */
-#define WASTE_SHARE 100                 /* compaction is done when the holes are under 1/100 of the space */
+#define WASTE_SHARE 100                 /* compaction is done when the holes are under 1/100 of the live bytes */
 
 static uint64_t bytes_of(const ndm_region *region, uint64_t units) { return units << region->unit_shift; }
 
@@ -191,7 +191,7 @@ static int64_t compact_step(ndm_region *region, uint64_t budget, uint64_t left, 
 {
     ndm_i_extents *extents = &region->extents;
     lower_mark(region);
-    if (extents->free_units <= extents->mark / WASTE_SHARE)
+    if (bytes_of(region, extents->free_units) <= region->live_bytes / WASTE_SHARE)
         return 0;
     int status;
     const uint32_t last = ndm_i_extents_last(extents);

@@ -282,10 +282,12 @@ int64_t ndm_region_allocate(ndm_region *region, uint64_t size, int64_t engine, c
     if ((status = ndm_i_grains_clear(&region->grains, spot.offset, size, spot.vacant)) != NDM_OK)
         goto fail;
     char *address = (char *)region->data.mapping->base + spot.offset;
+    const uint64_t mark = region->extents.mark;
     const uint32_t extent = ndm_i_extents_take(&region->extents, spot.place, ndm_i_units(region, size), NDM_I_NONE);
     if (!ndm_i_views_add(&region->home, extent, region->data.mapping, address, size)) {
         status = ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
         ndm_i_extents_release(&region->extents, extent);
+        ndm_i_extents_lower(&region->extents, mark);
         goto fail;
     }
     region->growths += region->data.capacity > spot.capacity;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -92,6 +93,7 @@ class RegionMachine(RuleBasedStateMachine):
         self.freed: set[int] = set()
         self.pinned: list[Stored] = []  # freed, and still shown
         self.used = 0
+        self.initial = self.region.capacity
 
     def teardown(self) -> None:
         for shown in self.shown:
@@ -245,6 +247,43 @@ class RegionMachine(RuleBasedStateMachine):
         with pytest.raises(InvalidSlotError, match="never"):
             self.region.read(slot)
         assert slot not in self.region
+
+    def end(self) -> int:
+        """Where the last byte in use ends, whether it is live or only shown."""
+        stored = (*self.live.values(), *(pinned for pinned in self.pinned if pinned.views))
+        return max((s.offset + len(s.data) for s in stored if s.data), default=0)
+
+    @rule()
+    def trim(self) -> None:
+        self.region.trim()
+        assert self.end() <= self.region.used_bytes <= min(self.used, self.round_up(self.end()))
+        self.used = self.region.used_bytes
+        assert self.region.capacity == max(self.used, self.initial)
+
+    @rule(budget=st.one_of(st.none(), st.integers(0, 100_000), st.sampled_from([1, 64, 4096])))
+    def compact(self, budget: int | None) -> None:
+        before = self.region.stats()
+        done = self.region.compact(budget)
+        after = self.region.stats()
+        assert after.moved_bytes - before.moved_bytes == done.moved_bytes
+        assert budget is None or done.moved_bytes <= budget
+        assert (after.capacity, after.live_bytes) == (before.capacity, before.live_bytes)
+        # Shown values have not moved; every place is checked against the file by what_is_shown and the_values.
+        for slot, stored in self.live.items():
+            offset = self.region.slot(slot).offset
+            if stored.views or (budget is not None and len(stored.data) > budget):
+                assert offset == stored.offset
+            stored.offset = offset
+        self.pinned = [pinned for pinned in self.pinned if pinned.views]
+        places = sorted((s.offset, len(s.data)) for s in (*self.live.values(), *self.pinned) if s.data)
+        assert all(first[0] + first[1] <= second[0] for first, second in pairwise(places)), "overlap"
+        assert self.end() <= after.used_bytes <= self.used
+        self.used = after.used_bytes
+        if budget is None:
+            assert done.remaining_bytes == 0
+        if budget is None and not self.pinned and not any(stored.views for stored in self.live.values()):
+            padded = sum(self.round_up(len(stored.data)) for stored in self.live.values())
+            assert self.used <= padded + after.live_bytes // 50
 
     @rule(factor=st.sampled_from([1, 2, 4]), extra=st.sampled_from([0, 1, 5000]))
     def raise_the_ceiling(self, factor: int, extra: int) -> None:
