@@ -119,7 +119,9 @@ int64_t ndm_region_allocate(ndm_region *region, uint64_t size, int64_t engine, c
 /* The value in an allocated slot is complete. */
 int ndm_region_commit(ndm_region *region, int64_t slot);
 
-/* Write `count` values, all or none; their numbers go to `slots`. ..._packed(): the values lie one after the other at
+/* The batch verbs read the arrays of lengths and slots more than once: nobody may write to them during the call.
+ *
+ * Write `count` values, all or none; their numbers go to `slots`. ..._packed(): the values lie one after the other at
  * `data`, `size` bytes in all, which is what the lengths must add up to (NDM_ERR_ARGUMENT). */
 int ndm_region_write_many(ndm_region *region, const void *const *parts, const uint64_t *sizes, uint64_t count,
                           int64_t engine, int64_t *slots);
@@ -207,7 +209,8 @@ int ndm_region_set_max_capacity(ndm_region *region, uint64_t max_capacity);
 
 /* Lower the high-water mark past free space at its end, shrink the file to it (not below its size at open), and give
  * the blocks of free extents of 64 KiB and more back to the file system. Returns the bytes of disk given back. Space
- * given back gets blocks again before it is touched. Linear in the number of extents. */
+ * given back gets blocks again before it is touched. While a view of ndm_region_allocate() lives, only whole, aligned
+ * 512 KiB of a free extent are given back. Linear in the number of extents. */
 int64_t ndm_region_trim(ndm_region *region);
 
 typedef struct {

@@ -43,6 +43,7 @@ _release = lib.ndm_view_release
 _NO_LIMIT = (1 << 63) - 1
 _UNLIMITED = (1 << 64) - 1
 _ONLY_BYTES = {bytes}
+_INT64 = frozenset({"q", "l", "<q", "<l"})  # ctypes names the byte order
 _JOIN = 4096  # values of up to this many bytes on average are joined for a batch
 _SCRATCH = 4096  # values up to this many bytes become `bytes` by way of a reused buffer
 
@@ -243,7 +244,7 @@ class OverflowRegion:
                 raise
         self._engines: dict[int, int] = KNOWN_ENGINES
         self._parts: dict[int, SlotParts] = {}
-        self._alignment = alignment
+        self._alignment = sizes[2]
         # Each is taken while in use: a signal handler or finalizer that reads in between takes a new one.
         self._sizes = [ffi.new("uint64_t *")]
         self._scratch = [_new_scratch()]
@@ -443,8 +444,8 @@ class OverflowRegion:
         return ffi.unpack(slots, count)  # type: ignore[no-any-return]
 
     def _write_packed(self, data: Buffer, lengths: Buffer, engine: int) -> memoryview:
-        source = _exported(data)
         sizes = _int64_array(lengths)
+        source = _exported(data)
         slots = bytearray(8 * len(sizes))
         target = _from_buffer("int64_t[]", slots)
         status = lib.ndm_region_write_packed(self._handle, source, len(source), sizes, len(sizes), engine, target)
@@ -940,9 +941,10 @@ def _exported_all(buffers: Iterable[Buffer]) -> list[Any]:
 
 def _int64_array(data: Buffer) -> Any:
     with memoryview(data) as view:
-        if view.format not in ("q", "l") or view.itemsize != 8:
+        if view.format not in _INT64 or view.itemsize != 8:
             raise TypeError(f"a buffer of int64 is needed, not of {view.format!r}")
-    return _from_buffer("int64_t[]", data)
+        # A copy: the core reads it more than once, and another thread may write to `data` meanwhile.
+        return _from_buffer("int64_t[]", view.tobytes())
 
 
 def _slot_array(slots: Slots) -> Any:

@@ -9,8 +9,10 @@ import sys
 import textwrap
 import threading
 import time
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,27 @@ VERBS: dict[str, Verb] = {
     "live_bytes": lambda region, slot: region.live_bytes,
     "slot_count": lambda region, slot: region.slot_count,
     "raise_max_capacity": _raise_ceiling,
+    "evict": lambda region, slot: region.evict(),
+    "evict_slots": lambda region, slot: region.evict([slot]),
+    "flush": lambda region, slot: region.flush(),
+    "trim": lambda region, slot: region.trim(),
+    "compact": lambda region, slot: region.compact(),
+    "compact_nothing": lambda region, slot: region.compact(0),
+    "write_many": lambda region, slot: region.write_many([b"intruder"] * 3, 0),
+    "write_many_buffers": lambda region, slot: region.write_many([bytearray(9)] * 3, 0),
+    "write_many_lengths": lambda region, slot: region.write_many(b"intruder", 0, lengths=array("q", [3, 5])),
+    "write_vectored": lambda region, slot: region.write_vectored([b"in", b"truder"], 0, aligned=True),
+    "parts": lambda region, slot: region.parts(slot),
+    "read_many": lambda region, slot: region.read_many([slot]),
+    "read_many_array": lambda region, slot: region.read_many(array("q", [slot, slot])),
+    "read_none": lambda region, slot: region.read_many([]),
+    "read_many_into": lambda region, slot: region.read_many_into([slot], bytearray(4096)),
+    "free_many": lambda region, slot: region.free_many([slot]),
+    "free_none": lambda region, slot: region.free_many([]),
+    "allocate": lambda region, slot: region.allocate(64, 0),
+    "allocate_empty": lambda region, slot: region.allocate(0, 0),
+    "commit": lambda region, slot: region.commit(slot),
+    "restore": lambda region, slot: region.restore(slot),
 }
 
 _REPORT: pytest.StashKey[pytest.TestReport] = pytest.StashKey()
@@ -147,6 +170,28 @@ def check() -> Callable[[OverflowRegion], None]:
         assert lib.ndm_region_check(region._handle) == 0
 
     return assert_sound
+
+
+@pytest.fixture
+def unchanged(
+    check: Callable[[OverflowRegion], None],
+) -> Callable[[OverflowRegion], AbstractContextManager[None]]:
+    """Assert that a block leaves an open region as it was: figures, the file's size, slots and values."""
+
+    def state(region: OverflowRegion) -> object:
+        size = None if region.path is None else os.stat(region.path).st_size
+        slots = [region.slot(slot) for slot in range(region.slot_count)]
+        values = [region.read_bytes(slot) for slot in range(region.slot_count) if slot in region]
+        return region.stats(), region.used_bytes, len(region), size, slots, values
+
+    @contextmanager
+    def block(region: OverflowRegion) -> Iterator[None]:
+        before = state(region)
+        yield
+        check(region)
+        assert state(region) == before
+
+    return block
 
 
 @pytest.fixture
