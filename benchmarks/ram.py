@@ -5,8 +5,8 @@
 
 Each spill runs in a process of its own, which this one watches: RSS beyond what the process had before the first
 write, plus the pages of the file that are in RAM. A mapped page counts twice, so the sum errs on the high side. The
-rivals take turns in random order; a figure is the median over the rounds, a ratio the median of the ratios within each round.
-Needs Linux 6.5 (cachestat).
+rivals take turns in random order; a figure is the median over the rounds, a ratio the median of the ratios within
+each round. Needs Linux 6.5 (cachestat).
 """
 
 from __future__ import annotations
