@@ -23,7 +23,8 @@ CSAN     := -O1 -g -fno-omit-frame-pointer -fsanitize=$(SANITIZE) -fno-sanitize-
 # The same commit gives the same sdist and wheel, byte for byte.
 SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),1767225600)
 
-.PHONY: help run test test-native test-python bench bench-quick lint sanitize fuzz valgrind wheel wheel-smoke clean
+.PHONY: help run test test-native test-python bench bench-quick bench-paths bench-write bench-ram lint sanitize fuzz
+.PHONY: valgrind wheel wheel-smoke clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would race
 
@@ -31,6 +32,9 @@ help:
 	@echo 'make run          spill the standard library of python3 with a budget of $(BUDGET), and verify it'
 	@echo 'make test         all tests: the C programs under sanitizers, then pytest (ARGS="-k name")'
 	@echo 'make bench        benchmarks (ARGS=--quick, or make bench-quick: the short form)'
+	@echo 'make bench-write  cold and warm writes beside plain copies; the price of opening (ARGS=--quick)'
+	@echo 'make bench-ram    spilling under a limit, in a small cgroup, and back (ARGS=--quick)'
+	@echo 'make bench-paths  what the thresholds of the C core rest on'
 	@echo 'make lint         ruff, mypy --strict, C warnings as errors'
 	@echo 'make sanitize     the pytest suite on a build with ASan and UBSan'
 	@echo 'make fuzz         libFuzzer with ASan and UBSan, SECONDS=$(SECONDS) for each program (needs clang)'
@@ -89,6 +93,20 @@ bench: $(VENV)/.installed $(VENV)/.extra-bench
 
 bench-quick:
 	$(MAKE) bench QUICK=1
+
+build/bench/%: benchmarks/native/%.c $(CSOURCES) $(CHEADERS)
+	@mkdir -p $(@D)
+	$(CC) $(CWARN) -O2 -DNDEBUG -Icsrc -o $@ $< $(if $(filter %/region_writes,$@),$(CSOURCES))
+
+bench-write: $(VENV)/.installed $(VENV)/.extra-bench build/bench/region_writes
+	$(BIN)/python benchmarks/write_path.py $(ARGS)
+
+bench-ram: $(VENV)/.installed $(VENV)/.extra-bench
+	$(BIN)/python benchmarks/ram.py $(ARGS)
+
+bench-paths: build/bench/write_paths
+	@mkdir -p benchmarks/results
+	build/bench/write_paths . $(ROUNDS) | tee benchmarks/results/write-paths.md
 
 # --- checks ----------------------------------------------------------------------------------------------------
 

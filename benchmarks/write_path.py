@@ -1,0 +1,311 @@
+"""Cold and warm writes beside plain copies, from C and from Python, and the price of opening a region.
+
+    make bench-write [ARGS=--quick]
+    python benchmarks/write_path.py [--quick] [--directory DIR] [--output DIR] [--native PROGRAM]
+
+The rivals take turns, pass by pass on fresh files. A figure is the median over the rounds; a ratio is the median of
+the ratios within each round. A goal that is missed is marked as such.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import mmap
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bench_region import KIB, MIB, MmapSubject, RegionSubject, Workload, clean
+from report import environment
+from twin import TwinRegion
+
+from nodedb_mem import OverflowRegion
+
+HERE = Path(__file__).parent
+PROGRAM = HERE.parent / "build" / "bench" / "region_writes"
+WARM_UP = 6 << 30  # bytes
+
+WORKLOADS = tuple(
+    Workload(label, size, values=min(64 * MIB // size, 65_536), live=1, views=1, copies=1)
+    for label, size in (
+        ("64 B", 64),
+        ("4 KiB", 4 * KIB),
+        ("16 KiB", 16 * KIB),
+        ("64 KiB", 64 * KIB),
+        ("1 MiB", MIB),
+        ("16 MiB", 16 * MIB),
+    )
+)
+LABELS = {workload.size: workload.label for workload in WORKLOADS}
+
+
+@dataclass
+class Figures:
+    """Samples of one figure: a list for each rival, a sample a round."""
+
+    title: str
+    unit: str
+    under_test: str
+    goals: dict[str, float] = field(default_factory=dict)  # most time, in units of the rival's
+    samples: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def median(self, rival: str) -> float:
+        return statistics.median(self.samples[rival])
+
+    def ratio(self, rival: str) -> float:
+        """Time of the subject in units of the rival's: below 1 it is faster."""
+        pairs = zip(self.samples[self.under_test], self.samples[rival], strict=True)
+        return statistics.median(mine / theirs for mine, theirs in pairs)
+
+    @property
+    def rivals(self) -> list[str]:
+        return [rival for rival in self.samples if rival != self.under_test]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "unit": self.unit,
+            "medians": {name: round(self.median(name), 3) for name in self.samples},
+            "ratio_to": {rival: round(self.ratio(rival), 3) for rival in self.rivals},
+            "goals": self.goals,
+            "samples": {name: [round(sample, 3) for sample in samples] for name, samples in self.samples.items()},
+        }
+
+    def cells(self) -> list[str]:
+        """Title, medians, ratios with their goals: a row of a table."""
+        ratios = []
+        for rival in self.rivals:
+            text = f"{self.ratio(rival):.2f}"
+            if rival in self.goals:
+                met = self.ratio(rival) <= self.goals[rival]
+                text += f" (goal {self.goals[rival]:g}{'' if met else ', MISSED'})"
+            ratios.append(text)
+        return [self.title, *(digits(self.median(name)) for name in (self.under_test, *self.rivals)), *ratios]
+
+    def header(self) -> list[str]:
+        names = (self.under_test, *self.rivals)
+        return ["", *(f"{name}, {self.unit}" for name in names), *(f"{self.under_test}/{r}" for r in self.rivals)]
+
+
+def digits(figure: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{figure:.0f}" if figure >= 100 else f"{figure:.3g}"
+
+
+def table(rows: list[list[str]]) -> str:
+    """Lay rows out in Markdown, the first one as header; figures to the right."""
+    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
+
+
+def warm_up() -> None:
+    """Touch memory: the first touch of a virtual machine's page is slow, and would count as the first rival's."""
+    with mmap.mmap(-1, WARM_UP) as area:
+        area[:: mmap.PAGESIZE] = bytes(WARM_UP // mmap.PAGESIZE)
+
+
+# ---- from C -----------------------------------------------------------------------------------------------------
+
+
+def from_c(program: Path, directory: Path, rounds: int) -> dict[str, list[Figures]]:
+    """Run the C program, and sort its samples."""
+    if not program.exists():
+        sys.exit(f"{program} is not there: run `make bench-write`, which builds it")
+    found: dict[tuple[str, int], Figures] = {}
+    run = subprocess.run([program, directory, str(rounds)], check=True, capture_output=True, text=True)
+    for line in run.stdout.splitlines():
+        what, size, rival, figure = line.split()
+        key = what, int(size)
+        if key not in found:
+            found[key] = _figures_of_c(*key)
+        found[key].samples[rival].append(float(figure))
+    return {
+        "cold": [figures for (what, _), figures in found.items() if what == "cold"],
+        "warm": [figures for (what, _), figures in found.items() if what == "warm"],
+        "price": [figures for (what, _), figures in found.items() if what not in ("cold", "warm")],
+    }
+
+
+def _figures_of_c(what: str, size: int) -> Figures:
+    if what == "cold":
+        return Figures(LABELS[size], "µs/MiB", "region", {"memcpy": 0.5})
+    if what == "warm":
+        goal = 0.75 if "avx512f" in Path("/proc/cpuinfo").read_text() else 1.0
+        return Figures(LABELS[size], "µs/MiB", "region", {"memcpy": goal} if size == MIB else {})
+    titles = {"open": "open", "first": "first write of 64 B", "second": "second write of 64 B", "close": "close"}
+    return Figures(titles[what], "µs", "region")
+
+
+# ---- from Python ------------------------------------------------------------------------------------------------
+
+
+class SparseSubject(MmapSubject):
+    """Slice assignment to a mapping of a file whose blocks come as they are touched."""
+
+    def __init__(self, directory: Path, workload: Workload) -> None:
+        fd = os.open(directory / "sparse", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(fd, workload.total)
+            self.mapping = mmap.mmap(fd, workload.total)
+        finally:
+            os.close(fd)
+        self.data = random.Random(0).randbytes(workload.size)
+        self.size = workload.size
+        self.offsets = [i * workload.size for i in range(workload.values)]
+
+
+SUBJECTS: dict[str, Callable[[Path, Workload], Any]] = {
+    "region": lambda directory, workload: RegionSubject(OverflowRegion, directory, workload),
+    "twin": lambda directory, workload: RegionSubject(TwinRegion, directory, workload),
+    "mmap": SparseSubject,
+    "mmap, allocated": MmapSubject,
+}
+
+
+def from_python(directory: Path, rounds: int) -> list[Figures]:
+    """Cold writes: a pass fills a fresh file with values of one size; what opens it is not timed."""
+    goals = {workload: {"twin": 1.0} | ({"mmap": 0.6} if workload.size >= 4 * KIB else {}) for workload in WORKLOADS}
+    results = {w: Figures(w.label, "µs/MiB", "region", goals[w]) for w in WORKLOADS}
+    for workload in WORKLOADS:
+        for rival in SUBJECTS:
+            results[workload].samples[rival] = []
+    names = list(SUBJECTS)
+    for number in range(rounds + 1):
+        for workload in WORKLOADS:
+            random.shuffle(names)  # each meets what any other leaves behind, free pages in large or small pieces
+            for name in names:
+                subject = SUBJECTS[name](directory, workload)
+                gc.collect()
+                gc.disable()
+                begin = time.perf_counter_ns()
+                subject.write()
+                elapsed = time.perf_counter_ns() - begin
+                gc.enable()
+                subject.close()
+                clean(directory)
+                if number:
+                    results[workload].samples[name].append(elapsed / 1e3 / (workload.total / MIB))
+    return list(results.values())
+
+
+def prices(directory: Path, rounds: int) -> list[Figures]:
+    """Open, write 64 B, close: a new region each time, and one on a file that is there."""
+    steps = ("open", "first write of 64 B", "second write of 64 B", "close")
+    results = [Figures(step, "µs", "region") for step in steps]
+    path, data = directory / "price", random.randbytes(64)
+
+    def play(kind: type[Any]) -> Iterator[int]:
+        yield time.perf_counter_ns()
+        region = kind.open(path)
+        yield time.perf_counter_ns()
+        region.write(data, 1)
+        yield time.perf_counter_ns()
+        region.write(data, 1)
+        yield time.perf_counter_ns()
+        region.close()
+        yield time.perf_counter_ns()
+
+    for number in range(20 * rounds + 1):
+        for name, kind in (("region", OverflowRegion), ("twin", TwinRegion)):
+            moments = list(play(kind))
+            clean(directory)
+            for i, figures in enumerate(results):
+                if number:
+                    figures.samples[name].append((moments[i + 1] - moments[i]) / 1e3)
+    return results
+
+
+# ---- the report -------------------------------------------------------------------------------------------------
+
+SECTIONS = {
+    "cold": "Cold writes from C: `ndm_region_write` and memcpy into a fresh sparse shared mapping",
+    "python": "Cold writes from Python: the region, the twin, slices of a sparse and of an allocated mapping",
+    "warm": "Warm writes from C: free and write again, and memcpy between two warm buffers of 256 MiB",
+    "price": "The price, from C: a new region, and a new sparse file with its mapping",
+    "python price": "The price, from Python: a new region, and a new twin",
+}
+
+
+def page(results: dict[str, list[Figures]], facts: dict[str, str], rounds: int) -> str:
+    """Lay everything out in Markdown."""
+    parts = [
+        "# The write path",
+        f"Medians of {rounds} interleaved rounds; `benchmarks/write_path.py`. A ratio below 1: the region is faster.",
+        "\n".join(f"- {name}: {fact}" for name, fact in facts.items()),
+    ]
+    for key, title in SECTIONS.items():
+        rows = [results[key][0].header(), *(figures.cells() for figures in results[key])]
+        parts += [f"## {title}", table(rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(results: dict[str, list[Figures]], path: Path) -> None:
+    """Draw the cold writes, C above Python."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, panels = plt.subplots(2, 1, figsize=(8, 8), layout="constrained")
+    for panel, key, where in zip(panels, ("cold", "python"), ("C", "Python"), strict=True):
+        names = list(results[key][0].samples)
+        for i, name in enumerate(names):
+            places = [x + (i - (len(names) - 1) / 2) * 0.8 / len(names) for x in range(len(results[key]))]
+            panel.bar(places, [f.median(name) for f in results[key]], width=0.8 / len(names), label=name)
+        panel.set_xticks(range(len(results[key])), [f.title for f in results[key]])
+        panel.set(title=f"Cold writes from {where}", ylabel="µs per MiB, log scale", yscale="log")
+        panel.legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def parse(description: str, rounds: int, quick: int) -> argparse.ArgumentParser:
+    """Return a parser of the options that this file and `ram.py` share."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help=f"{quick} rounds instead of {rounds}")
+    parser.add_argument("--rounds", type=int, help="rounds to take the medians of")
+    parser.add_argument("--directory", type=Path, default=Path(), help="its file system is what is measured")
+    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder for table, figures and plot")
+    return parser
+
+
+def main() -> int:
+    parser = parse("Measure the ways into a region.", rounds=31, quick=9)
+    parser.add_argument("--native", type=Path, default=PROGRAM, help="the C program (default: %(default)s)")
+    options = parser.parse_args()
+    rounds = options.rounds or (9 if options.quick else 31)
+
+    warm_up()
+    with tempfile.TemporaryDirectory(dir=options.directory.resolve(), prefix=".bench-") as name:
+        directory = Path(name)
+        facts = environment(directory)
+        results = from_c(options.native, directory, rounds)
+        results["python"] = from_python(directory, rounds)
+        results["python price"] = prices(directory, rounds)
+
+    options.output.mkdir(parents=True, exist_ok=True)
+    stem = options.output / ("write-path-quick" if options.quick else "write-path")
+    text = page(results, facts, rounds)
+    stem.with_suffix(".md").write_text(text)
+    figures = {key: [each.as_json() for each in results[key]] for key in SECTIONS}
+    stem.with_suffix(".json").write_text(
+        json.dumps({"environment": facts, "rounds": rounds} | figures, indent=1) + "\n"
+    )
+    plot(results, stem.with_suffix(".png"))
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
