@@ -22,7 +22,7 @@ CSAN     := -O1 -g -fno-omit-frame-pointer -fsanitize=$(SANITIZE) -fno-sanitize-
 # The same commit gives the same sdist and wheel, byte for byte.
 SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),1767225600)
 
-.PHONY: help run test test-native test-python bench bench-quick lint sanitize wheel wheel-smoke clean
+.PHONY: help run test test-native test-python bench bench-quick bench-fragmentation lint sanitize wheel wheel-smoke clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would race
 
@@ -30,6 +30,7 @@ help:
 	@echo 'make run          spill the standard library of python3 with a budget of $(BUDGET), and verify it'
 	@echo 'make test         all tests: the C programs under sanitizers, then pytest (ARGS="-k name")'
 	@echo 'make bench        benchmarks (ARGS=--quick, or make bench-quick: the short form)'
+	@echo 'make bench-fragmentation  space needed beyond the live values, against malloc and jemalloc (ARGS=--quick)'
 	@echo 'make lint         ruff, mypy --strict, C warnings as errors'
 	@echo 'make sanitize     the pytest suite on a build with ASan and UBSan'
 	@echo 'make wheel        sdist and abi3 wheel in dist/'
@@ -86,6 +87,9 @@ bench: $(VENV)/.installed $(VENV)/.extra-bench
 
 bench-quick:
 	$(MAKE) bench QUICK=1
+
+bench-fragmentation: $(VENV)/.extra-bench
+	$(BIN)/python benchmarks/fragmentation.py $(if $(QUICK),--quick) $(ARGS)
 
 # --- checks ----------------------------------------------------------------------------------------------------
 
