@@ -135,7 +135,7 @@ static int move_bytes(ndm_region *region, uint32_t slot, uint64_t from, uint64_t
     return status;
 }
 
-/* Move the last value into a hole that find() gave. */
+/* Move a value into a hole that find() gave. */
 static int relocate(ndm_region *region, uint32_t extent, ndm_i_place place, uint64_t size)
 {
     ndm_i_extents *extents = &region->extents;
@@ -183,10 +183,65 @@ static uint32_t next_hole(ndm_region *region, uint32_t extent, uint64_t budget, 
     return extent;
 }
 
-/* One move. Two ways: the last value goes into the hole that fits it best, which closes a byte of hole for each byte
- * moved; where none fits it, the lowest hole is pushed up past its follower, growing with each hole it meets until it
- * fits something. `*hole` is where the pushing goes on. Gives the bytes moved; 0 when there is nothing to do, or when
- * the next value is larger than `left` (*stopped). */
+/* One compaction call: the hole it grows, and how far it lets that grow. All in units. */
+typedef struct {
+    uint32_t longest; /* the longest hole */
+    uint64_t length;
+    uint64_t reserve; /* room for the values to come: as many bytes as the budget, 0 if that is for everything */
+} reserve_state;
+
+static reserve_state look_around(const ndm_region *region, uint64_t budget)
+{
+    const ndm_i_extents *extents = &region->extents;
+    const uint64_t length = ndm_i_extents_largest(extents);
+    const uint64_t units = budget >> region->unit_shift;
+    return (reserve_state){.longest = ndm_i_extents_find(extents, length).hole,
+                           .length = length,
+                           .reserve = units < extents->mark ? min(units, extents->mark / WASTE_SHARE) : 0};
+}
+
+/* May this value move, and is there a hole for it? The one that fits best. */
+static bool has_place(ndm_region *region, uint32_t extent, uint64_t budget, uint64_t *size, ndm_i_place *place)
+{
+    if (extent == NDM_I_NONE || (*size = movable(region, extent, budget)) == 0)
+        return false;
+    *place = ndm_i_extents_find(&region->extents, ndm_i_extents_length(&region->extents, extent));
+    return place->hole != NDM_I_NONE;
+}
+
+/* A value worth moving into a hole: the last one, or a neighbour of the longest hole if it fits into a hole that is
+ * not the longest and not its other neighbour. NDM_I_NONE if there is none. */
+static uint32_t choose(ndm_region *region, uint64_t budget, const reserve_state *at, uint64_t *size,
+                       ndm_i_place *place)
+{
+    const ndm_i_extents *extents = &region->extents;
+    const uint32_t last = ndm_i_extents_last(extents);
+    if (has_place(region, last, budget, size, place) && (place->hole != at->longest || at->length > at->reserve))
+        return last;
+    if (at->reserve == 0)
+        return NDM_I_NONE;
+    const uint32_t next = ndm_i_extents_next(extents, at->longest);
+    if (has_place(region, next, budget, size, place) && place->hole != at->longest &&
+        place->hole != ndm_i_extents_next(extents, next))
+        return next;
+    const uint32_t previous = ndm_i_extents_previous(extents, at->longest);
+    if (has_place(region, previous, budget, size, place) && place->hole != at->longest &&
+        place->hole != ndm_i_extents_previous(extents, previous))
+        return previous;
+    return NDM_I_NONE;
+}
+
+/* One move. `*hole` is where pushing goes on. Gives the bytes moved; 0 when there is nothing to do, or when the next
+ * value is larger than `left` (*stopped).
+ *
+ * To move a value into a hole that fits it frees a byte of its old place for each byte moved; to push a hole up past
+ * its follower frees nothing until the hole meets another. So the last value goes into its best-fitting hole, which
+ * lowers the mark. Where it fits none, the neighbours of the longest hole go into other holes, so that small holes
+ * become one that longer values fit into. That hole is left to the values to come until it is longer than the
+ * reserve: filling it from the end would cost the budget that opened it a second time. Pushing is the last resort.
+ *
+ * It ends: with each move the mark falls; or the sum of the squares of the holes' lengths grows, for the longest hole
+ * gains what a shorter one loses; or a hole goes up, and nothing else changes. */
 static int64_t compact_step(ndm_region *region, uint64_t budget, uint64_t left, uint32_t *hole, bool *stopped)
 {
     ndm_i_extents *extents = &region->extents;
@@ -194,26 +249,26 @@ static int64_t compact_step(ndm_region *region, uint64_t budget, uint64_t left, 
     if (bytes_of(region, extents->free_units) <= region->live_bytes / WASTE_SHARE)
         return 0;
     int status;
-    const uint32_t last = ndm_i_extents_last(extents);
-    uint64_t size = movable(region, last, budget);
-    if (size > 0) {
-        const ndm_i_place place = ndm_i_extents_find(extents, ndm_i_extents_length(extents, last));
-        if (place.hole != NDM_I_NONE) {
-            if ((*stopped = size > left))
-                return 0;
-            *hole = NDM_I_NONE; /* it may be the one that is filled, or the one that trimming takes */
-            status = relocate(region, last, place, size);
-            return status == NDM_OK ? (int64_t)size : status;
-        }
+    uint64_t size;
+    ndm_i_place place;
+    const reserve_state at = look_around(region, budget);
+    const uint32_t extent = choose(region, budget, &at, &size, &place);
+    if (extent != NDM_I_NONE) {
+        if ((*stopped = size > left))
+            return 0;
+        *hole = NDM_I_NONE; /* it may be the one that is filled, or the one that trimming takes */
+        status = relocate(region, extent, place, size);
+        return status == NDM_OK ? (int64_t)size : status;
     }
-    if (*hole == NDM_I_NONE)
-        *hole = ndm_i_extents_first_hole(extents);
-    *hole = next_hole(region, *hole, budget, &size);
-    if (*hole == NDM_I_NONE || (*stopped = size > left))
+    const bool grow = at.length <= at.reserve && movable(region, ndm_i_extents_next(extents, at.longest), budget) > 0;
+    uint32_t from = grow ? at.longest : *hole != NDM_I_NONE ? *hole : ndm_i_extents_first_hole(extents);
+    *hole = NDM_I_NONE;
+    from = next_hole(region, from, budget, &size);
+    if (from == NDM_I_NONE || (*stopped = size > left))
         return 0;
-    status = slide(region, hole, size);
-    if (ndm_i_extents_next(extents, *hole) == NDM_I_NONE)
-        *hole = NDM_I_NONE; /* trimming will take it */
+    status = slide(region, &from, size);
+    if (!grow && ndm_i_extents_next(extents, from) != NDM_I_NONE) /* else trimming will take it */
+        *hole = from;
     return status == NDM_OK ? (int64_t)size : status;
 }
 

@@ -1,6 +1,6 @@
 /* What a release + find + take costs, by the number of free extents.
  *
- *   cc -std=c11 -O2 -Icsrc benchmarks/native/bench_extents.c csrc/extents.c -o bench_extents && ./bench_extents
+ *   cc -std=c11 -O2 -Icsrc benchmarks/native/bench_extents.c csrc/extents*.c -o bench_extents && ./bench_extents
  *
  * The space is built from used extents; every fourth one is then released, so the holes lie apart, scattered over
  * the space. Two loads, each of pairs "release a random used extent; find and take a random length":

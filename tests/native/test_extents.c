@@ -1,6 +1,6 @@
 /* Free space against a brute-force model, and the cases that a random walk seldom meets.
  *
- *   cc -std=c11 -O1 -g -fsanitize=address,undefined -Icsrc tests/native/test_extents.c csrc/extents.c -o test_extents
+ *   cc -std=c11 -O1 -g -fsanitize=address,undefined -Icsrc tests/native/test_extents.c csrc/extents*.c -o test_extents
  *   ./test_extents [more seeds]
  *
  * Prints a line a group; exits 1 at the first thing that is wrong. */
