@@ -386,13 +386,13 @@ int ndm_i_grains_load(ndm_i_grains *grains, uint64_t offset, void *buffer, uint6
 
 /* ---- giving back ---------------------------------------------------------------------------------------- */
 
-void ndm_i_grains_punch(ndm_i_grains *grains, uint64_t offset, uint64_t size)
+void ndm_i_grains_punch(ndm_i_grains *grains, uint64_t offset, uint64_t size, bool stored_to)
 {
     ndm_i_backing *file = grains->file;
-    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    const uint64_t unit = stored_to ? GRAIN : (uint64_t)sysconf(_SC_PAGESIZE);
     const bool to_end = offset + size >= file->capacity;
-    const uint64_t start = (offset + page - 1) / page * page;
-    const uint64_t end = to_end ? end_of(file->capacity) * GRAIN : (offset + size) / page * page;
+    const uint64_t start = (offset + unit - 1) / unit * unit;
+    const uint64_t end = to_end ? end_of(file->capacity) * GRAIN : (offset + size) / unit * unit;
     const uint64_t first = start / GRAIN, last = end_of(end);
     if (start >= end)
         return;

@@ -88,9 +88,10 @@ void ndm_i_grains_fetch(ndm_i_grains *grains, uint64_t offset, uint64_t size);
 /* Copy [offset, offset + size) out. */
 int ndm_i_grains_load(ndm_i_grains *grains, uint64_t offset, void *buffer, uint64_t size);
 
-/* Give back the blocks of the whole pages in [offset, offset + size), which hold no value. Does nothing where the
- * file system cannot. */
-void ndm_i_grains_punch(ndm_i_grains *grains, uint64_t offset, uint64_t size);
+/* Give back the blocks of the whole pages in [offset, offset + size), which hold no value; if `stored_to`, somebody may
+ * be storing through the mapping anywhere else, and only whole grains lose their blocks. Does nothing where the file
+ * system cannot. */
+void ndm_i_grains_punch(ndm_i_grains *grains, uint64_t offset, uint64_t size, bool stored_to);
 
 /* Write [start, end) back and drop its whole pages from RAM. */
 int ndm_i_grains_evict(ndm_i_grains *grains, uint64_t start, uint64_t end);

@@ -41,6 +41,7 @@ int64_t ndm_region_trim(ndm_region *region)
 
     ndm_i_leases_collect(region, true);
     lower_mark(region);
+    const bool stored_to = ndm_i_views_writable(&region->home);
     const uint64_t used = region->used_bytes;
     const uint64_t capacity = used > region->initial_capacity ? used : region->initial_capacity;
     /* Cutting pages off under a reader's view would be SIGBUS: with readers the end becomes a hole instead. */
@@ -48,12 +49,12 @@ int64_t ndm_region_trim(ndm_region *region)
         ndm_i_grains_shrink(&region->grains, capacity);
         ndm_i_slots_let_readers(&region->slots);
     }
-    ndm_i_grains_punch(&region->grains, used, region->data.capacity - used);
+    ndm_i_grains_punch(&region->grains, used, region->data.capacity - used, stored_to);
     const ndm_i_extents *extents = &region->extents;
     for (uint32_t e = ndm_i_extents_first_hole(&region->extents); e != NDM_I_NONE; e = ndm_i_extents_next(extents, e)) {
         const uint64_t size = bytes_of(region, ndm_i_extents_length(extents, e));
         if (size >= PUNCH_FROM && ndm_i_extents_is_free(extents, e))
-            ndm_i_grains_punch(&region->grains, bytes_of(region, ndm_i_extents_offset(extents, e)), size);
+            ndm_i_grains_punch(&region->grains, bytes_of(region, ndm_i_extents_offset(extents, e)), size, stored_to);
     }
     if ((status = ndm_i_backing_disk_bytes(&region->data, &after)) != NDM_OK)
         return status;

@@ -284,7 +284,7 @@ int64_t ndm_region_allocate(ndm_region *region, uint64_t size, int64_t engine, c
     char *address = (char *)region->data.mapping->base + spot.offset;
     const uint64_t mark = region->extents.mark;
     const uint32_t extent = ndm_i_extents_take(&region->extents, spot.place, ndm_i_units(region, size), NDM_I_NONE);
-    if (!ndm_i_views_add(&region->home, extent, region->data.mapping, address, size)) {
+    if (!ndm_i_views_add(&region->home, extent, region->data.mapping, address, size, true)) {
         status = ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
         ndm_i_extents_release(&region->extents, extent);
         ndm_i_extents_lower(&region->extents, mark);
@@ -332,7 +332,7 @@ const char *ndm_i_view_value(ndm_region *region, const ndm_i_record *record)
         return nothing;
     ndm_i_mapping *mapping = region->data.mapping;
     const char *view = (const char *)mapping->base + offset;
-    if (!ndm_i_views_add(&region->home, ndm_i_record_link(record), mapping, view, size)) {
+    if (!ndm_i_views_add(&region->home, ndm_i_record_link(record), mapping, view, size, false)) {
         ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
         return NULL;
     }
@@ -356,7 +356,8 @@ char *ndm_region_restore(ndm_region *region, int64_t slot, uint64_t *size)
         ndm_i_backing_map_private(&region->data, ndm_i_record_offset(record), ndm_i_record_size(record), &view);
     if (!mapping)
         return NULL;
-    const bool added = ndm_i_views_add(&region->home, ndm_i_record_link(record), mapping, view, ndm_i_record_size(record));
+    const bool added =
+        ndm_i_views_add(&region->home, ndm_i_record_link(record), mapping, view, ndm_i_record_size(record), false);
     ndm_i_mapping_unref(mapping); /* the view holds it */
     if (!added) {
         ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");

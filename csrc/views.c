@@ -25,6 +25,7 @@ struct ndm_i_entry {
     };
     uint32_t extent; /* NDM_I_VIEW for a view */
     bool orphan;     /* pin: freed by the owner */
+    bool writable;   /* pin: counted in home->writable */
 };
 
 struct table {
@@ -117,6 +118,7 @@ static void insert(struct table *table, struct ndm_i_entry *entry)
 void ndm_i_home_init(ndm_i_home *home, void (*last)(ndm_i_home *))
 {
     atomic_init(&home->users, 1);
+    atomic_init(&home->writable, 0);
     atomic_init(&home->returned, NULL);
     home->last = last;
 }
@@ -127,7 +129,8 @@ void ndm_i_home_leave(ndm_i_home *home)
         home->last(home);
 }
 
-bool ndm_i_views_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, const void *address, uint64_t size)
+bool ndm_i_views_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, const void *address, uint64_t size,
+                     bool writable)
 {
     struct table *table = table_here();
     struct ndm_i_entry *view = malloc(sizeof *view);
@@ -149,6 +152,10 @@ bool ndm_i_views_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, 
             pin = NULL;
         }
         held->count++;
+        if (writable && !held->writable) {
+            held->writable = true;
+            atomic_fetch_add(&home->writable, 1);
+        }
         *view = (struct ndm_i_entry){
             .where = address, .size = size, .count = 1, .pin = held, .mapping = mapping, .extent = NDM_I_VIEW};
         ndm_i_mapping_ref(mapping);
@@ -188,6 +195,8 @@ void ndm_i_views_drop(const void *address)
         home = pin->home;
         *find(table, pin->where, pin->extent) = pin->next;
         table->entry_count--;
+        if (pin->writable)
+            atomic_fetch_sub(&home->writable, 1);
         if (pin->orphan) {
             pin->next = atomic_load(&home->returned);
             atomic_store(&home->returned, pin);
@@ -225,6 +234,8 @@ bool ndm_i_views_pinned(ndm_i_home *home, uint32_t extent)
         pthread_mutex_unlock(&locked->lock);
     return pinned;
 }
+
+bool ndm_i_views_writable(ndm_i_home *home) { return atomic_load(&home->writable) > 0; }
 
 bool ndm_i_views_orphan(ndm_i_home *home, uint32_t extent)
 {

@@ -22,6 +22,7 @@ typedef struct ndm_i_entry ndm_i_entry;
 /* What the table knows of a region. Embedded in it. */
 typedef struct ndm_i_home {
     _Atomic uint64_t users;          /* the open region, and each extent with a live view */
+    _Atomic uint64_t writable;       /* of these extents, those with a view that stores to the file */
     _Atomic(ndm_i_entry *) returned; /* orphans whose last view has ended, for the owner to collect */
     void (*last)(struct ndm_i_home *home); /* called when `users` reaches 0: once, on any thread, without the lock */
 } ndm_i_home;
@@ -31,14 +32,19 @@ void ndm_i_home_init(ndm_i_home *home, void (*last)(ndm_i_home *));
 /* The region, or a pin, no longer uses its home: calls last() if that was the last user. */
 void ndm_i_home_leave(ndm_i_home *home);
 
-/* Record a view of `extent`, `size` bytes at `address` inside `mapping`. false: no memory. Owner only. */
-bool ndm_i_views_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, const void *address, uint64_t size);
+/* Record a view of `extent`, `size` bytes at `address` inside `mapping`; `writable` if stores to it reach the file.
+ * false: no memory. Owner only. */
+bool ndm_i_views_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, const void *address, uint64_t size,
+                     bool writable);
 
 /* End one view. Any thread. */
 void ndm_i_views_drop(const void *address);
 
 /* Has the extent a live view? Owner only; the answer "no" stays true until the owner adds one. */
 bool ndm_i_views_pinned(ndm_i_home *home, uint32_t extent);
+
+/* Has any extent a writable view? Owner only; "no" stays true until the owner adds one. */
+bool ndm_i_views_writable(ndm_i_home *home);
 
 /* The extent is being freed: true if a live view keeps it, which makes it an orphan. Owner only. */
 bool ndm_i_views_orphan(ndm_i_home *home, uint32_t extent);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -128,30 +129,134 @@ class RegionMachine(RuleBasedStateMachine):
     # Rules
 
     def store(self, source: Any, data: bytes, engine: int) -> None:
+        self.store_by(lambda: self.region.write(source, engine), data, engine)
+
+    def store_by(self, write: Callable[[], int], data: bytes, engine: int) -> None:
         fits = not data or self.has_gap(len(data))
         before = self.region.stats()
         try:
-            slot = self.region.write(source, engine)
+            slot = write()
         except CapacityExceededError as error:
             assert not fits, "refused, though free space would hold it"
             assert self.tail() + len(data) > self.maximum, "refused, though it fits under the ceiling"
             assert error.max_capacity == self.maximum < error.required
             assert self.region.stats() == before
             return
+        self.enter(slot, data, engine, before.slot_count)
+        if fits:
+            # A free extent at the mark ends where its last unit does, a few bytes above used_bytes perhaps.
+            assert self.region.used_bytes <= self.round_up(self.used), "the mark moved past free space"
+        self.used = max(self.used, self.live[slot].offset + len(data)) if data else self.used
+
+    def enter(self, slot: int, data: bytes, engine: int, slot_count: int) -> None:
         assert slot not in self.live
-        assert slot in self.freed or slot == before.slot_count
+        assert slot in self.freed or slot == slot_count
         stored = Stored(data, engine, self.region.slot(slot).offset)
         if data:
             end = stored.offset + len(data)
             for other in (*self.live.values(), *(pinned for pinned in self.pinned if pinned.views)):
                 if other.data:
                     assert end <= other.offset or other.offset + len(other.data) <= stored.offset, "overlap"
-        if fits:
-            # A free extent at the mark ends where its last unit does, a few bytes above used_bytes perhaps.
-            assert self.region.used_bytes <= self.round_up(self.used), "the mark moved past free space"
-        self.used = max(self.used, stored.offset + len(data)) if data else self.used
         self.freed.discard(slot)
         self.live[slot] = stored
+
+    @rule(
+        sizes=st.lists(SIZES, min_size=1, max_size=12),
+        engine=ENGINES,
+        kind=st.sampled_from([bytes, bytearray, "lengths"]),
+    )
+    def write_many(self, sizes: list[int], engine: int, kind: Any) -> None:
+        values = [value(self.written + i, size) for i, size in enumerate(sizes, 1)]
+        self.written += len(values)
+        before = self.region.stats()
+        try:
+            if kind == "lengths":
+                slots = list(self.region.write_many(b"".join(values), engine, lengths=np.array(sizes, np.int64)))
+            else:
+                slots = self.region.write_many(list(map(kind, values)), engine)
+        except CapacityExceededError as error:
+            assert self.tail() + sum(map(self.round_up, sizes)) > self.maximum, "refused, though all fit at the end"
+            assert error.max_capacity == self.maximum < error.required
+            assert self.region.stats() == before
+            return
+        slot_count = before.slot_count
+        for slot, data in zip(slots, values, strict=True):
+            self.enter(slot, data, engine, slot_count)
+            slot_count += slot == slot_count
+            self.used = max(self.used, self.live[slot].offset + len(data)) if data else self.used
+
+    @rule(sizes=st.lists(SIZES, min_size=1, max_size=6), engine=ENGINES, aligned=st.booleans())
+    def write_vectored(self, sizes: list[int], engine: int, aligned: bool) -> None:
+        parts = [value(self.written + i, size) for i, size in enumerate(sizes, 1)]
+        self.written += len(parts)
+        data = b""
+        for part in parts:
+            data += bytes(-len(data) % self.alignment if aligned else 0) + part
+        self.store_by(lambda: self.region.write_vectored(parts, engine, aligned=aligned), data, engine)
+
+    @rule(size=SIZES, engine=ENGINES, keep=st.booleans())
+    def allocate(self, size: int, engine: int, keep: bool) -> None:
+        self.written += 1
+        data = value(self.written, size)
+        filled: list[tuple[int, memoryview]] = []
+
+        def fill() -> int:
+            slot, view = self.region.allocate(size, engine)
+            assert not view.readonly and view == bytes(size)
+            view[:] = data
+            self.region.commit(slot)
+            if keep:
+                filled.append((slot, view))
+            return slot
+
+        self.store_by(fill, data, engine)
+        for slot, view in filled:
+            self.live[slot].views += 1
+            self.shown.append(Shown(view, data, self.live[slot]))
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), change=st.booleans())
+    def restore(self, data: st.DataObject, change: bool) -> None:
+        stored = self.live[slot := data.draw(st.sampled_from(sorted(self.live)))]
+        view = self.region.restore(slot)
+        assert not view.readonly and view == stored.data
+        expected = stored.data
+        if change and expected:
+            start = data.draw(st.integers(0, len(expected)))
+            stop = data.draw(st.integers(start, len(expected)))
+            view[start:stop] = bytes(byte ^ 255 for byte in view[start:stop])
+            expected = bytes(view)
+        stored.views += 1
+        self.shown.append(Shown(view, expected, stored))
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def read_many(self, data: st.DataObject) -> None:
+        slots = data.draw(st.lists(st.sampled_from(sorted(self.live)), max_size=8))
+        for slot, view in zip(slots, self.region.read_many(slots), strict=True):
+            self.live[slot].views += 1
+            self.shown.append(Shown(view, self.live[slot].data, self.live[slot]))
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data(), wrong=st.sampled_from(["none", "none", "none", "twice", "unknown"]), as_array=st.booleans())
+    def free_many(self, data: st.DataObject, wrong: str, as_array: bool) -> None:
+        chosen = data.draw(st.lists(st.sampled_from(sorted(self.live)), min_size=1, max_size=8, unique=True))
+        if wrong != "none":
+            before = self.region.stats()
+            bad = [*chosen, chosen[0] if wrong == "twice" else self.region.slot_count]
+            with pytest.raises(ValueError if wrong == "twice" else InvalidSlotError):
+                self.region.free_many(np.array(bad, np.int64) if as_array else bad)
+            assert self.region.stats() == before
+            return
+        self.region.free_many(np.array(chosen, np.int64) if as_array else chosen)
+        for slot in chosen:
+            self.forget(slot)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def evict(self, data: st.DataObject) -> None:
+        slots = data.draw(st.none() | st.lists(st.sampled_from(sorted(self.live)), max_size=4))
+        self.region.evict(slots)
 
     @rule(size=SIZES, engine=ENGINES, kind=st.sampled_from([bytes, bytearray, np.array]))
     def write(self, size: int, engine: int, kind: Any) -> None:
@@ -225,6 +330,9 @@ class RegionMachine(RuleBasedStateMachine):
     def free(self, data: st.DataObject) -> None:
         slot = data.draw(st.sampled_from(sorted(self.live)))
         self.region.free(slot)
+        self.forget(slot)
+
+    def forget(self, slot: int) -> None:
         stored = self.live.pop(slot)
         stored.live = False
         if stored.views:
