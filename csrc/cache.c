@@ -155,7 +155,7 @@ static void drop(ndm_i_grains *grains, uint64_t stop)
         return;
     for (uint64_t grain = first; grain < first + count; grain++) {
         atomic_fetch_and(&grains->marks[grain], (uint8_t)~NDM_I_QUEUED);
-        if (atomic_load(&grains->states[grain]) == NDM_I_READY)
+        if (atomic_load(&grains->states[grain]) >= NDM_I_READY)
             atomic_store(&grains->states[grain], NDM_I_DROPPED);
     }
     ndm_i_mapping *mapping = grains->file->mapping;

@@ -10,6 +10,8 @@
  *   HOLE     no value has a byte in it, and it may lack blocks.
  *   PARTIAL  it holds values, but may lack blocks elsewhere: pwrite only, until it gets them.
  *   READY    it has all its blocks, and was not dropped from RAM since it was written: memcpy.
+ *   BEGUN    it has all its blocks, and pwrite has put values into a part of it. A store to the rest would find no page
+ *            there, and get one per fault: pwrite for large values, and for small ones the rest is zeroed first.
  *   DROPPED  it has all its blocks and holds values, but was dropped from RAM: pwrite, because memcpy would first read
  *            the old bytes back page by page.
  *
@@ -26,7 +28,7 @@
 
 #define NDM_I_UNLIMITED UINT64_MAX
 
-enum { NDM_I_EMPTY, NDM_I_HOLE, NDM_I_PARTIAL, NDM_I_READY, NDM_I_DROPPED };
+enum { NDM_I_EMPTY, NDM_I_HOLE, NDM_I_PARTIAL, NDM_I_READY, NDM_I_BEGUN, NDM_I_DROPPED };
 
 /* What a grain is to the cache. */
 enum {
