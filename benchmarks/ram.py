@@ -5,8 +5,8 @@
 
 Each spill runs in a process of its own, which this one watches: RSS beyond what the process had before the first
 write, plus the pages of the file that are in RAM. A mapped page counts twice, so the sum errs on the high side. The
-rivals take turns in random order; a figure is the median over the rounds, a ratio the median of the ratios within each round.
-Needs Linux 6.5 (cachestat).
+rivals take turns in random order; a figure is the median over the rounds, a ratio the median of the ratios within
+each round. Needs Linux 6.5 (cachestat).
 """
 
 from __future__ import annotations
@@ -146,6 +146,7 @@ def spills(directory: Path, rounds: int) -> dict[str, list[Spill]]:
     results: dict[str, list[Spill]] = {LIMITED: [], UNLIMITED: []}
     for _ in range(rounds):
         for way in random.sample(list(results), len(results)):
+            warm_up()  # what was not needed for a while may have been taken from the machine
             results[way].append(run(way, directory))
     return results
 
@@ -185,6 +186,7 @@ def short_of_ram(directory: Path, rounds: int) -> dict[str, list[Spill]]:
     results: dict[str, list[Spill]] = {LIMITED: [], UNLIMITED: [], MMAP: []}
     for _ in range(rounds):
         for way in random.sample(list(results), len(results)):
+            warm_up()
             with memory_group() as group:
                 results[way].append(run(way, directory, group, watch=False))
     return results

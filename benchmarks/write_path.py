@@ -230,7 +230,7 @@ def prices(directory: Path, rounds: int) -> list[Figures]:
 
 SECTIONS = {
     "cold": "Cold writes from C: `ndm_region_write` and memcpy into a fresh sparse shared mapping",
-    "python": "Cold writes from Python: the region, the pure-Python twin, slices of a sparse and of an allocated mapping",
+    "python": "Cold writes from Python: the region, the twin, slices of a sparse and of an allocated mapping",
     "warm": "Warm writes from C: free and write again, and memcpy between two warm buffers of 256 MiB",
     "price": "The price, from C: a new region, and a new sparse file with its mapping",
     "python price": "The price, from Python: a new region, and a new twin",
