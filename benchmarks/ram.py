@@ -146,6 +146,7 @@ def spills(directory: Path, rounds: int) -> dict[str, list[Spill]]:
     results: dict[str, list[Spill]] = {LIMITED: [], UNLIMITED: []}
     for _ in range(rounds):
         for way in random.sample(list(results), len(results)):
+            warm_up()  # what was not needed for a while may have been taken from the machine
             results[way].append(run(way, directory))
     return results
 
@@ -185,6 +186,7 @@ def short_of_ram(directory: Path, rounds: int) -> dict[str, list[Spill]]:
     results: dict[str, list[Spill]] = {LIMITED: [], UNLIMITED: [], MMAP: []}
     for _ in range(rounds):
         for way in random.sample(list(results), len(results)):
+            warm_up()
             with memory_group() as group:
                 results[way].append(run(way, directory, group, watch=False))
     return results
