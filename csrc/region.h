@@ -12,6 +12,7 @@
 #include "nodedb_mem.h"
 #include "owner.h"
 #include "slots.h"
+#include "stamps.h"
 #include "views.h"
 
 struct ndm_region {
@@ -21,6 +22,7 @@ struct ndm_region {
     ndm_i_backing data;
     ndm_i_grains grains;
     ndm_i_home home;
+    ndm_i_stamps stamps;
     uint64_t initial_capacity; /* trim() shrinks the file no further */
     uint64_t max_capacity;
     uint64_t used_bytes;
@@ -63,8 +65,8 @@ uint64_t ndm_i_vacant(const ndm_region *region, ndm_i_place place);
 /* Enter a value whose bytes are in place and whose extent is taken. Needs a reserved slot. */
 uint32_t ndm_i_enter_value(ndm_region *region, uint64_t offset, uint64_t size, uint32_t extent, uint8_t engine);
 
-/* Take a live value out of the books; its extent is reusable, or an orphan. */
-void ndm_i_remove_value(ndm_region *region, uint32_t slot);
+/* Take a live value out of the books; its extent is reusable, or an orphan. Returns its number, or 0. */
+uint64_t ndm_i_remove_value(ndm_region *region, uint32_t slot);
 
 /* Add a view of a live value. NULL, with the error set, if there is no memory. */
 const char *ndm_i_view_value(ndm_region *region, const ndm_i_record *record);
