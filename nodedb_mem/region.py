@@ -47,6 +47,7 @@ _JOIN = 4096  # values of up to this many bytes on average are joined for a batc
 _STAMPS = lib.NDM_STAMPS
 _NUMBER = (1 << 63) - 1  # without the bit of a value that was dropped from RAM
 _WORTH_KEEPING = lib.NDM_STAMP_WORTH  # a value with a higher stamp has a number
+_LARGE = 64 << 10  # values from this size on are copied out by the system, which maps no page
 _SCRATCH = 4096  # values up to this many bytes become `bytes` by way of a reused buffer
 
 
@@ -663,6 +664,12 @@ class OverflowRegion:
             self._raise(lib.NDM_ERR_NO_SLOT, slot)
         finally:
             self._scratch.append(scratch)
+        while size >= _LARGE:
+            data = bytes(size)  # nobody else has seen it, so it may still be filled
+            found = _read_into(self._handle, slot, _from_buffer(data), size)
+            if found == size:
+                return data
+            size = found  # a signal handler has replaced the value
         if size < 0:
             self._raise(size, slot)
         return self.read(slot).tobytes()
