@@ -169,6 +169,7 @@ static void drop(ndm_i_grains *grains, uint64_t stop)
     ndm_i_mapping_unref(mapping);
     pthread_mutex_lock(&cache->lock);
     cache->resident -= count;
+    atomic_fetch_add(&cache->drops, 1);
     if (refused) /* what did not reach the disk is not dropped */
         atomic_store(&cache->error, refused);
     pthread_cond_signal(&cache->room);

@@ -353,14 +353,20 @@ int ndm_i_grains_move(ndm_i_grains *grains, uint64_t from, uint64_t to, uint64_t
 
 /* ---- reading -------------------------------------------------------------------------------------------- */
 
+bool ndm_i_grains_is_dropped(const ndm_i_grains *grains, uint64_t offset, uint64_t size)
+{
+    const uint64_t last = end_of(offset + size);
+    for (uint64_t grain = offset / GRAIN; grain < last; grain++)
+        if (state_of(grains, grain) == NDM_I_DROPPED)
+            return true;
+    return false;
+}
+
 void ndm_i_grains_fetch(ndm_i_grains *grains, uint64_t offset, uint64_t size)
 {
-    const uint64_t first = offset / GRAIN, last = end_of(offset + size);
-    bool cold = size >= FETCH_FROM;
-    for (uint64_t grain = first; !cold && grain < last; grain++)
-        cold = state_of(grains, grain) == NDM_I_DROPPED;
-    if (!cold)
+    if (size < FETCH_FROM && !ndm_i_grains_is_dropped(grains, offset, size))
         return;
+    const uint64_t first = offset / GRAIN, last = end_of(offset + size);
     ndm_i_mapping_fetch(grains->file->mapping->base + offset, size);
     if (grains->cache.limit == NDM_I_UNLIMITED)
         return;

@@ -46,6 +46,7 @@ typedef struct {
     uint64_t queue_room, head, kicked, tail; /* counters; [head, kicked) is being written back; `& (room - 1)` indexes */
     uint64_t resident;     /* QUEUED grains, and those being dropped */
     uint64_t written_back; /* bytes whose write-back was started */
+    _Atomic uint64_t drops; /* by the background writer, so far */
     _Atomic int error;     /* errno of a failed write-back, for the owner's next call */
 } ndm_i_cache;
 
@@ -84,6 +85,9 @@ int ndm_i_grains_move(ndm_i_grains *grains, uint64_t from, uint64_t to, uint64_t
 
 /* [offset, offset + size) is about to be read through the mapping: large or dropped ranges are fetched in one go. */
 void ndm_i_grains_fetch(ndm_i_grains *grains, uint64_t offset, uint64_t size);
+
+/* Has some of [offset, offset + size) been dropped, so that a read has to fetch it? */
+bool ndm_i_grains_is_dropped(const ndm_i_grains *grains, uint64_t offset, uint64_t size);
 
 /* Copy [offset, offset + size) out. */
 int ndm_i_grains_load(ndm_i_grains *grains, uint64_t offset, void *buffer, uint64_t size);

@@ -155,8 +155,28 @@ void ndm_view_release(const char *view);
 int64_t ndm_region_read_into(ndm_region *region, int64_t slot, void *buffer, uint64_t capacity);
 
 /* Free a slot: its number is invalid from now on and may be given out again; its bytes may be reused as soon as
- * no view of them is left. */
-int ndm_region_free(ndm_region *region, int64_t slot);
+ * no view of them is left. Returns 0, or the number in the slot's stamp. */
+int64_t ndm_region_free(ndm_region *region, int64_t slot);
+
+enum { NDM_STAMPS = 1048576, NDM_STAMP_WORTH = 15 };
+
+/* Stamps, for a binding that keeps views to hand them out again without a call: one for each slot below NDM_STAMPS.
+ * Above NDM_STAMP_WORTH it is the number of the value in the slot, as ndm_region_read_stamped() tells it, never given
+ * twice in a region. It is another one, or none, after the slot is freed, the value dropped from RAM, the ceiling
+ * raised, the region closed, and in a forked child. So a kept view may be handed out while its number stands in the
+ * slot's stamp; on which thread, the binding has to check. At NDM_STAMP_WORTH the value has been copied out often enough
+ * to be worth a kept view. Kept views pin like others: the binding drops them when their slot is freed, the ceiling
+ * raised, the region closed, and before compaction and eviction. stamps[NDM_STAMPS] changes whenever a number is
+ * given. The stamps are read only; each call must be given back with ndm_stamps_release(). NULL when they cannot be
+ * had. */
+const uint64_t *ndm_region_stamps(ndm_region *region);
+
+/* End the use of the stamps. Any thread, at any time, also after ndm_region_destroy(). */
+void ndm_stamps_release(const uint64_t *stamps);
+
+/* ndm_region_read() for such a binding. out[0] is the size, and the view is not to be kept; or it is -1 - size, and
+ * out[1] is the value's number, or 0: all numbers were taken back, and every kept view is to be dropped. */
+const char *ndm_region_read_stamped(ndm_region *region, int64_t slot, int64_t *out);
 
 typedef struct {
     uint64_t offset;     /* of the value in the file */

@@ -250,7 +250,7 @@ static const char *view_of(ndm_reader *reader, const ndm_value *value)
     if (reach_value(reader, value) != NDM_OK)
         return NULL;
     const char *view = (const char *)reader->values->base + value->offset;
-    if (!ndm_i_views_add(&reader->home, (uint32_t)value->slot, reader->values, view, value->size)) {
+    if (!ndm_i_views_add(&reader->home, (uint32_t)value->slot, reader->values, view, value->size, false)) {
         ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
         return NULL;
     }

@@ -13,6 +13,7 @@
 #include "nodedb_mem.h"
 #include "owner.h"
 #include "slots.h"
+#include "stamps.h"
 #include "views.h"
 
 struct ndm_region {
@@ -22,6 +23,7 @@ struct ndm_region {
     ndm_i_backing data;
     ndm_i_grains grains;
     ndm_i_home home;
+    ndm_i_stamps stamps;
     ndm_i_leases leases;
     char *leases_path;     /* NULL for a temporary region */
     struct ndm_i_leased *leased; /* freed extents that leases keep */
@@ -86,8 +88,8 @@ void ndm_i_count_value(ndm_region *region, uint64_t offset, uint64_t size, uint8
 uint32_t ndm_i_enter_value(ndm_region *region, uint64_t offset, uint64_t size, uint32_t extent, uint8_t engine,
                            uint8_t state);
 
-/* Take a live value out of the books; its extent is reusable, or an orphan. */
-void ndm_i_remove_value(ndm_region *region, uint32_t slot);
+/* Take a live value out of the books; its extent is reusable, or an orphan. Returns its number, or 0. */
+uint64_t ndm_i_remove_value(ndm_region *region, uint32_t slot);
 
 /* Add a view of a live value. NULL, with the error set, if there is no memory. */
 const char *ndm_i_view_value(ndm_region *region, const ndm_i_record *record);

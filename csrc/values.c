@@ -6,6 +6,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Larger values are better not kept in view: their pages leave the RSS with the last view, and each view fetches them
+ * first. */
+#define KEPT_BELOW ((uint64_t)64 << 10)
+
 /* What a view of an empty value points to. */
 static char nothing[1];
 
@@ -153,7 +157,7 @@ void ndm_i_leases_forget(ndm_region *region)
     }
 }
 
-void ndm_i_remove_value(ndm_region *region, uint32_t slot)
+uint64_t ndm_i_remove_value(ndm_region *region, uint32_t slot)
 {
     const ndm_i_record *record = ndm_i_slots_record(&region->slots, slot);
     const uint32_t extent = ndm_i_record_link(record);
@@ -162,9 +166,10 @@ void ndm_i_remove_value(ndm_region *region, uint32_t slot)
     region->engine_bytes[engine] -= ndm_i_record_size(record);
     region->engine_slots[engine]--;
     const uint32_t generation = ndm_i_record_generation(record);
+    const uint64_t number = ndm_i_stamps_freed(&region->stamps, slot);
     ndm_i_slots_remove(&region->slots, slot);
     if (extent == NDM_I_NONE)
-        return;
+        return number;
     const bool leased = ndm_i_leases_has(&region->leases, slot, generation) &&
                         keep_leased(region, extent, slot, generation);
     if (leased || ndm_i_views_orphan(&region->home, extent)) {
@@ -174,17 +179,17 @@ void ndm_i_remove_value(ndm_region *region, uint32_t slot)
         ndm_i_extents_release(&region->extents, extent);
     }
     ndm_i_publish(region);
+    return number;
 }
 
-int ndm_region_free(ndm_region *region, int64_t slot)
+int64_t ndm_region_free(ndm_region *region, int64_t slot)
 {
     int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
     if (!ndm_i_live_record(region, slot))
         return ndm_last_error()->status;
-    ndm_i_remove_value(region, (uint32_t)slot);
-    return NDM_OK;
+    return (int64_t)ndm_i_remove_value(region, (uint32_t)slot);
 }
 
 /* ---- writing -------------------------------------------------------------------------------------------- */
@@ -325,6 +330,34 @@ const char *ndm_region_read(ndm_region *region, int64_t slot, uint64_t *size)
     return view;
 }
 
+const char *ndm_region_read_stamped(ndm_region *region, int64_t slot, int64_t *out)
+{
+    uint64_t size, number;
+    const char *view = ndm_region_read(region, slot, &size);
+    if (!view)
+        return NULL;
+    /* A kept view would hold an old mapping: none is kept while the mapping may have to be replaced. */
+    const bool stays = region->data.mapping->length >= ndm_i_ceiling(region->max_capacity);
+    if (size < KEPT_BELOW && stays && ndm_i_stamps_viewed(&region->stamps, slot, &number)) {
+        out[0] = -1 - (int64_t)size;
+        out[1] = (int64_t)number;
+    } else {
+        out[0] = (int64_t)size;
+    }
+    return view;
+}
+
+const uint64_t *ndm_region_stamps(ndm_region *region)
+{
+    if (ndm_i_enter(region) != NDM_OK)
+        return NULL;
+    if (!ndm_i_stamps_share(&region->stamps)) {
+        ndm_i_fail(NDM_ERR_MEMORY, "no memory for the stamps");
+        return NULL;
+    }
+    return region->stamps.words;
+}
+
 const char *ndm_i_view_value(ndm_region *region, const ndm_i_record *record)
 {
     const uint64_t offset = ndm_i_record_offset(record), size = ndm_i_record_size(record);
@@ -385,5 +418,7 @@ int64_t ndm_region_read_into(ndm_region *region, int64_t slot, void *buffer, uin
     const uint64_t size = ndm_i_record_size(record);
     if (size > 0 && size <= capacity)
         status = ndm_i_grains_load(&region->grains, ndm_i_record_offset(record), buffer, size);
+    if (size < KEPT_BELOW)
+        ndm_i_stamps_copied(&region->stamps, slot);
     return status == NDM_OK ? (int64_t)size : status;
 }

@@ -5,7 +5,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 
-enum { FIRST_BUCKETS = 256 };
+enum { FIRST_BUCKETS = 256, MOST_SPARES = 256 };
 
 #define NDM_I_VIEW UINT32_MAX
 
@@ -34,6 +34,8 @@ struct table {
     struct ndm_i_entry **buckets;
     uint64_t bucket_count; /* a power of two */
     uint64_t entry_count;
+    struct ndm_i_entry *spares; /* unused entries: views come and go faster than malloc */
+    uint64_t spare_count;
 };
 
 static _Atomic(struct table *) current;
@@ -73,7 +75,7 @@ static struct table *table_here(void)
 static struct ndm_i_entry **bucket(struct table *table, const void *where, uint32_t extent)
 {
     uint64_t hash = ((uint64_t)(uintptr_t)where ^ ((uint64_t)extent << 32)) * 0x9E3779B97F4A7C15u;
-    return &table->buckets[(hash >> 24) & (table->bucket_count - 1)];
+    return &table->buckets[(hash >> 32) & (table->bucket_count - 1)]; /* an extent reaches no lower bit */
 }
 
 /* The link that points to the entry, or to the end of its chain. */
@@ -106,13 +108,45 @@ static void widen(struct table *table)
     free(old);
 }
 
-static void insert(struct table *table, struct ndm_i_entry *entry)
+/* Hang an entry on the end of its chain that find() gave. */
+static void insert(struct table *table, struct ndm_i_entry **link, struct ndm_i_entry *entry)
 {
-    struct ndm_i_entry **link = bucket(table, entry->where, entry->extent);
-    entry->next = *link;
+    entry->next = NULL;
     *link = entry;
     if (++table->entry_count > table->bucket_count)
         widen(table);
+}
+
+static bool fill_spares(struct table *table, uint64_t count)
+{
+    while (table->spare_count < count) {
+        struct ndm_i_entry *entry = malloc(sizeof *entry);
+        if (!entry)
+            return false;
+        entry->next = table->spares;
+        table->spares = entry;
+        table->spare_count++;
+    }
+    return true;
+}
+
+static struct ndm_i_entry *take_spare(struct table *table)
+{
+    struct ndm_i_entry *entry = table->spares;
+    table->spares = entry->next;
+    table->spare_count--;
+    return entry;
+}
+
+static void give_spare(struct table *table, struct ndm_i_entry *entry)
+{
+    if (table->spare_count == MOST_SPARES) {
+        free(entry);
+        return;
+    }
+    entry->next = table->spares;
+    table->spares = entry;
+    table->spare_count++;
 }
 
 void ndm_i_home_init(ndm_i_home *home, void (*last)(ndm_i_home *))
@@ -133,44 +167,36 @@ bool ndm_i_views_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, 
                      bool writable)
 {
     struct table *table = table_here();
-    struct ndm_i_entry *view = malloc(sizeof *view);
-    struct ndm_i_entry *pin = malloc(sizeof *pin);
-    if (!table || !view || !pin)
-        goto fail;
-
+    if (!table)
+        return false;
     pthread_mutex_lock(&table->lock);
-    struct ndm_i_entry *known = *find(table, address, NDM_I_VIEW);
-    if (known) {
-        known->count++;
-    } else {
-        struct ndm_i_entry *held = *find(table, home, extent);
-        if (!held) {
+    struct ndm_i_entry **link = find(table, address, NDM_I_VIEW);
+    bool added = true;
+    if (*link) {
+        (*link)->count++;
+    } else if ((added = fill_spares(table, 2))) {
+        struct ndm_i_entry *view = take_spare(table);
+        *view = (struct ndm_i_entry){
+            .where = address, .size = size, .count = 1, .mapping = mapping, .extent = NDM_I_VIEW};
+        ndm_i_mapping_ref(mapping);
+        insert(table, link, view);
+        link = find(table, home, extent);
+        struct ndm_i_entry *pin = *link;
+        if (!pin) {
+            pin = take_spare(table);
             *pin = (struct ndm_i_entry){.where = home, .home = home, .extent = extent};
-            insert(table, pin);
             atomic_fetch_add(&home->users, 1);
-            held = pin;
-            pin = NULL;
+            insert(table, link, pin);
         }
-        held->count++;
-        if (writable && !held->writable) {
-            held->writable = true;
+        pin->count++;
+        view->pin = pin;
+        if (writable && !pin->writable) {
+            pin->writable = true;
             atomic_fetch_add(&home->writable, 1);
         }
-        *view = (struct ndm_i_entry){
-            .where = address, .size = size, .count = 1, .pin = held, .mapping = mapping, .extent = NDM_I_VIEW};
-        ndm_i_mapping_ref(mapping);
-        insert(table, view);
-        view = NULL;
     }
     pthread_mutex_unlock(&table->lock);
-    free(view);
-    free(pin);
-    return true;
-
-fail:
-    free(view);
-    free(pin);
-    return false;
+    return added;
 }
 
 void ndm_i_views_drop(const void *address)
@@ -179,7 +205,6 @@ void ndm_i_views_drop(const void *address)
     if (!table || !ndm_i_is_process(table->process))
         return;
     ndm_i_home *home = NULL;
-    struct ndm_i_entry *pin = NULL;
 
     pthread_mutex_lock(&table->lock);
     struct ndm_i_entry **link = find(table, address, NDM_I_VIEW);
@@ -190,26 +215,28 @@ void ndm_i_views_drop(const void *address)
     }
     *link = view->next;
     table->entry_count--;
-    if (--view->pin->count == 0) {
-        pin = view->pin;
+    struct ndm_i_entry *pin = view->pin;
+    if (--pin->count == 0) {
         home = pin->home;
-        *find(table, pin->where, pin->extent) = pin->next;
+        *find(table, home, pin->extent) = pin->next;
         table->entry_count--;
         if (pin->writable)
             atomic_fetch_sub(&home->writable, 1);
         if (pin->orphan) {
             pin->next = atomic_load(&home->returned);
             atomic_store(&home->returned, pin);
-            pin = NULL;
+        } else {
+            give_spare(table, pin);
         }
     }
+    ndm_i_mapping *mapping = view->mapping;
+    const uint64_t size = view->size;
+    give_spare(table, view);
     pthread_mutex_unlock(&table->lock);
 
-    if (view->size >= FORGET_FROM)
-        ndm_i_mapping_forget((void *)view->where, view->size);
-    ndm_i_mapping_unref(view->mapping);
-    free(view);
-    free(pin);
+    if (size >= FORGET_FROM)
+        ndm_i_mapping_forget((void *)address, size);
+    ndm_i_mapping_unref(mapping);
     if (home)
         ndm_i_home_leave(home);
 }
@@ -256,8 +283,8 @@ bool ndm_i_views_collect(ndm_i_home *home, uint32_t *extent)
     pthread_mutex_lock(&table->lock);
     struct ndm_i_entry *pin = atomic_load(&home->returned);
     atomic_store(&home->returned, pin->next);
-    pthread_mutex_unlock(&table->lock);
     *extent = pin->extent;
-    free(pin);
+    give_spare(table, pin);
+    pthread_mutex_unlock(&table->lock);
     return true;
 }

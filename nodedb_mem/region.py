@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
+import threading
 import warnings
 from dataclasses import dataclass, field
 from operator import index
@@ -35,7 +36,7 @@ _buffer = ffi.buffer
 _from_buffer = ffi.from_buffer
 _gc = ffi.gc
 _write = lib.ndm_region_write
-_read = lib.ndm_region_read
+_read = lib.ndm_region_read_stamped
 _read_into = lib.ndm_region_read_into
 _free = lib.ndm_region_free
 _release = lib.ndm_view_release
@@ -45,6 +46,10 @@ _UNLIMITED = (1 << 64) - 1
 _ONLY_BYTES = {bytes}
 _INT64 = frozenset({"q", "l", "<q", "<l"})  # ctypes names the byte order
 _JOIN = 4096  # values of up to this many bytes on average are joined for a batch
+_STAMPS = lib.NDM_STAMPS
+_NUMBER = (1 << 63) - 1  # without the bit of a value that was dropped from RAM
+_WORTH_KEEPING = lib.NDM_STAMP_WORTH  # a value with a higher stamp has a number
+_LARGE = 64 << 10  # values from this size on are copied out by the system, which maps no page
 _SCRATCH = 4096  # values up to this many bytes become `bytes` by way of a reused buffer
 
 
@@ -146,6 +151,12 @@ class RegionStats:
         return 1 - self.largest_free_bytes / self.free_bytes if self.free_bytes else 0.0
 
 
+class _Owned(threading.local):
+    """What only the owning thread has. Any other sees the dict of the class, which stays empty."""
+
+    kept: dict[int, memoryview] = {}  # noqa: RUF012
+
+
 _PLAIN_FIGURES = tuple(RegionStats.__dataclass_fields__.keys() - {"can_punch", "engines"})
 
 
@@ -193,7 +204,19 @@ class OverflowRegion:
         the slot table to recover is torn (EUCLEAN) or of another version (EINVAL).
     """
 
-    __slots__ = ("__weakref__", "_alignment", "_engines", "_handle", "_parts", "_path", "_scratch", "_sizes", "_where")
+    __slots__ = (
+        "__weakref__",
+        "_alignment",
+        "_engines",
+        "_handle",
+        "_owned",
+        "_parts",
+        "_path",
+        "_scratch",
+        "_sizes",
+        "_stamps",
+        "_where",
+    )
 
     _handle: Any
 
@@ -246,8 +269,13 @@ class OverflowRegion:
         self._parts: dict[int, SlotParts] = {}
         self._alignment = sizes[2]
         # Each is taken while in use: a signal handler or finalizer that reads in between takes a new one.
-        self._sizes = [ffi.new("uint64_t *")]
+        self._sizes = [_new_sizes()]
         self._scratch = [_new_scratch()]
+        # Views by the number of their value, kept to be handed out again. A slot's stamp holds its value's number until
+        # the core takes it away (freed, closed, forked, dropped from RAM), in the same step: no other view is found.
+        self._owned = _Owned()
+        self._owned.kept = {}
+        self._stamps = _stamps_of(self._handle)
 
     @classmethod
     def open(
@@ -565,7 +593,17 @@ class OverflowRegion:
             One of `slots` is no live slot; nothing has been freed.
         """
         wanted = _slot_array(slots)
+        kept, stamps = self._owned.kept, self._stamps
+        newest = stamps[-1]
+        numbers = [stamps[slot] & _NUMBER for slot in wanted if 0 <= slot < _STAMPS] if kept else []
+        for number in numbers:
+            kept.pop(number, None)
         self._check(lib.ndm_region_free_many(self._handle, wanted, len(wanted)))
+        if kept:  # where a signal handler has read one of them meanwhile:
+            if stamps[-1] != newest or not numbers:
+                kept.clear()
+            for number in numbers:
+                kept.pop(number, None)
         if self._parts:
             for slot in wanted:
                 self._parts.pop(slot, None)
@@ -584,25 +622,51 @@ class OverflowRegion:
         InvalidSlotError
             The slot never existed, or has been freed.
         """
+        try:
+            number = self._stamps[slot]
+            if number > _WORTH_KEEPING and slot >= 0:
+                return self._owned.kept[number].toreadonly()
+        except Exception as miss:
+            _reraise_if_foreign(miss)
         if slot.__class__ is not int:
             slot = index(slot)
         try:
-            size = self._sizes.pop()
+            out = self._sizes.pop()
         except IndexError:
-            size = ffi.new("uint64_t *")
+            out = _new_sizes()
         try:
-            view = _read(self._handle, slot, size)
-            length = size[0]
+            address = _read(self._handle, slot, out)
         except OverflowError:
             self._raise(lib.NDM_ERR_NO_SLOT, slot)
-        finally:
-            self._sizes.append(size)
-        if not view:
+        if not address:
             self._raise(lib.ndm_last_error().status, slot)
-        return memoryview(_buffer(_gc(view, _release), length)).toreadonly()
+        size = out[0]
+        if size >= 0:
+            self._sizes.append(out)
+            return memoryview(_buffer(_gc(address, _release), size)).toreadonly()
+        number = out[1]
+        self._sizes.append(out)
+        view = memoryview(_buffer(_gc(address, _release), -1 - size))
+        kept = self._owned.kept
+        if number:
+            kept[number] = view
+            if self._stamps[slot] != number:  # a signal handler has freed the slot meanwhile
+                kept.pop(number, None)
+        else:
+            kept.clear()
+        return view.toreadonly()
 
     def read_bytes(self, slot: int) -> bytes:
         """Copy a value out. Raises `InvalidSlotError` as `read` does."""
+        try:
+            number = self._stamps[slot]
+            if number > _WORTH_KEEPING and slot >= 0:
+                return self._owned.kept[number].tobytes()
+        except Exception as miss:
+            _reraise_if_foreign(miss)
+            number = _WORTH_KEEPING if miss.__class__ is KeyError else 0
+        if number == _WORTH_KEEPING:
+            return self.read(slot).tobytes()
         if slot.__class__ is not int:
             slot = index(slot)
         try:
@@ -617,9 +681,15 @@ class OverflowRegion:
             self._raise(lib.NDM_ERR_NO_SLOT, slot)
         finally:
             self._scratch.append(scratch)
+        while size >= _LARGE:
+            data = bytes(size)  # nobody else has seen it, so it may still be filled
+            found = _read_into(self._handle, slot, _from_buffer(data), size)
+            if found == size:
+                return data
+            size = found  # a signal handler has replaced the value
         if size < 0:
             self._raise(size, slot)
-        return bytes(self.read(slot))
+        return self.read(slot).tobytes()
 
     def read_into(self, slot: int, buffer: Buffer) -> int:
         """Copy a value to the start of a writable, C-contiguous buffer.
@@ -660,12 +730,17 @@ class OverflowRegion:
         """
         if slot.__class__ is not int:
             slot = index(slot)
+        kept = self._owned.kept
+        if kept and 0 <= slot < _STAMPS:
+            kept.pop(self._stamps[slot], None)
         try:
-            status = _free(self._handle, slot)
+            number = _free(self._handle, slot)
         except OverflowError:
-            status = lib.NDM_ERR_NO_SLOT
-        if status < 0:
-            self._raise(status, slot)
+            number = lib.NDM_ERR_NO_SLOT
+        if number:
+            if number < 0:
+                self._raise(number, slot)
+            kept.pop(number, None)  # where a signal handler has read it meanwhile, or its stamp was disguised
         if self._parts:
             self._parts.pop(slot, None)
 
@@ -745,6 +820,7 @@ class OverflowRegion:
         int
             Bytes of disk given back.
         """
+        self._owned.kept.clear()
         return self._check(lib.ndm_region_trim(self._handle))
 
     def compact(self, budget: int | None = None) -> Compaction:
@@ -769,6 +845,7 @@ class OverflowRegion:
         if limit < 0:
             raise ValueError("budget must not be negative")
         out = ffi.new("ndm_compaction *")
+        self._owned.kept.clear()
         self._check(lib.ndm_region_compact(self._handle, min(limit, _NO_LIMIT), out))
         return Compaction(out.moved_bytes, out.remaining_bytes)
 
@@ -788,6 +865,7 @@ class OverflowRegion:
         RegionIOError
             Writing back failed.
         """
+        self._owned.kept.clear()
         if slots is None:
             self._check(lib.ndm_region_evict(self._handle, ffi.NULL, 0))
         else:
@@ -803,7 +881,10 @@ class OverflowRegion:
 
         A named file stays where it is.
         """
+        kept = self._owned.kept
+        kept.clear()
         self._check(lib.ndm_region_close(self._handle))
+        kept.clear()  # of what a signal handler has read meanwhile
 
     @property
     def path(self) -> str | None:
@@ -831,6 +912,7 @@ class OverflowRegion:
         if not 0 <= size < 1 << 63:
             raise ValueError("max_capacity must be positive and below 2**63")
         self._check(lib.ndm_region_set_max_capacity(self._handle, size))
+        self._owned.kept.clear()
 
     @property
     def used_bytes(self) -> int:
@@ -962,6 +1044,24 @@ def _slot_array(slots: Slots) -> Any:
         return ffi.new("int64_t[]", values)
     except OverflowError:
         raise InvalidSlotError(max(values, key=abs)) from None
+
+
+def _reraise_if_foreign(miss: Exception) -> None:
+    """Raise an exception again that did not arise in the `try` itself, but in a signal handler or an `__index__`."""
+    if miss.__traceback__ is not None and miss.__traceback__.tb_next is not None:
+        raise miss
+
+
+def _stamps_of(handle: Any) -> memoryview:
+    stamps = lib.ndm_region_stamps(handle)
+    if not stamps:
+        return memoryview(bytes(8)).cast("Q")
+    words = _buffer(_gc(stamps, lib.ndm_stamps_release), 8 * (_STAMPS + 1))
+    return memoryview(words).toreadonly().cast("Q")
+
+
+def _new_sizes() -> Any:
+    return ffi.new("int64_t[2]")
 
 
 def _new_scratch() -> tuple[Any, Any]:

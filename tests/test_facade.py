@@ -1,0 +1,456 @@
+"""The short ways of the Python facade: views kept for reading a value again must not be noticed, except by a clock."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nodedb_mem import EngineId, InvalidSlotError, OverflowRegion, RegionClosedError, WrongThreadError
+from nodedb_mem._core import lib
+
+MOST_KEPT = 8192
+OLD, NEW = b"old!" * 16, b"NEW?" * 16
+
+
+@pytest.fixture
+def region(tmp_path: Path) -> Iterator[OverflowRegion]:
+    with OverflowRegion(tmp_path / "r", initial_capacity=1 << 20, max_capacity=1 << 24) as region:
+        yield region
+        assert lib.ndm_region_check(region._handle) == 0
+
+
+def kept(region: OverflowRegion) -> int:
+    return len(region._owned.kept)
+
+
+def hot(region: OverflowRegion, value: bytes = OLD) -> int:
+    """Write a value and read it until its view is kept."""
+    slot = region.write(value, EngineId.VECTOR)
+    before = kept(region)
+    for _ in range(3):
+        assert region.read(slot) == value
+    assert kept(region) == before + 1
+    return slot
+
+
+def raw_fork() -> int:
+    """Fork behind the back of Python and of the C library."""
+    call = ctypes.PyDLL(None, use_errno=True).syscall  # PyDLL: the GIL stays held, so the child has it
+    number = {"x86_64": 56, "aarch64": 220}[platform.machine()]  # clone
+    return int(call(number, ctypes.c_long(signal.SIGCHLD), None, None, None, None))
+
+
+# What a kept view must not change
+
+
+def test_a_value_read_once_is_not_kept(region: OverflowRegion) -> None:
+    region.read(region.write(OLD, 0))
+    assert kept(region) == 0
+
+
+def test_each_read_gives_a_view_of_its_own(region: OverflowRegion) -> None:
+    slot = hot(region)
+    first, second = region.read(slot), region.read(slot)
+    assert first is not second
+    first.release()
+    assert second == OLD
+    assert second.readonly
+    assert (second.format, second.ndim, second.shape) == ("B", 1, (64,))
+    assert region.read_bytes(slot) == OLD
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 4097, 70_000, 3 << 20])
+def test_values_of_any_size_come_back_however_often(region: OverflowRegion, size: int) -> None:
+    value = os.urandom(size)
+    slot = region.write(value, 0)
+    for _ in range(40):
+        assert region.read_bytes(slot) == value
+    for _ in range(4):
+        assert region.read(slot) == value
+        assert region.read_bytes(slot) == value
+
+
+def test_views_of_large_values_are_not_kept(region: OverflowRegion) -> None:
+    """Their pages leave the process's RSS with the last view."""
+    slot = region.write(bytes(64 << 10), 0)
+    for _ in range(20):
+        region.read(slot)
+        region.read_bytes(slot)
+    assert kept(region) == 0
+
+
+def test_a_freed_slot_is_gone_and_its_bytes_are_free(region: OverflowRegion) -> None:
+    slot = hot(region)
+    region.free(slot)
+    assert kept(region) == 0
+    assert region.stats().pinned_bytes == 0
+    for verb in (region.read, region.read_bytes, region.free):
+        with pytest.raises(InvalidSlotError, match="freed"):
+            verb(slot)
+    assert region.write(NEW, 0) == slot
+    assert region.slot(slot).offset == 0
+    assert region.read(slot) == region.read_bytes(slot) == NEW
+
+
+def test_slots_freed_together_are_gone_and_their_bytes_are_free(region: OverflowRegion) -> None:
+    slots = [hot(region) for _ in range(5)]
+    region.free_many(slots[1:4])
+    assert kept(region) == 2
+    assert region.stats().pinned_bytes == 0
+    for slot in slots[1:4]:
+        with pytest.raises(InvalidSlotError, match="freed"):
+            region.read(slot)
+    assert sorted(region.write(NEW, 0) for _ in range(3)) == slots[1:4]
+    assert [bytes(region.read(slot)) for slot in slots] == [OLD, NEW, NEW, NEW, OLD]
+
+
+def test_a_view_of_the_caller_outlives_the_kept_one(region: OverflowRegion) -> None:
+    slot = hot(region)
+    view = region.read(slot)
+    region.free(slot)
+    assert region.stats().pinned_bytes == 64
+    assert region.write(NEW, 0) == slot
+    assert view == OLD
+    assert region.read(slot) == NEW
+    del view
+    assert region.stats().pinned_bytes == 0
+
+
+def test_a_value_filled_in_place_is_seen_through_its_kept_view(region: OverflowRegion) -> None:
+    slot, view = region.allocate(64, 0)
+    for _ in range(3):
+        assert region.read(slot) == bytes(64)
+    view[:] = NEW
+    assert region.read(slot) == region.read_bytes(slot) == NEW
+
+
+@pytest.mark.parametrize("slot", [-1, -5, -(1 << 20), -(1 << 20) - 1, 1, 1 << 20, 1 << 40, 1 << 70, -(1 << 70)])
+def test_numbers_of_no_slot_are_refused_beside_a_kept_view(region: OverflowRegion, slot: int) -> None:
+    hot(region)
+    for verb in (region.read, region.read_bytes, region.free):
+        with pytest.raises(InvalidSlotError, match="never existed"):
+            verb(slot)
+    assert region.read(0) == OLD
+
+
+@pytest.mark.parametrize("slot", [0.0, "0", None, b"0", (0,), slice(0, 1), ..., [0], (), 0j, np.array([0, 0])])
+def test_what_is_no_integer_is_a_type_error_beside_a_kept_view(region: OverflowRegion, slot: Any) -> None:
+    hot(region)
+    for verb in (region.read, region.read_bytes, region.free):
+        with pytest.raises(TypeError):
+            verb(slot)
+
+
+def test_whatever_has_an_index_is_a_slot(region: OverflowRegion) -> None:
+    class Index:
+        def __index__(self) -> int:
+            return 0
+
+    hot(region)
+    for slot in (False, np.int64(0), np.uint8(0), Index()):
+        assert region.read(slot) == region.read_bytes(slot) == OLD
+
+
+@pytest.mark.parametrize("error", [KeyError, IndexError, TypeError, AttributeError, ValueError])
+def test_an_error_from_an_index_comes_through(region: OverflowRegion, error: type[Exception]) -> None:
+    class Bad:
+        def __index__(self) -> int:
+            raise error("mine")
+
+    hot(region)
+    for verb in (region.read, region.read_bytes):
+        with pytest.raises(error, match="mine"):
+            verb(Bad())  # type: ignore[arg-type]
+
+
+def test_closing_ends_kept_views_and_unlocks_the_file(tmp_path: Path) -> None:
+    region = OverflowRegion(tmp_path / "r")
+    slot = hot(region)
+    region.close()
+    for verb in (region.read, region.read_bytes, region.free):
+        with pytest.raises(RegionClosedError):
+            verb(slot)
+    OverflowRegion(tmp_path / "r").close()
+
+
+def test_dropping_the_region_unlocks_the_file(tmp_path: Path) -> None:
+    region = OverflowRegion(tmp_path / "r")
+    hot(region)
+    del region
+    OverflowRegion(tmp_path / "r").close()
+
+
+def test_kept_views_do_not_stop_compaction(region: OverflowRegion) -> None:
+    holes = [region.write(bytes(4096), 0) for _ in range(4)]
+    slot = hot(region)
+    region.free_many(holes)
+    assert region.compact().moved_bytes == 64
+    assert region.slot(slot).offset == 0
+    assert region.read(slot) == region.read_bytes(slot) == OLD
+    region.trim()
+    assert region.used_bytes == 64
+    assert region.read(slot) == OLD
+
+
+def test_kept_views_do_not_keep_an_old_mapping(tmp_path: Path) -> None:
+    def mappings() -> int:
+        return Path("/proc/self/maps").read_text().count(f"{tmp_path}/r\n")
+
+    with OverflowRegion(tmp_path / "r", initial_capacity=1 << 16, max_capacity=1 << 16) as region:
+        slots = [hot(region, bytes([i]) * 1000) for i in range(20)]
+        region.max_capacity = 1 << 30
+        for slot in slots * 3:
+            region.read(slot)
+        region.write(bytes(4 << 20), 0)
+        assert mappings() == 1
+        for _ in range(3):
+            assert [bytes(region.read(slot)) for slot in slots] == [bytes([i]) * 1000 for i in range(20)]
+        assert kept(region) == 20
+
+
+def test_a_value_that_was_dropped_from_ram_is_fetched_anew(tmp_path: Path) -> None:
+    """Otherwise it would come back unnoticed by the limit, and page by page."""
+    with OverflowRegion(tmp_path / "r", cache_limit=4 << 20) as region:
+        if lib.ndm_region_in_memory(region._handle):
+            pytest.skip("a file in memory is never dropped from it")
+        slot = hot(region)
+        for _ in range(40):
+            region.write(os.urandom(1 << 20), 0)
+        region.flush()
+        region.write(b"", 0)  # any call notices what has been dropped
+        assert region._stamps[slot] not in region._owned.kept
+        for _ in range(3):
+            assert region.read(slot) == region.read_bytes(slot) == OLD
+        assert region._stamps[slot] in region._owned.kept
+        assert kept(region) == 1
+        region.free(slot)
+        assert kept(region) == 0
+        assert region.stats().pinned_bytes == 0
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_evicted_values_are_fetched_anew(region: OverflowRegion, named: bool) -> None:
+    slots = [hot(region, os.urandom(8000)) for _ in range(10)]
+    values = region.read_many(slots) if named else [bytes(region.read(slot)) for slot in slots]
+    region.evict(slots if named else None)
+    assert kept(region) == 0
+    assert [region.read(slot) for slot in slots] == values
+
+
+def test_as_many_views_are_kept_as_promised_and_new_ones_get_their_turn(region: OverflowRegion) -> None:
+    slots = [region.write(i.to_bytes(4, "little"), 0) for i in range(MOST_KEPT + 100)]
+    for _ in range(3):
+        for i, slot in enumerate(slots):
+            assert region.read(slot) == i.to_bytes(4, "little")
+        assert kept(region) <= MOST_KEPT
+    assert kept(region) == MOST_KEPT
+    late = slots[-100:]
+    for _ in range(3 * MOST_KEPT // len(late)):
+        for slot in late:
+            region.read(slot)
+    assert kept(region) == len(late)
+    for i, slot in enumerate(slots):
+        assert region.read(slot) == i.to_bytes(4, "little")
+        region.free(slot)
+    assert kept(region) == 0
+    assert region.stats().pinned_bytes == 0
+
+
+def test_copying_often_makes_a_kept_view_and_gets_its_turn(region: OverflowRegion) -> None:
+    slots = [region.write(i.to_bytes(4, "little"), 0) for i in range(MOST_KEPT)]
+    for _ in range(20):
+        for slot in slots:
+            region.read_bytes(slot)
+    assert kept(region) == MOST_KEPT
+    slot = region.write(b"late", 0)
+    for _ in range(2 * MOST_KEPT):
+        assert region.read_bytes(slot) == b"late"
+    assert kept(region) < MOST_KEPT
+
+
+# Who is asking
+
+
+def test_another_thread_does_not_find_a_kept_view(region: OverflowRegion) -> None:
+    slot = hot(region)
+    errors: list[type[BaseException]] = []
+
+    def intrude() -> None:
+        for verb in (region.read, region.read_bytes, region.free):
+            try:
+                verb(slot)
+            except Exception as error:
+                errors.append(type(error))
+
+    thread = threading.Thread(target=intrude)
+    thread.start()
+    thread.join()
+    assert errors == [WrongThreadError] * 3
+    assert region.read(slot) == OLD
+
+
+def test_a_thread_that_inherits_the_owners_identity_finds_nothing(tmp_path: Path) -> None:
+    found: dict[str, Any] = {}
+
+    def own() -> None:
+        found["ident"] = threading.get_ident()
+        found["region"] = OverflowRegion(tmp_path / "r")
+        found["slot"] = hot(found["region"])
+
+    def inherit() -> None:
+        found["same"] = threading.get_ident() == found["ident"]
+        try:
+            found["region"].read(found["slot"])
+        except WrongThreadError:
+            found["refused"] = True
+
+    for _ in range(20):
+        for target in (own, inherit):
+            thread = threading.Thread(target=target)
+            thread.start()
+            thread.join()
+        assert found.pop("refused", False)
+        del found["region"]
+        if found["same"]:
+            return
+    pytest.skip("no identity was used again")
+
+
+@pytest.mark.parametrize("fork", [os.fork, raw_fork])
+def test_a_forked_child_does_not_find_a_kept_view(region: OverflowRegion, fork: Callable[[], int]) -> None:
+    slot = hot(region)
+    pid = fork()
+    if pid == 0:
+        refused = 0
+        try:
+            for verb in (region.read, region.read_bytes, region.free):
+                try:
+                    verb(slot)
+                except WrongThreadError:
+                    refused += 1
+        finally:
+            os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
+    assert region.read(slot) == OLD
+
+
+# Interrupted between any two instructions
+
+
+@contextmanager
+def at_instruction(code: Any, number: int, action: Callable[[], object]) -> Iterator[list[bool]]:
+    """Run `action` before the given instruction of the next call of `code`, as a signal handler or finalizer may."""
+    done: list[bool] = []
+    passed = 0
+
+    def local(frame: FrameType, event: str, _: Any) -> Any:
+        nonlocal passed
+        if event == "opcode" and not done:
+            if passed == number:
+                done.append(True)
+                sys.settrace(None)
+                action()
+            passed += 1
+        return local
+
+    def start(frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code is not code or done:
+            return None
+        frame.f_trace_opcodes = True
+        return local
+
+    before = sys.gettrace()
+    sys.settrace(start)
+    try:
+        yield done
+    finally:
+        sys.settrace(before)
+
+
+def replace(region: OverflowRegion, slot: int) -> None:
+    region.free(slot)
+    assert region.write(NEW, 0) == slot
+    for _ in range(3):
+        assert region.read(slot) == NEW
+
+
+def overwrite(region: OverflowRegion, slot: int) -> None:
+    """Free the slot, and fill every free place with other bytes."""
+    region.free(slot)
+    for _ in range(4):
+        region.write(NEW, 0)
+
+
+ACTIONS: dict[str, Callable[[OverflowRegion, int], object]] = {
+    "free": lambda region, slot: region.free(slot),
+    "free_many": lambda region, slot: region.free_many([slot]),
+    "replace": replace,
+    "overwrite": overwrite,
+    "read": lambda region, slot: [region.read(slot) for _ in range(3)],
+    "compact": lambda region, slot: region.compact(),
+    "evict": lambda region, slot: region.evict([slot]),
+    "raise_max_capacity": lambda region, slot: setattr(region, "max_capacity", region.max_capacity * 2),
+    "close": lambda region, slot: region.close(),
+}
+CALLS: dict[str, Callable[[OverflowRegion, int], Any]] = {
+    "read": lambda region, slot: region.read(slot),
+    "read_bytes": lambda region, slot: region.read_bytes(slot),
+    "free": lambda region, slot: region.free(slot),
+    "free_many": lambda region, slot: region.free_many([slot]),
+}
+READS = {"never read": 0, "read once": 1, "kept": 3}
+
+
+@pytest.mark.parametrize("reads", READS.values(), ids=READS.keys())
+@pytest.mark.parametrize("action", ACTIONS.values(), ids=ACTIONS.keys())
+@pytest.mark.parametrize("name", CALLS)
+def test_interrupted_anywhere(
+    tmp_path: Path, name: str, action: Callable[[OverflowRegion, int], object], reads: int
+) -> None:
+    code = getattr(OverflowRegion, name).__code__
+    for number in range(1000):
+        region = OverflowRegion(tmp_path / "r", initial_capacity=1 << 16, max_capacity=1 << 20)
+        region.write(bytes(64), 0)
+        slot = region.write(OLD, 0)
+        region.free(0)
+        for _ in range(reads):
+            assert region.read(slot) == OLD
+        result = None
+        with at_instruction(code, number, lambda: action(region, slot)) as done:  # noqa: B023
+            try:
+                result = CALLS[name](region, slot)
+            except (InvalidSlotError, RegionClosedError):
+                assert done
+        if result is not None:
+            assert result in (OLD, NEW)
+        if not region.closed:
+            for other in range(region.slot_count):
+                if other in region:
+                    value = bytes(region.read(other))
+                    assert value in (OLD, NEW)
+                    assert value == region.read_bytes(other)
+                    assert result != NEW or value == NEW
+            assert region.stats().pinned_bytes in (0, 64 if isinstance(result, memoryview) else 0)
+            assert lib.ndm_region_check(region._handle) == 0
+            result = None
+            assert region.stats().pinned_bytes == 0
+        result = None
+        region.close()
+        OverflowRegion(tmp_path / "r").close()  # nothing keeps the file locked
+        (tmp_path / "r").unlink()
+        if not done:
+            assert number > 10
+            return
+    pytest.fail("the verb has no end")
