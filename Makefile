@@ -157,7 +157,7 @@ $(FUZZ)/%.o: csrc/%.c $(CHEADERS) tests/fuzz/faults.h
 	@mkdir -p $(@D)
 	$(CLANG) $(CFUZZ) -include tests/fuzz/faults.h -c -o $@ $<
 
-$(FUZZ)/fuzz_extents: tests/fuzz/fuzz_extents.c csrc/extents.c csrc/extents.h
+$(FUZZ)/fuzz_extents: tests/fuzz/fuzz_extents.c $(wildcard csrc/extents*.c) $(wildcard csrc/extents*.h)
 	@mkdir -p $(@D)
 	$(CLANG) $(CFUZZ) -fsanitize=fuzzer -o $@ $(filter %.c,$^)
 

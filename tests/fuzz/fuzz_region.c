@@ -461,7 +461,8 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
     }
     snprintf(path, sizeof path, "%s/nodedb-mem-fuzz-%d", directory, getpid());
     snprintf(slots_path, sizeof slots_path, "%s.slots", path);
-    const ndm_options small = {1, 1, 1, UINT64_MAX}; /* what is made once a process is no leak */
+    /* What is made once a process is no leak. */
+    const ndm_options small = {.initial_capacity = 1, .max_capacity = 1, .alignment = 1, .cache_limit = UINT64_MAX};
     disk_reset();
     ndm_region_destroy(ndm_region_open_temporary(directory, &small));
     return 0;

@@ -35,11 +35,15 @@
         CHECK(ndm_last_error()->status == (status_) && ndm_last_error()->message); \
     } while (0)
 
+#define OPTIONS(initial, most, align, cache)                                                            \
+    ((ndm_options){.initial_capacity = (initial), .max_capacity = (most), .alignment = (align), .cache_limit = (cache)})
+
 enum { KIB = 1024, MIB = 1024 * 1024 };
 
 static char directory[] = "/tmp/nodedb-mem-test-XXXXXX";
 static char path[100], slots_path[110];
-static const ndm_options small = {64 * KIB, 64 * MIB, 64, UINT64_MAX};
+static const ndm_options small = {
+    .initial_capacity = 64 * KIB, .max_capacity = 64 * MIB, .alignment = 64, .cache_limit = UINT64_MAX};
 
 /* ---- a file system that refuses: fallocate() of the core is this one --------------------------------------- */
 
@@ -183,7 +187,7 @@ static void test_values(void)
 
 static void test_views(void)
 {
-    ndm_region *region = open_new(&(ndm_options){64 * KIB, 64 * KIB, 64, UINT64_MAX});
+    ndm_region *region = open_new(&OPTIONS(64 * KIB, 64 * KIB, 64, UINT64_MAX));
     int64_t slot = store(region, 5000, 1);
     const char *first = view_of(region, slot), *again = view_of(region, slot);
     CHECK(first == again);
@@ -210,7 +214,7 @@ static void test_views(void)
     ndm_region_destroy(region);
     CHECK(holds(last, 100, 4));
     ndm_view_release(last);
-    finish(ndm_region_open(path, &(ndm_options){1, 64 * MIB, 1, UINT64_MAX}));
+    finish(ndm_region_open(path, &OPTIONS(1, 64 * MIB, 1, UINT64_MAX)));
     ndm_view_release(NULL);
     group("views outlast free, growth, close and destroy");
 }
@@ -249,11 +253,12 @@ static void test_space(void)
 
 static void test_arguments(void)
 {
-    static const ndm_options wrong[] = {{0, 1, 1, 0},    {1, 0, 1, 0}, {2, 1, 1, 0}, {1, 1, 0, 0},
-                                        {1, 1, 8192, 0}, {1, 1, 3, 0}, {1, (uint64_t)INT64_MAX + 1, 1, 0}};
+    const ndm_options wrong[] = {OPTIONS(0, 1, 1, 0),    OPTIONS(1, 0, 1, 0), OPTIONS(2, 1, 1, 0), OPTIONS(1, 1, 0, 0),
+                                 OPTIONS(1, 1, 8192, 0), OPTIONS(1, 1, 3, 0),
+                                 OPTIONS(1, (uint64_t)INT64_MAX + 1, 1, 0)};
     for (unsigned i = 0; i < sizeof wrong / sizeof *wrong; i++)
         CHECK(!ndm_region_open(path, &wrong[i]) && ndm_last_error()->status == NDM_ERR_ARGUMENT);
-    ndm_region *region = open_new(&(ndm_options){4096, 8192, 64, UINT64_MAX});
+    ndm_region *region = open_new(&OPTIONS(4096, 8192, 64, UINT64_MAX));
     FAILS(NDM_ERR_ARGUMENT, ndm_region_write(region, "x", 1, -1));
     FAILS(NDM_ERR_ARGUMENT, ndm_region_write(region, "x", 1, 256));
     FAILS(NDM_ERR_CAPACITY, ndm_region_write(region, "x", 8193, 0));
@@ -404,7 +409,7 @@ static void test_many_threads(void)
     unsigned seed = 0;
     for (int region_number = 0; region_number < 3; region_number++) {
         /* The last one has a background writer, too. */
-        ndm_region *region = open_new(&(ndm_options){64 * KIB, 64 * MIB, 64, region_number == 2 ? 0 : UINT64_MAX});
+        ndm_region *region = open_new(&OPTIONS(64 * KIB, 64 * MIB, 64, region_number == 2 ? 0 : UINT64_MAX));
         int64_t slots[8];
         for (int i = 0; i < 8; i++)
             CHECK((slots[i] = store(region, 3000, seed + (unsigned)i)) >= 0);
@@ -518,7 +523,7 @@ static void test_cut_short(void)
 static void test_refused_blocks(void)
 {
     refuse.allocate = EINTR; /* a signal is no reason */
-    ndm_region *region = open_new(&(ndm_options){2 * MIB, 64 * MIB, 64, UINT64_MAX});
+    ndm_region *region = open_new(&OPTIONS(2 * MIB, 64 * MIB, 64, UINT64_MAX));
     CHECK(store(region, 100, 1) == 0);
     check_value(region, 0, 100, 1);
     refuse.allocate = EIO; /* asked for ahead: no matter */
@@ -532,7 +537,7 @@ static void test_refused_blocks(void)
 /* Blocks that a failed punch has taken are had back before the next store. */
 static void test_failed_punch(void)
 {
-    ndm_region *region = open_new(&(ndm_options){1 * MIB, 64 * MIB, 64, UINT64_MAX});
+    ndm_region *region = open_new(&OPTIONS(1 * MIB, 64 * MIB, 64, UINT64_MAX));
     CHECK(store(region, 10 * KIB, 1) == 0);
     CHECK(store(region, 100 * KIB, 2) == 1);
     CHECK(store(region, 10 * KIB, 3) == 2);
@@ -556,7 +561,7 @@ static void test_failed_punch(void)
 static void below_the_limit(void *argument)
 {
     (void)argument;
-    ndm_region *region = ndm_region_open(path, &(ndm_options){4 * MIB, 64 * MIB, 64, UINT64_MAX});
+    ndm_region *region = ndm_region_open(path, &OPTIONS(4 * MIB, 64 * MIB, 64, UINT64_MAX));
     CHECK(region && store(region, 1000, 1) == 0);
     const struct rlimit limit = {700 * KIB, RLIM_INFINITY};
     CHECK(setrlimit(RLIMIT_FSIZE, &limit) == 0);
@@ -585,7 +590,7 @@ static void move_past_the_limit(void *argument)
 {
     (void)argument;
     ndm_compaction done;
-    ndm_region *region = ndm_region_open(path, &(ndm_options){4 * MIB, 64 * MIB, 64, UINT64_MAX});
+    ndm_region *region = ndm_region_open(path, &OPTIONS(4 * MIB, 64 * MIB, 64, UINT64_MAX));
     CHECK(region && store(region, 100 * KIB, 1) == 0 && store(region, 900 * KIB, 2) == 1);
     CHECK(ndm_region_evict(region, NULL, 0) == NDM_OK && ndm_region_free(region, 0) == NDM_OK);
     const struct rlimit limit = {600 * KIB, RLIM_INFINITY};
@@ -632,7 +637,7 @@ static void test_failed_opens(void)
     ndm_region *region = ndm_region_open(path, &small);
     CHECK(region && store(region, 100, 1) == 0);
     finish(region);
-    CHECK(truncate(path, 0) == 0 && truncate(slots_path, 0) == 0 && truncate(slots_path, 64 * KIB) == 0);
+    CHECK(truncate(path, 0) == 0 && truncate(slots_path, 0) == 0);
     region = ndm_region_open(path, &small);
     CHECK(region && ndm_region_capacity(region) == 64 * KIB);
     finish(region);
