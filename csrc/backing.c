@@ -491,6 +491,20 @@ void ndm_i_backing_drop(const ndm_i_backing *backing, const ndm_i_mapping *mappi
     posix_fadvise(backing->fd, (off_t)start, (off_t)(end - start), POSIX_FADV_DONTNEED);
 }
 
+enum { CACHESTAT = 451 }; /* the same number on every architecture; Linux 6.5 */
+
+bool ndm_i_backing_is_cached(const ndm_i_backing *backing, uint64_t start, uint64_t end)
+{
+    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    struct {
+        uint64_t offset, length;
+    } range = {round_down(start, page), round_up(end, page) - round_down(start, page)};
+    struct {
+        uint64_t cached, dirty, writeback, evicted, recently_evicted;
+    } counts;
+    return syscall(CACHESTAT, backing->fd, &range, &counts, 0) == 0 && counts.cached * page >= range.length;
+}
+
 /* The kernel's own count (Linux 6.5); only the resident pages, by mincore(), where it is missing. */
 int ndm_i_backing_residency(const ndm_i_backing *backing, uint64_t *resident, uint64_t *unwritten)
 {
@@ -501,7 +515,6 @@ int ndm_i_backing_residency(const ndm_i_backing *backing, uint64_t *resident, ui
     struct {
         uint64_t cached, dirty, writeback, evicted, recently_evicted;
     } counts;
-    enum { CACHESTAT = 451 }; /* the same number on every architecture */
     if (syscall(CACHESTAT, backing->fd, &range, &counts, 0) == 0) {
         *resident = counts.cached * page;
         *unwritten = (counts.dirty + counts.writeback) * page;

@@ -110,6 +110,9 @@ int ndm_i_backing_write_back(const ndm_i_backing *backing, uint64_t start, uint6
 /* Drop the clean pages of [start, end) from RAM. Any thread that holds the mapping. */
 void ndm_i_backing_drop(const ndm_i_backing *backing, const ndm_i_mapping *mapping, uint64_t start, uint64_t end);
 
+/* Is all of [start, end) in the page cache? false also where the kernel cannot tell cheaply (before Linux 6.5). */
+bool ndm_i_backing_is_cached(const ndm_i_backing *backing, uint64_t start, uint64_t end);
+
 /* Bytes of the file in RAM, and of these not yet on disk (0 where the kernel cannot tell). Linear in the pages. */
 int ndm_i_backing_residency(const ndm_i_backing *backing, uint64_t *resident, uint64_t *unwritten);
 

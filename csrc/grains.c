@@ -367,7 +367,9 @@ void ndm_i_grains_fetch(ndm_i_grains *grains, uint64_t offset, uint64_t size)
     if (size < FETCH_FROM && !ndm_i_grains_is_dropped(grains, offset, size))
         return;
     const uint64_t first = offset / GRAIN, last = end_of(offset + size);
-    ndm_i_mapping_fetch(grains->file->mapping->base + offset, size);
+    /* For pages that are there, madvise would look at each: 15 us for 1 MiB, against 0.3 for the count. */
+    if (!ndm_i_backing_is_cached(grains->file, offset, offset + size))
+        ndm_i_mapping_fetch(grains->file->mapping->base + offset, size);
     if (grains->cache.limit == NDM_I_UNLIMITED)
         return;
     for (uint64_t grain = first; grain < last; grain++)
