@@ -54,6 +54,7 @@ static int examine(ndm_i_backing *backing)
         return ndm_i_fail_io(EINVAL, "not a regular file");
     backing->capacity = facts.stx_size;
     backing->linked = facts.stx_nlink > 0;
+    backing->own = facts.stx_uid == geteuid();
     backing->inode = facts.stx_ino;
     if (facts.stx_mask & STATX_BTIME)
         backing->born = (uint64_t)facts.stx_btime.tv_sec * 1000000000u + facts.stx_btime.tv_nsec;
@@ -108,6 +109,10 @@ int ndm_i_backing_open(ndm_i_backing *backing, const char *path, bool create, in
         return ndm_i_fail_io(errno, "cannot open the file");
     if ((status = examine(backing)) != NDM_OK)
         goto fail;
+    if (lock != NDM_I_LOCK_NONE && !backing->own) { /* who made it may read it, or cut it short */
+        status = ndm_i_fail_io(EPERM, "the file belongs to another user");
+        goto fail;
+    }
     if (!lock_file(backing, lock)) {
         status = errno == EWOULDBLOCK || errno == EACCES ? ndm_i_fail(NDM_ERR_BUSY, "the file is locked by another region")
                                       : ndm_i_fail_io(errno, "cannot lock the file");
@@ -363,8 +368,8 @@ int ndm_i_backing_check_writable(const ndm_i_backing *backing, uint64_t end)
     struct stat facts;
     if (fstat(backing->fd, &facts) != 0)
         return ndm_i_fail_io(errno, "cannot examine the file");
-    if ((uint64_t)facts.st_size != backing->capacity)
-        return ndm_i_fail_io(EIO, "the file's size was changed by someone else");
+    if ((uint64_t)facts.st_size < backing->capacity)
+        return ndm_i_fail_io(EIO, "the file was shortened by someone else");
     if (over_size_limit(end))
         return ndm_i_fail_io(EFBIG, "the process's file size limit is below the file's size");
     return NDM_OK;

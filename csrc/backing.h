@@ -33,12 +33,13 @@ typedef struct {
     bool can_allocate;   /* the file system knows fallocate() */
     bool can_punch;      /* and holes */
     bool created;        /* by this open, not found */
+    bool own;            /* its owner is this process's user */
     bool linked;         /* it had a name when it was examined */
 } ndm_i_backing;
 
 /* Functions that return int give a status with the error set, unless they say "0 or errno". */
 
-/* Open `path` (not through a symlink, regular files only), create it (0600) if it is missing and `create` is set, and
+/* Open `path` (not through a symlink; regular files of our own user only), create it (0600) if it is missing and `create` is set, and
  * lock it. The file's size becomes the capacity. Nothing is mapped or changed yet. */
 int ndm_i_backing_open(ndm_i_backing *backing, const char *path, bool create, int lock);
 
@@ -83,7 +84,7 @@ int ndm_i_backing_grow(ndm_i_backing *backing, uint64_t needed, uint64_t wanted,
 /* Cut the file back to `capacity`: undo a grow, or give space back. */
 void ndm_i_backing_shrink(ndm_i_backing *backing, uint64_t capacity);
 
-/* May the file be written up to `end`? EIO if somebody else has changed its size: past their end, touching the mapping
+/* May the file be written up to `end`? EIO if somebody else has shortened it: past its end, touching the mapping
  * would be SIGBUS. EFBIG beyond RLIMIT_FSIZE, where writing would raise SIGXFSZ. */
 int ndm_i_backing_check_writable(const ndm_i_backing *backing, uint64_t end);
 

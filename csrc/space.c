@@ -217,7 +217,8 @@ static uint32_t choose(ndm_region *region, uint64_t budget, const reserve_state 
 {
     const ndm_i_extents *extents = &region->extents;
     const uint32_t last = ndm_i_extents_last(extents);
-    if (has_place(region, last, budget, size, place) && (place->hole != at->longest || at->length > at->reserve))
+    if (has_place(region, last, budget, size, place) && (place->hole != at->longest || at->length > at->reserve ||
+                                                         at->length == ndm_i_extents_length(extents, last)))
         return last;
     if (at->reserve == 0)
         return NDM_I_NONE;
@@ -239,7 +240,8 @@ static uint32_t choose(ndm_region *region, uint64_t budget, const reserve_state 
  * its follower frees nothing until the hole meets another. So the last value goes into its best-fitting hole, which
  * lowers the mark. Where it fits none, the neighbours of the longest hole go into other holes, so that small holes
  * become one that longer values fit into. That hole is left to the values to come until it is longer than the
- * reserve: filling it from the end would cost the budget that opened it a second time. Pushing is the last resort.
+ * reserve, unless the last value fits it exactly: filling it from the end would cost the budget that opened it a second
+ * time. Pushing is the last resort.
  *
  * It ends: with each move the mark falls; or the sum of the squares of the holes' lengths grows, for the longest hole
  * gains what a shorter one loses; or a hole goes up, and nothing else changes. */
@@ -281,8 +283,8 @@ int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out)
     ndm_i_leases_collect(region, true);
     uint64_t left = budget;
     uint32_t hole = NDM_I_NONE;
-    bool stopped = budget == 0;
-    while (!stopped) {
+    bool stopped = false;
+    while (budget > 0 && !stopped) {
         int64_t moved = compact_step(region, budget, left, &hole, &stopped);
         if (moved == NDM_ERR_STALE)
             continue; /* the next step sees the lease */

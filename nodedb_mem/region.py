@@ -827,7 +827,7 @@ class OverflowRegion:
         """Move values toward the start of the file, so that free space gathers at its end.
 
         Slots keep their numbers. Values with a live view stay where they are, and so do values larger than `budget`.
-        Done when the holes are under 1 % of the space. Give the space at the end back with `trim`.
+        Done when the holes are under 1 % of the live bytes. Give the space at the end back with `trim`.
 
         Parameters
         ----------
