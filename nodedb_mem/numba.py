@@ -29,6 +29,7 @@ import numpy as np
 from llvmlite import binding
 from numba import carray, types
 from numba.core.errors import TypingError
+from numba.core.imputils import impl_ret_borrowed
 from numba.extending import intrinsic, overload
 
 from nodedb_mem._core import ffi, lib
@@ -134,7 +135,10 @@ def _pointer(_context: Any, address: Any) -> Any:
 
 @intrinsic
 def _read_only(_context: Any, array: Any) -> Any:
-    return _BYTES(array), lambda context, builder, signature, arguments: arguments[0]
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return impl_ret_borrowed(context, builder, signature.return_type, arguments[0])
+
+    return _BYTES(array), generate
 
 
 @overload(write, strict=False)
