@@ -67,7 +67,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory, sanitized: bool) -> Inst
     """Build the wheel and install it. Other packages come from the environment that runs the tests."""
     if sanitized:
         pytest.skip("native programs are linked against an ordinary build")
-    pytest.importorskip("setuptools", reason="the extra native-test is not installed")
+    pytest.importorskip("setuptools", "77", reason="the extra native-test is not installed")
     scratch = tmp_path_factory.mktemp("installed")
     tree, home = scratch / "tree", scratch / "venv"
     for folder in ("csrc", "native", "nodedb_mem"):
