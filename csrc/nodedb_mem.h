@@ -349,11 +349,11 @@ int ndm_reader_release(ndm_reader *reader, int64_t lease);
 
 /* ---- Pins: views for native code ----
  *
- * A pin is a view (ndm_region_read), typed as bytes. From ndm_region_pin() to the matching ndm_region_unpin() the address
- * stays good and the bytes stay as they are: through writes and growth, after ndm_region_free() of the slot, after
- * ndm_region_close(), and after the Python object is gone. Pins of one slot are counted. A pin that is never ended keeps
- * its extent from reuse and the file locked until the process ends. Python's views and native pins are of one kind: each
- * keeps the bytes for the other. */
+ * A pin is a view (ndm_region_read), typed as bytes. From ndm_region_pin() to the matching ndm_region_unpin() the
+ * address stays good and the bytes stay as they are: through writes and growth, after ndm_region_free() of the slot,
+ * after ndm_region_close(), and after the Python object is gone. Pins of one slot are counted. A pin that is never ended
+ * keeps its extent from reuse and the file locked until the process ends. Python's views and native pins are of one kind:
+ * each keeps the bytes for the other. */
 
 /* Pin a live slot; *size is written unless `size` is NULL. Owner only. NULL on failure. */
 const uint8_t *ndm_region_pin(ndm_region *region, int64_t slot, uint64_t *size);
@@ -368,7 +368,8 @@ void ndm_region_unpin(const uint8_t *data);
  * region is closed or destroyed, and for a number that never was a handle, ndm_h_* return NDM_ERR_CLOSED. The owner rule
  * holds: on any other thread, and in a forked child, they return NDM_ERR_WRONG_THREAD. If ndm_region_destroy() comes
  * from another thread while the owner is inside an ndm_h_* call, the region goes when that call returns. Otherwise each
- * is the ndm_region_* function of the same name. But for ndm_h_region(), none takes or returns an opaque or void pointer. */
+ * is the ndm_region_* function of the same name. But for ndm_h_region(), none takes or returns an opaque or void pointer.
+ */
 
 /* The region's handle: the same each time. Owner only. 0 on failure. */
 uint64_t ndm_region_handle(ndm_region *region);
