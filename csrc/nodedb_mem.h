@@ -7,7 +7,8 @@
  *
  *  - One owner. Every ndm_region_* function may be called only by the thread that opened the region, in the
  *    process that opened it; elsewhere it returns NDM_ERR_WRONG_THREAD and changes nothing. A forked child is
- *    not the owner. The exceptions are ndm_view_release() and ndm_region_destroy(), which any thread may call.
+ *    not the owner. The exceptions, which any thread may call, are ndm_view_release(), ndm_region_unpin() and
+ *    ndm_region_destroy().
  *  - A view (ndm_region_read) pins its slot: the bytes stay where they are, unchanged, until every view of them is
  *    released, even after the slot is freed or the region is closed. A view that is never released leaks its
  *    extent and keeps the mapping, and so the file's lock, until the process ends.
@@ -351,9 +352,9 @@ int ndm_reader_release(ndm_reader *reader, int64_t lease);
  *
  * A pin is a view (ndm_region_read), typed as bytes. From ndm_region_pin() to the matching ndm_region_unpin() the
  * address stays good and the bytes stay as they are: through writes and growth, after ndm_region_free() of the slot,
- * after ndm_region_close(), and after the Python object is gone. Pins of one slot are counted. A pin that is never ended
- * keeps its extent from reuse and the file locked until the process ends. Python's views and native pins are of one kind:
- * each keeps the bytes for the other. */
+ * after ndm_region_close(), and after the Python object is gone. Pins of one slot are counted. A pin that is never
+ * ended keeps its extent from reuse and the file locked until the process ends. Python's views and native pins are
+ * of one kind: each keeps the bytes for the other. */
 
 /* Pin a live slot; *size is written unless `size` is NULL. Owner only. NULL on failure. */
 const uint8_t *ndm_region_pin(ndm_region *region, int64_t slot, uint64_t *size);
@@ -363,13 +364,13 @@ void ndm_region_unpin(const uint8_t *data);
 
 /* ---- Handles: regions by number ----
  *
- * For callers that cannot hold an ndm_region * (numba), or do not know how long it lives (native code that got a region
- * from Python: OverflowRegion.handle). A handle is never 0, never used again, below 2^63, and owns nothing. Once its
- * region is closed or destroyed, and for a number that never was a handle, ndm_h_* return NDM_ERR_CLOSED. The owner rule
- * holds: on any other thread, and in a forked child, they return NDM_ERR_WRONG_THREAD. If ndm_region_destroy() comes
- * from another thread while the owner is inside an ndm_h_* call, the region goes when that call returns. Otherwise each
- * is the ndm_region_* function of the same name. But for ndm_h_region(), none takes or returns an opaque or void pointer.
- */
+ * For callers that cannot hold an ndm_region * (numba), or do not know how long it lives (native code that got a
+ * region from Python: OverflowRegion.handle). A handle is never 0, never used again, below 2^63, and owns nothing.
+ * Once its region is closed or destroyed, and for a number that never was a handle, ndm_h_* return NDM_ERR_CLOSED.
+ * The owner rule holds: on any other thread, and in a forked child, they return NDM_ERR_WRONG_THREAD. If
+ * ndm_region_destroy() comes from another thread while the owner is inside an ndm_h_* call, the region goes when
+ * that call returns. Otherwise each is the ndm_region_* function of the same name. But for ndm_h_region(), none
+ * takes or returns an opaque or void pointer. */
 
 /* The region's handle: the same each time. Owner only. 0 on failure. */
 uint64_t ndm_region_handle(ndm_region *region);
