@@ -24,11 +24,14 @@ def pxd(declarations: str) -> str:
     ValueError
         The block holds a kind of declaration that this function does not know.
     """
-    text = " ".join(re.sub(r"/\*.*?\*/", " ", declarations, flags=re.DOTALL).split())
+    declarations = re.sub(r"/\*.*?\*/", " ", declarations, flags=re.DOTALL)
+    text = " ".join(line for line in declarations.splitlines() if not line.startswith("#define"))
+    text = " ".join(text.split())
     lines = ["# Made from nodedb_mem.h, which is the manual, when the package was built.", "# cython: language_level=3"]
-    lines += ["from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t", ""]
+    lines += ["from libc.stdint cimport int8_t, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t", ""]
     lines += ['cdef extern from "nodedb_mem.h" nogil:']
     body = list(_MACROS)
+    body += [f"const int64_t {name}" for name in re.findall(rf"^#define ({_NAME}) ", declarations, re.MULTILINE)]
     for statement in re.findall(r"(?:[^;{]|\{[^}]*\})+;", text):
         body += _translate(statement.strip().removesuffix(";").strip())
     return "\n".join([*lines, *(f"    {line}" for line in body), ""])
@@ -37,9 +40,9 @@ def pxd(declarations: str) -> str:
 def _translate(statement: str) -> list[str]:
     if match := re.fullmatch(rf"typedef struct ({_NAME}) \1", statement):
         return [f"ctypedef struct {match[1]}:", "    pass"]
-    if match := re.fullmatch(rf"enum ({_NAME}) \{{(.*)\}}", statement):
+    if match := re.fullmatch(rf"enum((?: {_NAME})?) \{{(.*)\}}", statement):
         names = [item.split("=")[0].strip() for item in match[2].split(",") if item.strip()]
-        return [f"cdef enum {match[1]}:", *(f"    {name}" for name in names)]
+        return [f"cdef enum{match[1]}:", *(f"    {name}" for name in names)]
     if match := re.fullmatch(rf"typedef struct(?: {_NAME})? \{{(.*)\}} ({_NAME})", statement):
         return [
             f"ctypedef struct {match[2]}:",
