@@ -6,6 +6,7 @@
 #include "nodedb_mem.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,7 +26,8 @@ static const uint8_t hello[] = "hello";
 
 static ndm_region *open_region(void)
 {
-    const ndm_options options = {1 << 16, 1 << 24, 64, UINT64_MAX};
+    const ndm_options options = {
+        .initial_capacity = 1 << 16, .max_capacity = 1 << 24, .alignment = 64, .cache_limit = UINT64_MAX};
     ndm_region *region = ndm_region_open_temporary("/var/tmp", &options);
     CHECK(region);
     return region;
@@ -190,7 +192,7 @@ static void test_race(void)
         pthread_t owner;
         CHECK(pthread_create(&owner, NULL, write_until_closed, &race) == 0);
         while (!atomic_load(&race.region) || atomic_load(&race.writes) < round % 7)
-            ;
+            sched_yield();
         all_give(atomic_load(&race.handle), NDM_ERR_WRONG_THREAD);
         ndm_region_destroy(atomic_load(&race.region));
         CHECK(pthread_join(owner, NULL) == 0);
