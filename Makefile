@@ -14,7 +14,7 @@ SECONDS ?= 60
 
 CSOURCES := $(sort $(wildcard csrc/*.c))
 CHEADERS := $(wildcard csrc/*.h)
-BUILT_FROM := $(CSOURCES) $(CHEADERS) setup.py pyproject.toml nodedb_mem/_build.py
+BUILT_FROM := $(CSOURCES) $(CHEADERS) $(wildcard native/*) setup.py pyproject.toml nodedb_mem/_build.py
 
 CWARN    := -std=c11 -pthread -Wall -Wextra -Wshadow -Werror
 SANITIZE := address,undefined
@@ -40,7 +40,7 @@ help:
 	@echo 'make sanitize     the pytest suite on a build with ASan and UBSan'
 	@echo 'make fuzz         libFuzzer with ASan and UBSan, SECONDS=$(SECONDS) for each program (needs clang)'
 	@echo 'make valgrind     the C programs under valgrind: no error, no leak'
-	@echo 'make wheel        sdist and abi3 wheel in dist/'
+	@echo 'make wheel        sdist and abi3 wheel (manylinux tag) in dist/'
 	@echo 'make wheel-smoke  install that wheel in each CPython found and try it'
 	@echo 'make clean        remove what make made'
 
@@ -84,7 +84,7 @@ build/native/%: tests/native/%.c $(CSOURCES) $(CHEADERS) $(wildcard tests/native
 	@mkdir -p $(@D)
 	$(CC) $(CWARN) $(CSAN) -Icsrc -Itests/native -o $@ $< $(CSOURCES)
 
-test-python: $(VENV)/.installed $(VENV)/.extra-test
+test-python: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-native-test
 	$(BIN)/pytest $(ARGS)
 
 # --- benchmarks ------------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ lint: $(VENV)/.extra-lint $(VENV)/.extra-cli
 
 # A copy of the tree with its own environment, so that no test can pick up the ordinary build.
 SAN      := build/sanitize
-SAN_TREE := LICENSE README.md benchmarks csrc nodedb_mem pyproject.toml setup.py tests
+SAN_TREE := LICENSE README.md benchmarks csrc examples native nodedb_mem pyproject.toml setup.py tests
 # libstdc++ comes along because ASan looks for the C++ throw hook at start, before pyarrow brings that library in.
 SAN_ENV   = LD_PRELOAD="$$($(CC) -print-file-name=libasan.so):$$($(CC) -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:$$ASAN_OPTIONS \
@@ -140,7 +140,7 @@ $(SAN)/.extra-test: pyproject.toml $(VENV)/.extra-test
 sanitize: $(SAN)/.extra-test
 	rm -rf $(SAN)/tree
 	mkdir -p $(SAN)/tree
-	tar -cf - --exclude='*.so' --exclude=__pycache__ $(wildcard $(SAN_TREE)) | tar -xf - -C $(SAN)/tree
+	tar -cf - --exclude='*.so' --exclude=nodedb_mem/lib --exclude=__pycache__ $(wildcard $(SAN_TREE)) | tar -xf - -C $(SAN)/tree
 	cd $(SAN)/tree && NODEDB_MEM_SANITIZE=$(SANITIZE) NODEDB_MEM_DEBUG=1 \
 	    ../venv/bin/python -m pip --disable-pip-version-check --quiet install --editable .
 	cd $(SAN)/tree && $(SAN_ENV) ../venv/bin/python ../venv/bin/pytest -o timeout=900 $(ARGS)
@@ -187,13 +187,12 @@ valgrind: $(CHECKED)
 	        --child-silent-after-fork=yes "$$program"; done
 
 wheel: $(VENV)/.extra-dist
-	rm -rf dist
-	umask 022 && SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) $(BIN)/python -m build --outdir dist .
+	SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) bash scripts/dist.sh $(BIN)/python
 
 wheel-smoke: wheel
 	bash scripts/wheel_smoke.sh dist/*-abi3-*.whl
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info nodedb_mem/*.so nodedb_mem/include
+	rm -rf $(VENV) build dist *.egg-info nodedb_mem/*.so nodedb_mem/include nodedb_mem/lib nodedb_mem/__init__.pxd
 	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

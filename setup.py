@@ -1,4 +1,4 @@
-"""Build: the cffi extension, one abi3 wheel, and the C header inside the package."""
+"""Build: the C libraries, the cffi extension, what linkers need inside the package, one abi3 wheel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from setuptools.command.sdist import sdist
 from setuptools.errors import PlatformError
 
 BUILD_SCRIPT = "nodedb_mem/_build.py"
-HEADER = "csrc/nodedb_mem.h"
+PACKAGE = "nodedb_mem"
 
 
 def load_build_script() -> ModuleType:
@@ -39,24 +39,52 @@ class BuildExtension(build_ext):
         super().finalize_options()
         self.force = True
 
+    def build_extensions(self) -> None:
+        folder = Path(self.build_lib, PACKAGE, "lib")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.compiler.linker_so = build.without_rpath(self.compiler.linker_so)
+        shared = build.make_core(self.compiler, Path(self.build_temp), folder)
+        for extension in self.extensions:
+            extension.extra_objects = [str(shared)]
+        super().build_extensions()
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        self.mkpath(os.path.join(PACKAGE, "lib"))
+        for built, source in self._libraries().items():
+            self.copy_file(built, source)
+
+    def _libraries(self) -> dict[str, str]:
+        names = [os.path.join(PACKAGE, "lib", name) for name in (build.soname(), "libnodedb_mem.a")]
+        return {os.path.join(self.build_lib, name): name for name in names}
+
+    def get_outputs(self) -> list[str]:
+        return [*super().get_outputs(), *self._libraries()]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {**super().get_output_mapping(), **(self._libraries() if self.inplace else {})}
+
 
 class BuildPython(build_py):
-    """Ship the C header as nodedb_mem/include/nodedb_mem.h."""
-
-    def _shipped_header(self, root: str) -> str:
-        return os.path.join(root, "nodedb_mem", "include", os.path.basename(HEADER))
+    """Ship the header, and what pkg-config, CMake, Cython and linkers look for."""
 
     def run(self) -> None:
         super().run()
-        target = self._shipped_header(os.curdir if self.editable_mode else self.build_lib)
-        self.mkpath(os.path.dirname(target))
-        self.copy_file(HEADER, target, preserve_mode=False)
+        root = os.curdir if self.editable_mode else self.build_lib
+        for name, text in build.native_files().items():
+            target = Path(root, PACKAGE, name)
+            self.mkpath(str(target.parent))
+            target.write_text(text, encoding="utf-8")
+
+    def _native_files(self) -> list[str]:
+        return [os.path.join(self.build_lib, PACKAGE, name) for name in build.native_files()]
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
-        return [*super().get_outputs(include_bytecode), self._shipped_header(self.build_lib)]
+        return [*super().get_outputs(include_bytecode), *self._native_files()]
 
     def get_output_mapping(self) -> dict[str, str]:
-        return {**super().get_output_mapping(), self._shipped_header(self.build_lib): HEADER}
+        made = {path: os.path.relpath(path, self.build_lib) for path in self._native_files()}
+        return {**super().get_output_mapping(), **made}
 
 
 class SourceDistribution(sdist):

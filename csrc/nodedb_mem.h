@@ -7,7 +7,8 @@
  *
  *  - One owner. Every ndm_region_* function may be called only by the thread that opened the region, in the
  *    process that opened it; elsewhere it returns NDM_ERR_WRONG_THREAD and changes nothing. A forked child is
- *    not the owner. The exceptions are ndm_view_release() and ndm_region_destroy(), which any thread may call.
+ *    not the owner. The exceptions, which any thread may call, are ndm_view_release(), ndm_region_unpin() and
+ *    ndm_region_destroy().
  *  - A view (ndm_region_read) pins its slot: the bytes stay where they are, unchanged, until every view of them is
  *    released, even after the slot is freed or the region is closed. A view that is never released leaks its
  *    extent and keeps the mapping, and so the file's lock, until the process ends.
@@ -30,7 +31,15 @@
 #include <stddef.h>
 #include <stdint.h>
 
+/* What this header describes; ndm_version() and ndm_abi_version() tell it of the library that runs. The ABI version is
+ * the number in the library's SONAME. It grows with each change that a program compiled against the header before it
+ * would not survive. */
 #define NDM_VERSION "0.1.0"
+#define NDM_VERSION_NUMBER 100 /* major * 10000 + minor * 100 + patch */
+#define NDM_ABI_VERSION 0
+
+/* To be called once, early: NDM_OK if the library that runs is one that this header describes. */
+#define NDM_CHECK_ABI() ndm_check_abi(NDM_ABI_VERSION, NDM_VERSION_NUMBER)
 
 #ifdef __cplusplus
 extern "C" {
@@ -54,7 +63,8 @@ enum ndm_status {
     NDM_ERR_BUSY = -7,         /* the file is locked by another region */
     NDM_ERR_IO = -8,           /* the system refused: ndm_error.os_errno */
     NDM_ERR_MEMORY = -9,       /* malloc failed */
-    NDM_ERR_STALE = -10        /* reader: the value is gone, or another has its slot, or the region was opened anew */
+    NDM_ERR_STALE = -10,       /* reader: the value is gone, or another has its slot, or the region was opened anew */
+    NDM_ERR_VERSION = -20      /* ndm_check_abi(): the library is not the one that the caller was compiled for */
 };
 
 typedef struct {
@@ -69,6 +79,15 @@ typedef struct {
 /* Details of the last failure on this thread. The pointer stays good for the life of the thread, its contents
  * until the next failure. */
 const ndm_error *ndm_last_error(void);
+
+/* The library's own NDM_VERSION and NDM_ABI_VERSION. These and ndm_check_abi() stay as they are in every version. Any
+ * thread. */
+const char *ndm_version(void);
+int64_t ndm_abi_version(void);
+
+/* NDM_OK if a caller compiled against a header of ABI `abi` and version `version` may use this library: the same ABI,
+ * and a library no older than the header. NDM_ERR_VERSION if not. Any thread. */
+int ndm_check_abi(int64_t abi, int64_t version);
 
 typedef struct {
     uint64_t initial_capacity; /* bytes of file at first; an existing file keeps its own size */
@@ -328,6 +347,45 @@ int ndm_reader_stats(ndm_reader *reader, ndm_reader_figures *out);
  * Returns the lease's number, and a view. NDM_ERR_IO with ENOENT if the owner has not allowed leases. */
 int64_t ndm_reader_lease(ndm_reader *reader, int64_t slot, int64_t generation, const char **view, ndm_value *out);
 int ndm_reader_release(ndm_reader *reader, int64_t lease);
+
+/* ---- Pins: views for native code ----
+ *
+ * A pin is a view (ndm_region_read), typed as bytes. From ndm_region_pin() to the matching ndm_region_unpin() the
+ * address stays good and the bytes stay as they are: through writes and growth, after ndm_region_free() of the slot,
+ * after ndm_region_close(), and after the Python object is gone. Pins of one slot are counted. A pin that is never
+ * ended keeps its extent from reuse and the file locked until the process ends. Python's views and native pins are
+ * of one kind: each keeps the bytes for the other. */
+
+/* Pin a live slot; *size is written unless `size` is NULL. Owner only. NULL on failure. */
+const uint8_t *ndm_region_pin(ndm_region *region, int64_t slot, uint64_t *size);
+
+/* End a pin, given the address that ndm_region_pin() or ndm_h_pin() returned. Any thread; NULL is ignored. */
+void ndm_region_unpin(const uint8_t *data);
+
+/* ---- Handles: regions by number ----
+ *
+ * For callers that cannot hold an ndm_region * (numba), or do not know how long it lives (native code that got a
+ * region from Python: OverflowRegion.handle). A handle is never 0, never used again, below 2^63, and owns nothing.
+ * Once its region is closed or destroyed, and for a number that never was a handle, ndm_h_* return NDM_ERR_CLOSED.
+ * The owner rule holds: on any other thread, and in a forked child, they return NDM_ERR_WRONG_THREAD. If
+ * ndm_region_destroy() comes from another thread while the owner is inside an ndm_h_* call, the region goes when
+ * that call returns. Otherwise each is the ndm_region_* function of the same name. But for ndm_h_region(), none
+ * takes or returns an opaque or void pointer. */
+
+/* The region's handle: the same each time. Owner only. 0 on failure. */
+uint64_t ndm_region_handle(ndm_region *region);
+
+/* The region itself, for the other functions; good for as long as it is not destroyed. NULL on failure. */
+ndm_region *ndm_h_region(uint64_t handle);
+
+int64_t ndm_h_write(uint64_t handle, const uint8_t *data, uint64_t size, int64_t engine);
+int64_t ndm_h_read_into(uint64_t handle, int64_t slot, uint8_t *buffer, uint64_t capacity);
+const uint8_t *ndm_h_pin(uint64_t handle, int64_t slot, uint64_t *size); /* to be ended by ndm_region_unpin() */
+int ndm_h_free(uint64_t handle, int64_t slot);
+int ndm_h_contains(uint64_t handle, int64_t slot);
+
+/* Bytes of the value in a live slot. */
+int64_t ndm_h_size(uint64_t handle, int64_t slot);
 
 /* [/cdef] */
 

@@ -1,6 +1,7 @@
 /* A region's life, its figures, and its checker. Its verbs are in values.c, batch.c and space.c. */
 #include "region.h"
 
+#include "handle.h"
 #include "status.h"
 
 #include <assert.h>
@@ -187,6 +188,8 @@ void ndm_region_destroy(ndm_region *region)
 {
     if (!region || !ndm_i_is_process(region->owner.process))
         return;
+    if (!ndm_i_handle_retire(region))
+        return;
     if (!is_closed(region))
         shut(region);
     let_go(region);
@@ -244,7 +247,8 @@ int ndm_region_close(ndm_region *region)
     if (is_closed(region))
         return NDM_OK;
     int status = ndm_i_enter(region);
-    if (status != NDM_ERR_WRONG_THREAD) /* a write-back that failed is told, and closes it all the same */
+    /* a write-back that failed is told, and closes it all the same */
+    if (status != NDM_ERR_WRONG_THREAD && ndm_i_handle_retire(region))
         shut(region);
     return status;
 }

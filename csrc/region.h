@@ -37,6 +37,7 @@ struct ndm_region {
     uint64_t engine_bytes[256]; /* live, by engine */
     uint64_t engine_slots[256];
     unsigned unit_shift;   /* one unit of the extents is 1 << unit_shift bytes: the alignment */
+    _Atomic uint64_t handle; /* see handle.h; 0 until someone asks for it, and after closing */
     _Atomic unsigned holders; /* of this struct: the handle, and the file until it is closed */
 };
 

@@ -5,6 +5,9 @@ import sys
 if sys.platform != "linux":
     raise ImportError("nodedb_mem needs Linux: it is built on mremap, fallocate and flock")
 
+# First: it makes sure that the core which the others use is the right one.
+from nodedb_mem.native import get_include, get_libraries, get_library_dirs  # isort: skip
+
 from nodedb_mem.engine import EngineId
 from nodedb_mem.errors import (
     BudgetExhaustedError,
@@ -51,4 +54,7 @@ __all__ = [
     "StaleSlotError",
     "UnknownEngineError",
     "WrongThreadError",
+    "get_include",
+    "get_libraries",
+    "get_library_dirs",
 ]

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,6 +26,12 @@ _UNITS: dict[str, int] = {"": 1} | {
     letter + ending: base**power
     for power, letter in enumerate("kmgt", 1)
     for ending, base in (("", 1024), ("ib", 1024), ("b", 1000))
+}
+_FOLDERS = {
+    "includedir": "nodedb_mem.h",
+    "libdir": "the libraries",
+    "cmakedir": "nodedb_mem-config.cmake (cmake -Dnodedb_mem_DIR=...)",
+    "pkgconfigdir": "nodedb_mem.pc (PKG_CONFIG_PATH=...)",
 }
 _MAX_THREADS = 1024  # each holds descriptors, and that many is the usual limit of a process
 
@@ -86,7 +93,43 @@ def _parser() -> _Parser:
     add("--threads", type=_thread_count, default=1, metavar="N", help="threads, one region each (%(default)s)")
     add("--json", action="store_true", help="print the figures as one JSON object")
     spill.set_defaults(command=_spill)
+    config = commands.add_parser(
+        "config",
+        help="print what compilers and linkers need",
+        description="Print flags and folders for native code that links the C core, in the order below, one a line.",
+    )
+    add = config.add_argument
+    add("--cflags", action="store_true", help="flags for the compiler")
+    add("--libs", action="store_true", help="flags for the linker; the program will find the library by itself")
+    add("--static", action="store_true", help="--libs of the static library: for programs without Python")
+    for name, what in _FOLDERS.items():
+        add(f"--{name}", action="store_true", help=f"folder of {what}")
+    config.set_defaults(command=_config, usage=config)
     return parser
+
+
+def _config(arguments: argparse.Namespace) -> int:
+    from nodedb_mem import native
+
+    (libdir,) = native.get_library_dirs()
+    if arguments.static:
+        libs = [os.path.join(libdir, "libnodedb_mem.a"), "-pthread"]
+    else:
+        libs = [f"-L{libdir}", f"-Wl,-rpath,{libdir}", *(f"-l{name}" for name in native.get_libraries())]
+    answers = {
+        "cflags": [f"-I{native.get_include()}"],
+        "libs": libs,
+        "includedir": [native.get_include()],
+        "libdir": [libdir],
+        "cmakedir": [native.get_cmake_dir()],
+        "pkgconfigdir": [native.get_pkgconfig_dir()],
+    }
+    asked = [name for name in answers if getattr(arguments, name)]
+    if not asked:
+        arguments.usage.error("config: say what to print (see nodedb-mem config --help)")
+    for name in asked:  # flags are for a shell; a folder alone is printed as it is
+        print(shlex.join(answers[name]) if name in ("cflags", "libs") else answers[name][0])
+    return 0
 
 
 def _spill(arguments: argparse.Namespace) -> int:

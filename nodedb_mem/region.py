@@ -897,6 +897,18 @@ class OverflowRegion:
         return bool(lib.ndm_region_is_closed(self._handle))
 
     @property
+    def handle(self) -> int:
+        """A number that stands for the open region in native code (``ndm_h_write`` and the like): a uint64, not 0.
+
+        It owns nothing: once the region is closed or collected, native calls on it return ``NDM_ERR_CLOSED``. They
+        have to come from the owning thread, like every verb.
+        """
+        handle: int = lib.ndm_region_handle(self._handle)
+        if handle == 0:
+            self._raise(lib.ndm_last_error().status)
+        return handle
+
+    @property
     def capacity(self) -> int:
         """The file's size in bytes."""
         return self._check(lib.ndm_region_capacity(self._handle))

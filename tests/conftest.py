@@ -47,6 +47,7 @@ VERBS: dict[str, Verb] = {
     "len": lambda region, slot: len(region),
     "contains": lambda region, slot: slot in region,
     "capacity": lambda region, slot: region.capacity,
+    "handle": lambda region, slot: region.handle,
     "max_capacity": lambda region, slot: region.max_capacity,
     "used_bytes": lambda region, slot: region.used_bytes,
     "live_bytes": lambda region, slot: region.live_bytes,
