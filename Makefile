@@ -29,7 +29,7 @@ SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),176722560
 help:
 	@echo 'make run          spill the standard library of python3 with a budget of $(BUDGET), and verify it'
 	@echo 'make test         all tests: the C programs under sanitizers, then pytest (ARGS="-k name")'
-	@echo 'make bench        benchmarks (ARGS=--quick, or make bench-quick: the short form)'
+	@echo 'make bench        benchmarks, tables and plots in benchmarks/results (ARGS=--quick, or make bench-quick: the short form)'
 	@echo 'make lint         ruff, mypy --strict, C warnings as errors'
 	@echo 'make sanitize     the pytest suite on a build with ASan and UBSan'
 	@echo 'make wheel        sdist and abi3 wheel in dist/'
@@ -81,8 +81,11 @@ test-python: $(VENV)/.installed $(VENV)/.extra-test
 
 # --- benchmarks ------------------------------------------------------------------------------------------------
 
+# ARGS go to all three: --quick, --directory DIR.
 bench: $(VENV)/.installed $(VENV)/.extra-bench
 	$(BIN)/pytest benchmarks -o python_files='bench_*.py' -o timeout=0 -W default $(if $(QUICK),--quick) $(ARGS)
+	$(BIN)/python benchmarks/report.py $(if $(QUICK),--quick) $(ARGS)
+	$(BIN)/python benchmarks/league.py $(if $(QUICK),--quick) $(ARGS)
 
 bench-quick:
 	$(MAKE) bench QUICK=1
