@@ -31,7 +31,7 @@ SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),176722560
 help:
 	@echo 'make run          spill the standard library of python3 with a budget of $(BUDGET), and verify it'
 	@echo 'make test         all tests: the C programs under sanitizers, then pytest (ARGS="-k name")'
-	@echo 'make bench        benchmarks (ARGS=--quick, or make bench-quick: the short form)'
+	@echo 'make bench        benchmarks, tables and plots in benchmarks/results (ARGS=--quick, or make bench-quick: the short form)'
 	@echo 'make bench-write  cold and warm writes beside plain copies; the price of opening (ARGS=--quick)'
 	@echo 'make bench-ram    spilling under a limit, in a small cgroup, and back (ARGS=--quick)'
 	@echo 'make bench-paths  what the thresholds of the C core rest on'
@@ -89,8 +89,11 @@ test-python: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-native-test
 
 # --- benchmarks ------------------------------------------------------------------------------------------------
 
+# ARGS go to all three: --quick, --directory DIR.
 bench: $(VENV)/.installed $(VENV)/.extra-bench
 	$(BIN)/pytest benchmarks -o python_files='bench_*.py' -o timeout=0 -W default $(if $(QUICK),--quick) $(ARGS)
+	$(BIN)/python benchmarks/report.py $(if $(QUICK),--quick) $(ARGS)
+	$(BIN)/python benchmarks/league.py $(if $(QUICK),--quick) $(ARGS)
 
 bench-quick:
 	$(MAKE) bench QUICK=1
