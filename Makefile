@@ -23,7 +23,7 @@ CSAN     := -O1 -g -fno-omit-frame-pointer -fsanitize=$(SANITIZE) -fno-sanitize-
 # The same commit gives the same sdist and wheel, byte for byte.
 SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),1767225600)
 
-.PHONY: help run test test-native test-python bench bench-quick bench-paths bench-write bench-ram bench-fragmentation
+.PHONY: help run test test-native test-python bench bench-quick bench-paths bench-write bench-ram bench-fragmentation bench-native
 .PHONY: lint sanitize fuzz valgrind wheel wheel-smoke clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would race
@@ -36,6 +36,7 @@ help:
 	@echo 'make bench-ram    spilling under a limit, in a small cgroup, and back (ARGS=--quick)'
 	@echo 'make bench-paths  what the thresholds of the C core rest on'
 	@echo 'make bench-fragmentation  space needed beyond the live values, against malloc and jemalloc (ARGS=--quick)'
+	@echo 'make bench-native what a call costs from C, C++, numba, cffi and Python (ARGS=--quick)'
 	@echo 'make lint         ruff, mypy --strict, C warnings as errors'
 	@echo 'make sanitize     the pytest suite on a build with ASan and UBSan'
 	@echo 'make fuzz         libFuzzer with ASan and UBSan, SECONDS=$(SECONDS) for each program (needs clang)'
@@ -114,6 +115,9 @@ bench-paths: build/bench/write_paths
 
 bench-fragmentation: $(VENV)/.extra-bench
 	$(BIN)/python benchmarks/fragmentation.py $(if $(QUICK),--quick) $(ARGS)
+
+bench-native: $(VENV)/.installed $(VENV)/.extra-bench $(VENV)/.extra-native-test
+	$(BIN)/python benchmarks/native_calls.py $(ARGS)
 
 # --- checks ----------------------------------------------------------------------------------------------------
 

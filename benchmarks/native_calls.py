@@ -234,7 +234,7 @@ def main() -> int:
         cells = measure(rounds, Path(name))
     text = table(cells, facts, rounds)
     options.output.mkdir(parents=True, exist_ok=True)
-    stem = options.output / ("native_calls-quick" if options.quick else "native_calls")
+    stem = options.output / ("native-calls-quick" if options.quick else "native-calls")
     stem.with_suffix(".md").write_text(text)
     figures = {"environment": facts, "rounds": rounds, "calls_per_round": CALLS, "cells": cells}
     stem.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")

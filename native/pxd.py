@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 
 _NAME = r"[A-Za-z_]\w*"
@@ -49,6 +50,8 @@ def _translate(statement: str) -> list[str]:
             *(f"    {item.strip()}" for item in match[1].split(";") if item.strip()),
         ]
     if re.fullmatch(rf"[\w\s*]+?\b{_NAME}\([^()]*\)", statement):
-        # Cython knows no const behind a star; the C compiler accepts the pointer without it.
+        # Cython knows no const behind a star, and the C compiler accepts the pointer without it. Names of parameters
+        # don't matter, but must not be Python's own words.
+        statement = re.sub(rf"\b({'|'.join(keyword.kwlist)})\b", r"\1_", statement)
         return [re.sub(r"\*\s*const\b\s*", "*", statement).replace("(void)", "()")]
     raise ValueError(f"cannot translate for Cython: {statement}")

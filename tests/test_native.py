@@ -103,7 +103,6 @@ def read_while_it_runs(program: Path, installed: Installed, directory: Path) -> 
     path = directory / "stream.spill"
     writer = subprocess.Popen([program, path, str(RECORDS)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
-        # Once there is an OverflowReader, it belongs in read_stream.py in place of the mapping.
         reader = [installed.python, EXAMPLES / "read_stream.py", path, str(RECORDS)]
         done = subprocess.run(reader, stdin=writer.stdout, capture_output=True, text=True, timeout=60)
         total = sum(number * 37 % 5000 for number in range(RECORDS))
