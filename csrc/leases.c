@@ -65,6 +65,8 @@ int ndm_i_leases_join(ndm_i_leases *leases, const char *path)
 {
     *leases = (ndm_i_leases){.file.fd = -1};
     int status = ndm_i_backing_open(&leases->file, path, false, NDM_I_LOCK_NONE);
+    if (status == NDM_ERR_IO)
+        return ndm_i_fail_io(ndm_last_error()->os_errno, "cannot open the leases file");
     if (status != NDM_OK)
         return status;
     if (leases->file.capacity != sizeof(ndm_i_lease_table)) {

@@ -67,10 +67,11 @@ static const ndm_i_header *header_of(const ndm_reader *reader) { return (const n
 static int open_files(ndm_reader *reader, const char *data_path, const char *slots_path)
 {
     int status = ndm_i_backing_open_to_read(&reader->data, data_path);
-    if (status == NDM_OK)
-        status = ndm_i_backing_open_to_read(&reader->slots, slots_path);
-    if (status == NDM_OK)
-        status = ndm_i_backing_flock_to_read(&reader->slots);
+    if (status != NDM_OK)
+        return status;
+    if (ndm_i_backing_open_to_read(&reader->slots, slots_path) != NDM_OK)
+        return ndm_i_fail_io(ndm_last_error()->os_errno, "cannot open the slot table");
+    status = ndm_i_backing_flock_to_read(&reader->slots);
     if (status != NDM_OK)
         return status;
     if (ndm_i_backing_size(&reader->slots) < NDM_I_HEADER_ROOM)
