@@ -510,7 +510,23 @@ bool ndm_i_backing_is_cached(const ndm_i_backing *backing, uint64_t start, uint6
     return syscall(CACHESTAT, backing->fd, &range, &counts, 0) == 0 && counts.cached * page >= range.length;
 }
 
-/* The kernel's own count (Linux 6.5); only the resident pages, by mincore(), where it is missing. */
+/* Which pages are in core; a reader's file is mapped for the purpose. */
+static bool look_in_core(const ndm_i_backing *backing, uint64_t start, uint64_t length, unsigned char *in_core)
+{
+    if (backing->mapping)
+        return mincore(backing->mapping->base + start, length, in_core) == 0;
+    void *place = mmap(NULL, length, PROT_READ, MAP_SHARED | MAP_NORESERVE, backing->fd, (off_t)start);
+    const bool done = place != MAP_FAILED && mincore(place, length, in_core) == 0;
+    if (place != MAP_FAILED) {
+        const int refused = errno;
+        munmap(place, length);
+        errno = refused;
+    }
+    return done;
+}
+
+/* The kernel's own count (Linux 6.5); only the resident pages, by mincore(), where it is missing, or not for those who
+ * may not write to the file. */
 int ndm_i_backing_residency(const ndm_i_backing *backing, uint64_t *resident, uint64_t *unwritten)
 {
     const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
@@ -530,7 +546,7 @@ int ndm_i_backing_residency(const ndm_i_backing *backing, uint64_t *resident, ui
     *resident = *unwritten = 0;
     for (uint64_t start = 0; start < backing->capacity; start += AT_ONCE * page) {
         const uint64_t length = min(AT_ONCE * page, backing->capacity - start);
-        if (mincore(backing->mapping->base + start, length, in_core) != 0)
+        if (!look_in_core(backing, start, length, in_core))
             return ndm_i_fail_io(errno, "cannot ask what is resident");
         for (uint64_t i = 0; i < round_up(length, page) / page; i++)
             *resident += (in_core[i] & 1) * page;

@@ -19,7 +19,7 @@ enum { NDM_I_LEASES = 2000 };
 
 typedef struct {
     char magic[8];
-    _Atomic uint64_t held;     /* entries that may be in use: 0 spares the owner a look */
+    _Atomic uint64_t held;     /* no fewer than the entries in use: 0 spares the owner a look */
     _Atomic uint64_t released; /* grows with each release */
     _Atomic uint64_t entries[NDM_I_LEASES]; /* slot + 1 (32 bits), generation (32); 0: free */
 } ndm_i_lease_table;
@@ -28,21 +28,26 @@ typedef struct {
     ndm_i_backing file;
     ndm_i_lease_table *table; /* NULL: there is none yet */
     uint64_t seen;            /* the owner's: `released` when it last collected */
+    uint64_t mine[(NDM_I_LEASES + 63) / 64]; /* a reader's: a bit for each entry it holds */
 } ndm_i_leases;
 
-/* The owner's: make or empty the file. A reader's: open it to read and write; ENOENT if there is none. */
+/* The owner's: make or empty the file. The owner's that takes values over, and a reader's: open it to read and write;
+ * ENOENT if there is none. */
 int ndm_i_leases_start(ndm_i_leases *leases, const char *path);
 int ndm_i_leases_join(ndm_i_leases *leases, const char *path);
+
+/* Close the file; what a reader still holds is released. */
 void ndm_i_leases_close(ndm_i_leases *leases);
 
-/* Reader: claim an entry, giving its number; the caller checks the value afterwards. */
+/* Reader: claim an entry, giving its number; the caller checks the value afterwards. To release one that is not held
+ * does nothing. */
 int64_t ndm_i_leases_claim(ndm_i_leases *leases, uint32_t slot, uint32_t generation);
 void ndm_i_leases_release(ndm_i_leases *leases, uint64_t entry);
 
 /* Owner: is the value leased? After withdrawing it, where that matters. */
 bool ndm_i_leases_has(const ndm_i_leases *leases, uint32_t slot, uint32_t generation);
 
-/* Owner: free the entries of processes that are gone. Linear. */
+/* Free the entries of processes that are gone. Linear. */
 void ndm_i_leases_reap(ndm_i_leases *leases);
 
 /* Owner: has a lease been released since the last call? */

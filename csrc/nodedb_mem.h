@@ -315,7 +315,7 @@ typedef struct {
  * region, of another version, or cut short), NDM_ERR_MEMORY. The leases are not opened before they are needed. */
 ndm_reader *ndm_reader_open(const char *data_path, const char *slots_path, const char *leases_path);
 
-/* Close: views stay readable. Leases end. Any thread; twice is fine. */
+/* Close: views stay readable, and keep the region's file from being shortened. Leases end. Any thread; twice is fine. */
 void ndm_reader_close(ndm_reader *reader);
 void ndm_reader_destroy(ndm_reader *reader);
 

@@ -16,8 +16,9 @@
 #include <time.h>
 #include <unistd.h>
 
-/* A value that is being moved is looked at again after a pause; an owner that died in the middle never ends it. */
-enum { PAUSES = 200, PAUSE_NS = 50000, RETRIES = 1000 };
+/* A value that is being moved is looked at again after a pause; an owner that died in the middle never ends it, so after
+ * a round of pauses it must be alive. A large value takes many rounds. */
+enum { PAUSES = 200, PAUSE_NS = 50000, ROUNDS = 2000, RETRIES = 1000 };
 
 struct ndm_reader {
     ndm_i_backing data, slots;
@@ -42,7 +43,13 @@ static void let_go(ndm_reader *reader)
     free(reader);
 }
 
-static void last_use(ndm_i_home *home) { let_go((ndm_reader *)((char *)home - offsetof(ndm_reader, home))); }
+/* The reader is closed and its last view has ended. Until then its lock keeps the owner from shortening the file. */
+static void last_use(ndm_i_home *home)
+{
+    ndm_reader *reader = (ndm_reader *)((char *)home - offsetof(ndm_reader, home));
+    ndm_i_backing_close(&reader->slots, NULL);
+    let_go(reader);
+}
 
 static void close_files(ndm_reader *reader)
 {
@@ -52,7 +59,6 @@ static void close_files(ndm_reader *reader)
     if (reader->table)
         ndm_i_mapping_unref(reader->table);
     reader->values = reader->table = NULL;
-    ndm_i_backing_close(&reader->slots, NULL);
     ndm_i_backing_close(&reader->data, NULL);
 }
 
@@ -61,10 +67,11 @@ static const ndm_i_header *header_of(const ndm_reader *reader) { return (const n
 static int open_files(ndm_reader *reader, const char *data_path, const char *slots_path)
 {
     int status = ndm_i_backing_open_to_read(&reader->data, data_path);
-    if (status == NDM_OK)
-        status = ndm_i_backing_open_to_read(&reader->slots, slots_path);
-    if (status == NDM_OK)
-        status = ndm_i_backing_flock_to_read(&reader->slots);
+    if (status != NDM_OK)
+        return status;
+    if (ndm_i_backing_open_to_read(&reader->slots, slots_path) != NDM_OK)
+        return ndm_i_fail_io(ndm_last_error()->os_errno, "cannot open the slot table");
+    status = ndm_i_backing_flock_to_read(&reader->slots);
     if (status != NDM_OK)
         return status;
     if (ndm_i_backing_size(&reader->slots) < NDM_I_HEADER_ROOM)
@@ -98,6 +105,7 @@ ndm_reader *ndm_reader_open(const char *data_path, const char *slots_path, const
     if (open_files(reader, data_path, slots_path) == NDM_OK)
         return reader;
     close_files(reader);
+    ndm_i_backing_close(&reader->slots, NULL);
     pthread_mutex_destroy(&reader->lock);
     free(reader->leases_path);
     free(reader);
@@ -127,6 +135,13 @@ void ndm_reader_destroy(ndm_reader *reader)
 
 /* ---- looking a value up, with the lock held ------------------------------------------------------------- */
 
+static int check_incarnation(const ndm_reader *reader)
+{
+    if (atomic_load(&header_of(reader)->incarnation) == reader->incarnation)
+        return NDM_OK;
+    return ndm_i_fail(NDM_ERR_STALE, "the region has been opened anew: its values are gone");
+}
+
 /* Take the lock if the reader may be used. */
 static int enter(ndm_reader *reader)
 {
@@ -139,11 +154,10 @@ static int enter(ndm_reader *reader)
         pthread_mutex_unlock(&reader->lock);
         return ndm_i_fail(NDM_ERR_CLOSED, "the reader is closed");
     }
-    if (atomic_load(&header_of(reader)->incarnation) != reader->incarnation) {
+    const int status = check_incarnation(reader);
+    if (status != NDM_OK)
         pthread_mutex_unlock(&reader->lock);
-        return ndm_i_fail(NDM_ERR_STALE, "the region has been opened anew: its values are gone");
-    }
-    return NDM_OK;
+    return status;
 }
 
 /* Have `length` bytes of a file mapped; views keep an outgrown mapping. */
@@ -190,10 +204,17 @@ static int look_up(ndm_reader *reader, int64_t slot, int64_t generation, ndm_val
     if (slot < 0 || (uint64_t)slot >= count)
         return ndm_i_fail(NDM_ERR_NO_SLOT, "the slot never existed");
     const uint64_t needed = NDM_I_HEADER_ROOM + ((uint64_t)slot + 1) * sizeof(ndm_i_record);
-    int status = reach(&reader->slots, &reader->table, needed, ndm_i_backing_size(&reader->slots));
-    if (status != NDM_OK)
-        return status;
-    for (int pauses = 0; pauses < PAUSES; pauses++) {
+    if (reader->table->length < needed) {
+        const uint64_t size = ndm_i_backing_size(&reader->slots);
+        if (size < needed)
+            return ndm_i_fail_io(EIO, "the slot table is cut short");
+        int status = reach(&reader->slots, &reader->table, needed, size);
+        if (status != NDM_OK)
+            return status;
+    }
+    for (int pauses = 0; pauses < PAUSES * ROUNDS; pauses++) {
+        if (pauses > 0 && pauses % PAUSES == 0 && !ndm_i_backing_is_byte_locked(&reader->slots, 0))
+            break;
         const bool whole = read_record(record_of(reader, slot), out);
         if (whole && out->state == NDM_I_LIVE) {
             out->slot = slot;
@@ -215,6 +236,8 @@ static bool is_unchanged(const ndm_reader *reader, const ndm_value *value)
 {
     ndm_value now;
     atomic_thread_fence(memory_order_acquire);
+    if (check_incarnation(reader) != NDM_OK) /* the bytes go before the records do */
+        return false;
     return read_record(record_of(reader, value->slot), &now) && now.state == NDM_I_LIVE &&
            now.generation == value->generation && now.place == value->place;
 }
@@ -304,6 +327,8 @@ int64_t ndm_reader_copy(ndm_reader *reader, int64_t slot, int64_t generation, vo
             status = (int64_t)value.size;
             break;
         }
+        if (check_incarnation(reader) != NDM_OK)
+            break;
     }
     pthread_mutex_unlock(&reader->lock);
     return status;
@@ -380,6 +405,8 @@ int64_t ndm_reader_lease(ndm_reader *reader, int64_t slot, int64_t generation, c
         goto end;
     /* From here on the owner sees the lease; was the value still there? */
     status = look_up(reader, slot, value.generation, &again);
+    if (status == NDM_OK)
+        status = check_incarnation(reader);
     const char *address = status == NDM_OK ? view_of(reader, &again) : NULL;
     if (status == NDM_OK && !address)
         status = ndm_last_error()->status;

@@ -19,6 +19,11 @@ static int by_offset(const void *a, const void *b)
 
 static int torn(const char *how) { return ndm_i_fail_io(EUCLEAN, how); }
 
+static bool fits(const ndm_region *region, uint64_t offset, uint64_t size)
+{
+    return size <= region->data.capacity && offset <= region->data.capacity - size;
+}
+
 /* A move that the owner did not finish goes on from where it stopped. */
 static int finish_move(ndm_region *region)
 {
@@ -35,7 +40,8 @@ static int finish_move(ndm_region *region)
         ndm_i_slots_move_cancel(&region->slots, (uint32_t)(number - 1));
         return NDM_OK;
     }
-    if (from == to || from + size > region->data.capacity || to + size > region->data.capacity ||
+    const uint64_t unit = (uint64_t)1 << region->unit_shift;
+    if (from == to || !fits(region, from, size) || !fits(region, to, size) || to % unit != 0 ||
         ndm_i_word(&header->moved) > size)
         return torn("the slot table is torn: a value was moved to no place");
     ndm_i_grains_adopt(&region->grains, from, size);
@@ -46,7 +52,7 @@ static int finish_move(ndm_region *region)
     return status;
 }
 
-/* List the values; unfinished ones, and those of a broken state, are not among them. */
+/* List the values; unfinished ones are not among them. */
 static int list_values(ndm_region *region, found *values, uint64_t *count)
 {
     *count = 0;
@@ -55,9 +61,11 @@ static int list_values(ndm_region *region, found *values, uint64_t *count)
         const uint64_t offset = ndm_i_record_offset(record), size = ndm_i_record_size(record);
         if (ndm_i_record_state(record) > NDM_I_MOVING)
             return torn("the slot table is torn: a record has no known state");
+        if (ndm_i_record_state(record) == NDM_I_MOVING)
+            return torn("the slot table is torn: a value is on the move to no place");
         if (ndm_i_record_state(record) != NDM_I_LIVE)
             continue;
-        if (offset + size > region->data.capacity)
+        if (!fits(region, offset, size))
             return torn("the slot table is torn: a value lies past the end of the file");
         if (offset & (((uint64_t)1 << region->unit_shift) - 1))
             return torn("the slot table is torn: a value is not aligned");
@@ -100,11 +108,19 @@ static int take_extents(ndm_region *region, const found *values, uint64_t count)
     return NDM_OK;
 }
 
+/* Readers that live keep what they leased. Of a file that is missing or none, the first share() sees to. */
+static void resume_leases(ndm_region *region)
+{
+    if (region->leases_path && ndm_i_leases_join(&region->leases, region->leases_path) == NDM_OK)
+        ndm_i_leases_reap(&region->leases);
+}
+
 int ndm_i_recover(ndm_region *region)
 {
     int status = finish_move(region);
     if (status != NDM_OK)
         return status;
+    resume_leases(region);
     uint64_t count;
     found *values = malloc((region->slots.count + 1) * sizeof *values);
     if (!values)

@@ -102,6 +102,7 @@ static int open_files(ndm_region *region, const char *path, const char *slots_pa
     if (status == NDM_OK)
         return NDM_OK;
 
+    ndm_i_leases_close(&region->leases);
     ndm_i_grains_fini(&region->grains);
     ndm_i_extents_fini(&region->extents);
     ndm_i_slots_close(&region->slots, region->slots.table.created ? slots_path : NULL);
@@ -137,11 +138,11 @@ static ndm_region *region_new(const char *path, const char *directory, const ndm
     region->unit_shift = (unsigned)__builtin_ctzll(options->alignment);
     region->max_capacity = options->max_capacity;
     region->leases.file.fd = -1;
+    region->leases_path = leases_path;
     ndm_i_extents_init(&region->extents);
     if (open_files(region, path, slots_path, directory, options) != NDM_OK)
         goto fail;
     region->initial_capacity = region->data.capacity;
-    region->leases_path = leases_path;
     atomic_init(&region->holders, 2);
     ndm_i_home_init(&region->home, last_use);
     ndm_i_publish(region);

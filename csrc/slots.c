@@ -308,9 +308,9 @@ void ndm_i_slots_rebuild(ndm_i_slots *slots)
             slots->live++;
             continue;
         }
-        const uint32_t unfinished = ndm_i_record_state(record) != NDM_I_FREED;
+        /* A generation of its own in any case: the owner may have died between withdrawing the value and that. */
         publish(&record->shape, with_state(record, NDM_I_FREED));
-        publish(&record->life, (uint32_t)(ndm_i_record_generation(record) + unfinished) | (uint64_t)slots->first_free << 32);
+        publish(&record->life, (uint32_t)(ndm_i_record_generation(record) + 1) | (uint64_t)slots->first_free << 32);
         slots->first_free = (uint32_t)i;
     }
 }

@@ -56,6 +56,7 @@ int64_t ndm_region_trim(ndm_region *region)
         if (size >= PUNCH_FROM && ndm_i_extents_is_free(extents, e))
             ndm_i_grains_punch(&region->grains, bytes_of(region, ndm_i_extents_offset(extents, e)), size, stored_to);
     }
+    ndm_i_publish(region);
     if ((status = ndm_i_backing_disk_bytes(&region->data, &after)) != NDM_OK)
         return status;
     return before > after ? (int64_t)(before - after) : 0;
@@ -295,6 +296,7 @@ int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out)
         left -= (uint64_t)moved;
         region->moved_bytes += (uint64_t)moved;
     }
+    ndm_i_publish(region);
     *out = (ndm_compaction){.moved_bytes = budget - left,
                             .remaining_bytes = stopped ? bytes_of(region, region->extents.free_units) : 0};
     return NDM_OK;

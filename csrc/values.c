@@ -129,11 +129,9 @@ void ndm_i_orphan_returns(ndm_region *region, uint32_t extent)
 
 void ndm_i_leases_collect(ndm_region *region, bool reap)
 {
-    if (!region->leased)
-        return;
     if (reap)
         ndm_i_leases_reap(&region->leases);
-    if (!ndm_i_leases_news(&region->leases))
+    if (!region->leased || !ndm_i_leases_news(&region->leases))
         return;
     for (struct ndm_i_leased **link = &region->leased; *link;) {
         struct ndm_i_leased *leased = *link;

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 from nodedb_mem._core import ffi, lib
 from nodedb_mem.engine import KNOWN_ENGINES
-from nodedb_mem.errors import RegionClosedError, StaleSlotError, raise_status
+from nodedb_mem.errors import RegionClosedError, StaleSlotError, WrongThreadError, raise_status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,6 +127,8 @@ class OverflowReader:
 
     Raises
     ------
+    ValueError
+        The path holds a null byte.
     RegionIOError
         A file is missing (ENOENT) or may not be read, or is no region's, of another version or cut short (EINVAL).
     StaleSlotError
@@ -142,7 +144,10 @@ class OverflowReader:
             name = os.fsdecode(source)
             paths = name, name + ".slots", name + ".leases"
         self._path = paths[0]
-        handle = lib.ndm_reader_open(*(os.fsencode(path) for path in paths))
+        names = [os.fsencode(path) for path in paths]
+        if any(b"\0" in name for name in names):
+            raise ValueError("embedded null byte in the path")
+        handle = lib.ndm_reader_open(*names)
         if not handle:
             self._raise(lib.ndm_last_error().status)
         self._handle = _gc(handle, lib.ndm_reader_destroy)
@@ -279,6 +284,8 @@ class OverflowReader:
         return (number if 0 <= number < 1 << 62 else -1), -1
 
     def _check_ref(self, ref: SlotRef) -> None:
+        if not isinstance(ref, SlotRef):
+            raise TypeError(f"a SlotRef is needed, not {type(ref).__name__!r}")
         if ref.incarnation != self._incarnation:
             raise StaleSlotError(f"{self._path}: slot {ref.slot} belongs to another region, or to an earlier opening")
 
@@ -301,6 +308,8 @@ class OverflowReader:
     def _raise(self, status: int, slot: int | None = None) -> NoReturn:
         if status == lib.NDM_ERR_CLOSED:
             raise RegionClosedError(f"{self._path}: the reader is closed")
+        if status == lib.NDM_ERR_WRONG_THREAD:
+            raise WrongThreadError(f"{self._path}: the reader belongs to the process that opened it")
         raise_status(status, path=self._path, slot=slot)
 
 

@@ -1,0 +1,358 @@
+"""Leases: values that a reader keeps in place, and what ends that."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nodedb_mem import InvalidSlotError, OverflowReader, OverflowRegion, RegionIOError, StaleSlotError
+from nodedb_mem._core import lib
+
+NewRegion = Callable[..., OverflowRegion]
+StartPython = Callable[..., Any]
+
+KIB, MIB = 1 << 10, 1 << 20
+SIZE = 100_000
+
+# Leases the values that it is told of, and keeps them until it is killed.
+_HOLDER = """
+import sys
+from nodedb_mem import OverflowReader
+reader = OverflowReader(sys.argv[1])
+leases = [reader.lease(int(slot)) for slot in sys.argv[2:]]
+print(*(bytes(lease.view[:4]).hex() for lease in leases), flush=True)
+sys.stdin.read()
+"""
+
+
+def blob(seed: int, size: int = SIZE) -> bytes:
+    return random.Random(seed).randbytes(size)
+
+
+def shared_region(new_region: NewRegion, count: int = 3, **options: Any) -> tuple[OverflowRegion, list[int]]:
+    region = new_region(**options)
+    slots = [region.write(blob(i), 0) for i in range(count)]
+    region.share(slots[0])
+    return region, slots
+
+
+def churn(region: OverflowRegion) -> None:
+    """Do what would overwrite a place that nobody keeps."""
+    slots = [region.write(b"\xff" * SIZE, 0) for _ in range(4)]
+    region.compact()
+    region.trim()
+    for slot in slots:
+        region.free(slot)
+    region.compact()
+
+
+def test_a_lease_keeps_the_bytes_through_everything(new_region: NewRegion) -> None:
+    region, slots = shared_region(new_region)
+    with OverflowReader(region.path) as reader:
+        lease = reader.lease(slots[1])
+        assert lease.view.readonly
+        region.free(slots[0])  # what follows would slide down
+        place = region.slot(slots[1]).offset
+        region.compact()
+        assert region.slot(slots[1]).offset == place
+        region.free(slots[1])
+        assert region.stats().pinned_bytes >= SIZE
+        churn(region)
+        region.write(blob(9, 3 * MIB), 0)
+        assert bytes(lease.view) == blob(1)
+        lease.release()
+        lease.release()
+        assert region.stats().pinned_bytes == 0
+
+
+@pytest.mark.parametrize("ending", ["release", "with", "gc", "close", "reader gone"])
+def test_how_a_lease_ends(new_region: NewRegion, ending: str) -> None:
+    region, slots = shared_region(new_region)
+    reader = OverflowReader(region.path)
+    lease = reader.lease(slots[1])
+    region.free(slots[1])
+    assert region.stats().pinned_bytes > 0
+    match ending:
+        case "release":
+            lease.release()
+        case "with":
+            with lease as view:
+                assert bytes(view) == blob(1)
+            del view
+        case "gc":
+            del lease
+            gc.collect()
+        case "close":
+            reader.close()
+        case "reader gone":
+            del reader, lease
+            gc.collect()
+    assert region.stats().pinned_bytes == 0  # at once: nothing had to be reaped
+
+
+def test_the_view_of_a_lease_outlives_the_reader(new_region: NewRegion) -> None:
+    region, slots = shared_region(new_region)
+    with OverflowReader(region.path) as reader:
+        view = reader.lease(slots[1]).view
+    assert bytes(view) == blob(1)
+    del view
+
+
+def test_two_readers_lease_one_value(new_region: NewRegion) -> None:
+    region, slots = shared_region(new_region)
+    with OverflowReader(region.path) as one, OverflowReader(region.path) as two:
+        first, second, third = one.lease(slots[1]), two.lease(slots[1]), one.lease(slots[1])
+        assert one.stats().leases == 3
+        region.free(slots[1])
+        first.release()
+        third.release()
+        churn(region)
+        assert region.stats().pinned_bytes > 0 and bytes(second.view) == blob(1)
+        second.release()
+        assert region.stats().pinned_bytes == 0
+        assert two.stats().leases == 0
+
+
+def test_the_owners_view_and_a_lease_keep_a_value_together(new_region: NewRegion) -> None:
+    region, slots = shared_region(new_region)
+    with OverflowReader(region.path) as reader:
+        view, lease = region.read(slots[1]), reader.lease(slots[1])
+        region.free(slots[1])
+        lease.release()
+        churn(region)
+        assert bytes(view) == blob(1)
+        view.release()
+        del view
+        assert region.stats().pinned_bytes == 0
+
+
+@pytest.mark.parametrize("freed", [False, True])
+def test_a_process_that_was_killed(new_region: NewRegion, start_python: StartPython, freed: bool) -> None:
+    region, slots = shared_region(new_region, count=2)
+    child = start_python(_HOLDER, region.path, slots[1])
+    assert child.stdout.readline().strip() == blob(1)[:4].hex()
+    place = region.slot(slots[1]).offset
+    region.free(slots[0])
+    if freed:
+        region.free(slots[1])
+    region.compact()
+    assert region.slot(slots[1]).offset == place
+    child.kill()
+    child.wait()
+    if freed:
+        region.trim()
+        assert region.stats().pinned_bytes == 0
+    else:
+        region.compact()
+        assert region.slot(slots[1]).offset < place and region.read_bytes(slots[1]) == blob(1)
+    with OverflowReader(region.path) as reader:
+        reader.lease(region.write(b"value", 0)).release()
+        assert reader.stats().leases == 0
+
+
+def test_growth_reaps_what_a_killed_process_held(new_region: NewRegion, start_python: StartPython) -> None:
+    region, slots = shared_region(new_region, count=8)
+    child = start_python(_HOLDER, region.path, *slots)
+    child.stdout.readline()
+    for slot in slots:
+        region.free(slot)
+    child.kill()
+    child.wait()
+    for i in range(200):  # for ever, if the space were lost
+        region.free(region.write(blob(i, 700_000), 0))
+    assert region.capacity < 4 * MIB
+    region.write(blob(1, region.capacity), 0)
+    assert region.stats().pinned_bytes == 0
+
+
+def test_a_reader_takes_over_what_the_dead_held(new_region: NewRegion, start_python: StartPython) -> None:
+    region, slots = shared_region(new_region)
+    child = start_python(_HOLDER, region.path, *[slots[0]] * 2000)
+    child.stdout.readline()
+    with OverflowReader(region.path) as reader:
+        with pytest.raises(RegionIOError, match="all leases are taken") as caught:
+            reader.lease(slots[1])
+        assert caught.value.filename == region.path
+        assert reader.read_bytes(slots[1]) == blob(1)
+        child.kill()
+        child.wait()
+        with reader.lease(slots[1]) as view:
+            assert bytes(view) == blob(1)
+            region.free(slots[1])
+            churn(region)
+            assert bytes(view) == blob(1)
+        assert reader.stats().leases == 0
+
+
+def test_all_leases_taken_by_one_reader(new_region: NewRegion) -> None:
+    region, slots = shared_region(new_region)
+    with OverflowReader(region.path) as reader:
+        leases = [reader.lease(slots[0]) for _ in range(2000)]
+        with pytest.raises(RegionIOError, match="all leases are taken"):
+            reader.lease(slots[1])
+        leases.pop(1000).release()
+        leases.append(reader.lease(slots[1]))
+    with OverflowReader(region.path) as reader:
+        reader.lease(slots[0])
+
+
+def test_a_fork_does_not_keep_leases_alive(new_region: NewRegion) -> None:
+    region, slots = shared_region(new_region)
+    reader = OverflowReader(region.path)
+    lease = reader.lease(slots[1])
+    go, stop = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(stop)
+        os.read(go, 1)
+        lease.release()  # not the child's to end
+        reader.close()
+        os._exit(0)
+    region.free(slots[1])
+    reader.close()
+    assert region.stats().pinned_bytes == 0
+    with OverflowReader(region.path) as again:
+        with again.lease(slots[0]):
+            os.close(stop)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+            assert again.stats().leases == 1
+    os.close(go)
+
+
+def test_no_leases_before_the_first_share(new_region: NewRegion) -> None:
+    region = new_region()
+    slot = region.write(b"value", 0)
+    with OverflowReader(region.path) as reader:
+        with pytest.raises(RegionIOError, match="leases file: No such file") as caught:
+            reader.lease(slot)
+        assert caught.value.errno == 2 and caught.value.filename == region.path
+        region.share(slot)
+        with reader.lease(slot) as view:
+            assert bytes(view) == b"value"
+
+
+def test_a_file_that_holds_no_leases(new_region: NewRegion, tmp_path: Path) -> None:
+    region = new_region()
+    slot = region.write(b"value", 0)
+    (tmp_path / "region.leases").write_bytes(b"something else")
+    with pytest.raises(RegionIOError, match="leases"):
+        region.share(slot)
+    with OverflowReader(region.path) as reader, pytest.raises(RegionIOError, match="leases"):
+        reader.lease(slot)
+    assert (tmp_path / "region.leases").read_bytes() == b"something else"
+
+
+def test_stale_values_are_not_leased(new_region: NewRegion) -> None:
+    region, slots = shared_region(new_region)
+    ref = region.share(slots[1])
+    region.free(slots[1])
+    with OverflowReader(region.path) as reader:
+        with pytest.raises(StaleSlotError):
+            reader.lease(ref)
+        with pytest.raises(InvalidSlotError):
+            reader.lease(slots[1])
+        assert reader.stats().leases == 0
+
+
+def test_a_reader_that_may_not_lease(new_region: NewRegion, start_python: StartPython, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to be somebody else")
+    region, slots = shared_region(new_region)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    os.chmod(region.path, 0o644)
+    os.chmod(f"{region.path}.slots", 0o644)
+    child = start_python(
+        """
+        import os, sys
+        from nodedb_mem import OverflowReader, RegionIOError
+        os.setgid(65534)
+        os.setuid(65534)
+        with OverflowReader(sys.argv[1]) as reader:
+            print(len(reader.read_bytes(int(sys.argv[2]))))
+            try:
+                reader.lease(int(sys.argv[2]))
+            except RegionIOError as error:
+                print(error.errno, error.filename)
+        """,
+        region.path,
+        slots[0],
+    )
+    assert child.stdout.read() == f"{SIZE}\n13 {region.path}\n"
+
+
+def test_leases_of_an_earlier_opening_count_no_more(new_region: NewRegion) -> None:
+    region, slots = shared_region(new_region)
+    with OverflowReader(region.path) as old:
+        leases = [old.lease(slot) for slot in slots]
+        region.close()
+        again, slots = shared_region(new_region)
+        region = again
+        with OverflowReader(region.path) as reader:
+            lease = reader.lease(slots[1])
+            for stale in leases:
+                stale.release()
+            old.close()
+            assert reader.stats().leases == 1
+            region.free(slots[1])
+            churn(region)
+            assert bytes(lease.view) == blob(1)
+            lease.release()
+        del lease, leases, stale
+        assert region.stats().pinned_bytes == 0
+
+
+def test_leases_outlast_the_owner(new_region: NewRegion) -> None:
+    region, slots = shared_region(new_region)
+    with OverflowReader(region.path) as reader:
+        lease = reader.lease(slots[1])
+        region.close()
+        again = new_region(recover=True)
+        place = again.slot(slots[1]).offset
+        again.free(slots[0])
+        again.compact()
+        assert again.slot(slots[1]).offset == place
+        again.free(slots[1])
+        churn(again)
+        assert bytes(lease.view) == blob(1)
+        lease.release()
+        assert again.stats().pinned_bytes == 0
+
+
+def test_leases_come_and_go_at_random(new_region: NewRegion, check: Callable[[OverflowRegion], None]) -> None:
+    chance = random.Random(3)
+    region = new_region()
+    live: dict[int, int] = {region.write(blob(0, 1000), 0): 0}
+    region.share(next(iter(live)))
+    held: list[tuple[Any, int]] = []
+    with OverflowReader(region.path) as one, OverflowReader(region.path) as two:
+        for step in range(1, 2000):
+            match chance.randrange(8):
+                case 0 | 1:
+                    live[region.write(blob(step, 1000 + step), 0)] = step
+                case 2 | 3 if live:
+                    slot = chance.choice(list(live))
+                    del live[slot]
+                    region.free(slot)
+                case 4 | 5 if live:
+                    slot = chance.choice(list(live))
+                    held.append((chance.choice([one, two]).lease(slot), live[slot]))
+                case 6 if held:
+                    lease, seed = held.pop(chance.randrange(len(held)))
+                    assert bytes(lease.view) == (blob(seed, 1000 + seed))
+                    lease.release()
+                case 7:
+                    chance.choice([region.compact, region.trim])()
+            if step % 100 == 0:
+                check(region)
+        for lease, seed in held:
+            assert bytes(lease.view) == blob(seed, 1000 + seed)
+    del held, lease
+    assert region.stats().pinned_bytes == 0
+    assert lib.ndm_region_check(region._handle) == 0
