@@ -1,8 +1,8 @@
 """The command ``nodedb-mem``: arguments, progress bar, table, exit status.
 
 Status 0: everything came back equal, or was shown. 1: something did not come back equal. 2: a bad argument or path,
-or no room; one line on standard error says which. 130: interrupted. What cannot be read inside a folder is named on standard error,
-counted there, and left out; it does not change the status.
+or no room; one line on standard error says which. 130: interrupted. What cannot be read inside a folder is named on
+standard error, counted there, and left out; it does not change the status.
 """
 
 from __future__ import annotations

@@ -192,7 +192,10 @@ class _Spilled:
         self.tally.bytes_spilled += len(data)
         if self.readers is not None:
             ref = self.region.share(self.slots[key])
-            self.checks[key] = self.readers.submit(_check, ref, self.sources[key][1])
+            try:
+                self.checks[key] = self.readers.submit(_check, ref, self.sources[key][1])
+            except BrokenProcessPool:
+                raise ChildProcessError("a reading process has died") from None
 
     def is_equal_elsewhere(self, key: int) -> bool:
         """Wait for what a reader says of a buffer; true where none is asked."""
