@@ -23,8 +23,8 @@ CSAN     := -O1 -g -fno-omit-frame-pointer -fsanitize=$(SANITIZE) -fno-sanitize-
 # The same commit gives the same sdist and wheel, byte for byte.
 SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),1767225600)
 
-.PHONY: help run test test-native test-python bench bench-quick bench-paths bench-write bench-ram bench-fragmentation bench-native
-.PHONY: lint sanitize fuzz valgrind wheel wheel-smoke clean
+.PHONY: help run test test-native test-python bench bench-quick bench-paths bench-write bench-ram bench-fragmentation
+.PHONY: bench-native bench-readers lint sanitize fuzz valgrind wheel wheel-smoke clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would race
 
@@ -34,6 +34,7 @@ help:
 	@echo 'make bench        benchmarks, tables and plots in benchmarks/results (ARGS=--quick, or make bench-quick: the short form)'
 	@echo 'make bench-write  cold and warm writes beside plain copies; the price of opening (ARGS=--quick)'
 	@echo 'make bench-ram    spilling under a limit, in a small cgroup, and back (ARGS=--quick)'
+	@echo 'make bench-readers reading in another process, beside other ways there (ARGS=--quick)'
 	@echo 'make bench-paths  what the thresholds of the C core rest on'
 	@echo 'make bench-fragmentation  space needed beyond the live values, against malloc and jemalloc (ARGS=--quick)'
 	@echo 'make bench-native what a call costs from C, C++, numba, cffi and Python (ARGS=--quick)'
@@ -108,6 +109,9 @@ bench-write: $(VENV)/.installed $(VENV)/.extra-bench build/bench/region_writes
 
 bench-ram: $(VENV)/.installed $(VENV)/.extra-bench
 	$(BIN)/python benchmarks/ram.py $(ARGS)
+
+bench-readers: $(VENV)/.installed $(VENV)/.extra-bench
+	$(BIN)/python benchmarks/readers.py $(ARGS)
 
 bench-paths: build/bench/write_paths
 	@mkdir -p benchmarks/results

@@ -1,8 +1,8 @@
 """The command ``nodedb-mem``: arguments, progress bar, table, exit status.
 
-Status 0: everything came back equal. 1: something did not. 2: a bad argument or path, or no room; one line on
-standard error says which. 130: interrupted. What cannot be read inside a folder is named on standard error,
-counted there, and left out; it does not change the status.
+Status 0: everything came back equal, or was shown. 1: something did not come back equal. 2: a bad argument or path,
+or no room; one line on standard error says which. 130: interrupted. What cannot be read inside a folder is named on
+standard error, counted there, and left out; it does not change the status.
 """
 
 from __future__ import annotations
@@ -13,13 +13,18 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, NoReturn
 
 from nodedb_mem.errors import MemError
 
 if TYPE_CHECKING:  # rich and zict are extras: --help works without them
+    from rich.console import RenderableType
+
+    from nodedb_mem.inspect import Snapshot
     from nodedb_mem.spill import Piece, Report
 
 _UNITS: dict[str, int] = {"": 1} | {
@@ -34,6 +39,9 @@ _FOLDERS = {
     "pkgconfigdir": "nodedb_mem.pc (PKG_CONFIG_PATH=...)",
 }
 _MAX_THREADS = 1024  # each holds descriptors, and that many is the usual limit of a process
+_MAX_READERS = 64  # each is a process
+_REFRESH = 1.0  # seconds
+_EXTRAS = {"rich": "cli", "zict": "cli", "matplotlib": "plot"}
 
 
 def parse_size(text: str) -> int:
@@ -58,10 +66,18 @@ def _chunk_size(text: str) -> int:
     return size
 
 
-def _thread_count(text: str) -> int:
-    if not (re.fullmatch("[0-9]{1,9}", text) and 1 <= int(text) <= _MAX_THREADS):
-        raise argparse.ArgumentTypeError(f"not a number from 1 to {_MAX_THREADS}: {text!r}")
+def _count(text: str, most: int) -> int:
+    if not (re.fullmatch("[0-9]{1,9}", text) and 1 <= int(text) <= most):
+        raise argparse.ArgumentTypeError(f"not a number from 1 to {most}: {text!r}")
     return int(text)
+
+
+def _thread_count(text: str) -> int:
+    return _count(text, _MAX_THREADS)
+
+
+def _reader_count(text: str) -> int:
+    return _count(text, _MAX_READERS)
 
 
 def _describe(error: Exception) -> str:
@@ -91,6 +107,7 @@ def _parser() -> _Parser:
     add("--chunk", type=_chunk_size, default="1MiB", metavar="SIZE", help="bytes of a buffer (%(default)s)")
     add("--directory", metavar="DIR", help="where the regions' files go (default: where temporary files go)")
     add("--threads", type=_thread_count, default=1, metavar="N", help="threads, one region each (%(default)s)")
+    add("--readers", type=_reader_count, metavar="N", help="processes that check what is spilled, meanwhile (none)")
     add("--json", action="store_true", help="print the figures as one JSON object")
     spill.set_defaults(command=_spill)
     config = commands.add_parser(
@@ -105,6 +122,18 @@ def _parser() -> _Parser:
     for name, what in _FOLDERS.items():
         add(f"--{name}", action="store_true", help=f"folder of {what}")
     config.set_defaults(command=_config, usage=config)
+    inspect = commands.add_parser(
+        "inspect",
+        help="show a region, with or without a living owner",
+        description="Show what is in a region's file: figures, bytes of each engine, a map. Reads only; the owner is "
+        "not disturbed. What the owner still holds back for its views is not published, and counts as free here.",
+    )
+    add = inspect.add_argument
+    add("path", metavar="PATH", help="the region's file")
+    add("--json", action="store_true", help="print the figures as one JSON object (with --watch: one a line)")
+    add("--watch", action="store_true", help="refresh every second until Ctrl-C")
+    add("--plot", metavar="OUT.png", help="draw it into a PNG file, too")
+    inspect.set_defaults(command=_inspect)
     return parser
 
 
@@ -159,7 +188,9 @@ def _spill(arguments: argparse.Namespace) -> int:
             console.print(f"nodedb-mem: {line}", markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     display = Display()
-    options = spill.Options(arguments.budget, arguments.chunk, arguments.directory, arguments.threads)
+    options = spill.Options(
+        arguments.budget, arguments.chunk, arguments.directory, arguments.threads, arguments.readers or 0
+    )
     with bar:
         files = spill.find_files(arguments.paths, display)
         for task in tasks.values():
@@ -168,7 +199,7 @@ def _spill(arguments: argparse.Namespace) -> int:
     if left_out:
         display.say(f"files and folders skipped: {len(left_out)}")
     if arguments.json:
-        print(json.dumps(asdict(report)))
+        print(json.dumps({key: value for key, value in asdict(report).items() if value is not None}))
     else:
         _print_table(report)
     return 1 if report.mismatched_chunks else 0
@@ -192,10 +223,48 @@ def _print_table(report: Report) -> None:
         ("peak RSS", decimal(report.peak_rss_bytes)),
         ("verified", str(report.verified_chunks)),
         ("mismatched", str(report.mismatched_chunks)),
+        ("verified by readers", None if report.verified_by_readers is None else str(report.verified_by_readers)),
         ("seconds", f"{report.seconds:.2f}"),
     ):
-        table.add_row(label, value)
+        if value is not None:
+            table.add_row(label, value)
     Console().print(table)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from nodedb_mem import inspect
+
+    def look() -> Snapshot:
+        shot = inspect.look(arguments.path)
+        if arguments.plot is not None:
+            inspect.plot(shot, arguments.plot)
+        return shot
+
+    if arguments.json:
+        print(json.dumps(look().as_json()), flush=True)
+        with suppress(KeyboardInterrupt):
+            while arguments.watch:
+                time.sleep(_REFRESH)
+                print(json.dumps(look().as_json()), flush=True)
+        return 0
+
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console()
+
+    def show() -> RenderableType:
+        height = max(4, min(16, console.height - 24)) if arguments.watch else 16
+        return inspect.picture(look(), console.width, height)
+
+    if not arguments.watch:
+        console.print(show())
+        return 0
+    with Live(show(), console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
+        while True:
+            time.sleep(_REFRESH)
+            live.update(show(), refresh=True)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -212,9 +281,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
-        if missing not in ("rich", "zict"):
+        if missing not in _EXTRAS:
             raise
-        line, status = f"this command needs {missing}: pip install nodedb_mem[cli]", 2
+        line, status = f"this command needs {missing}: pip install nodedb_mem[{_EXTRAS[missing]}]", 2
     except (MemError, OSError) as error:
         line, status = _describe(error), 2
     except MemoryError:

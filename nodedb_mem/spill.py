@@ -5,17 +5,23 @@ keeps it in an LRU mapping of its share, and spills what falls out. When no piec
 buffers back in random order, the spilled ones through zero-copy views, and compares their digests with those
 of the source bytes. Nothing is pulled back into the LRU, so the budget holds to the end: the buffers in RAM
 are at most the budget and a chunk a thread. The bookkeeping, some hundred bytes a chunk, comes on top.
+
+With readers, processes of their own check each spilled buffer too, as soon as it is spilled and while the owners
+write on: a reference goes over, a zero-copy view is digested there.
 """
 
 from __future__ import annotations
 
 import errno
+import multiprocessing
 import os
 import random
+import signal
 import stat
 import threading
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
 from hashlib import blake2b
 from resource import RUSAGE_SELF, getrusage
@@ -24,7 +30,7 @@ from typing import NamedTuple, Protocol
 
 import zict
 
-from nodedb_mem import EngineId, OverflowRegion
+from nodedb_mem import EngineId, OverflowReader, OverflowRegion, SlotRef, StaleSlotError
 
 _INITIAL_CAPACITY = 64 << 20  # bytes of each region's file at first, if the input is not smaller
 _SLACK = 4096  # bytes of ceiling that a value may need beyond its size: the largest alignment
@@ -53,22 +59,27 @@ class Watcher(Protocol):
 
 @dataclass(frozen=True)
 class Options:
-    """Sizes in bytes; the budget is that of all threads; `directory` None is the region's own default."""
+    """Sizes in bytes; the budget is that of all threads; `directory` None is the region's own default.
+
+    `readers` is a number of processes, 0 for none.
+    """
 
     budget: int = 256 << 20
     chunk: int = 1 << 20
     directory: str | None = None
     threads: int = 1
+    readers: int = 0
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was done; the fields are the keys of the JSON output.
+    """What was done; the fields are the keys of the JSON output, those that are None left out.
 
     `write_bytes_per_s` is spilled bytes over the time inside ``region.write``. `read_bytes_per_s` is the
     bytes of all buffers, spilled or held, over the time of reading back and digesting them. Both times are
     summed over the threads: these are speeds of one thread. `peak_rss_bytes` counts mapped file pages too.
-    `verified_chunks` came back equal; `chunks` is their number plus `mismatched_chunks`.
+    `verified_chunks` came back equal; `chunks` is their number plus `mismatched_chunks`. A chunk that differed for a
+    reader is a mismatched one; `verified_by_readers` counts those that were equal there.
     """
 
     bytes_in: int
@@ -82,6 +93,7 @@ class Report:
     verified_chunks: int
     mismatched_chunks: int
     seconds: float
+    verified_by_readers: int | None = None
 
 
 def find_files(paths: Iterable[str], watcher: Watcher) -> list[Piece]:
@@ -138,6 +150,8 @@ def run(files: list[Piece], options: Options, watcher: Watcher) -> Report:
     ------
     MemError
         A region could not be opened, written or read. The other threads have stopped.
+    ChildProcessError
+        A reading process has died.
     """
     return _Job(files, options, watcher).run()
 
@@ -149,27 +163,73 @@ class _Tally:
     growths: int = 0
     verified: int = 0
     mismatched: int = 0
+    verified_by_readers: int = 0
     write_seconds: float = 0.0
     read_seconds: float = 0.0
 
 
 class _Spilled:
-    """The buffers that one thread has spilled, by key."""
+    """The buffers that one thread has spilled, by key, and what the readers will say of them."""
 
-    def __init__(self, region: OverflowRegion, tally: _Tally) -> None:
+    def __init__(
+        self,
+        region: OverflowRegion,
+        tally: _Tally,
+        sources: list[tuple[Piece, bytes]],
+        readers: ProcessPoolExecutor | None,
+    ) -> None:
         self.region = region
         self.tally = tally
+        self.sources = sources
+        self.readers = readers
         self.slots: dict[int, int] = {}
+        self.checks: dict[int, Future[bool]] = {}
 
     def put(self, key: int, data: bytes) -> None:
         start = perf_counter()
         self.slots[key] = self.region.write(data, EngineId.QUERY)
         self.tally.write_seconds += perf_counter() - start
         self.tally.bytes_spilled += len(data)
+        if self.readers is not None:
+            ref = self.region.share(self.slots[key])
+            try:
+                self.checks[key] = self.readers.submit(_check, ref, self.sources[key][1])
+            except BrokenProcessPool:
+                raise ChildProcessError("a reading process has died") from None
+
+    def is_equal_elsewhere(self, key: int) -> bool:
+        """Wait for what a reader says of a buffer; true where none is asked."""
+        if (check := self.checks.pop(key, None)) is None:
+            return True
+        try:
+            equal = check.result()
+        except BrokenProcessPool:
+            raise ChildProcessError("a reading process has died") from None
+        self.tally.verified_by_readers += equal
+        return equal
 
     def digest(self, key: int) -> bytes:
         with self.region.read(self.slots[key]) as view:
             return _digest(view)
+
+
+_readers: dict[str, OverflowReader] = {}  # a reading process's, by path
+
+
+def _check(ref: SlotRef, expected: bytes) -> bool:
+    """Compare a value in another process, without a copy."""
+    if (reader := _readers.get(ref.path)) is None:
+        reader = _readers[ref.path] = OverflowReader(ref)
+    try:
+        with reader.borrow(ref) as view:
+            return _digest(view) == expected
+    except StaleSlotError:  # nothing is freed here, so that is wrong too
+        return False
+
+
+def _block_interrupts() -> None:
+    """For a thread that starts processes, which inherit it: Ctrl-C is for the main thread alone."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
 
 class _Job:
@@ -185,10 +245,23 @@ class _Job:
         self.skipped: set[str] = set()
         self.lock = threading.Lock()  # for the two above
         self.stop = threading.Event()
+        self.readers: ProcessPoolExecutor | None = None
 
     def run(self) -> Report:
+        if not self.options.readers:
+            return self.run_threads()
+        # Spawned, not forked: there are threads.
+        spawn = multiprocessing.get_context("spawn")
+        self.readers = ProcessPoolExecutor(self.options.readers, spawn)
+        try:
+            return self.run_threads()
+        finally:
+            self.readers.shutdown(cancel_futures=True)
+
+    def run_threads(self) -> Report:
         start = perf_counter()
-        with ThreadPoolExecutor(self.threads, "nodedb-mem-spill") as pool:
+        initializer = _block_interrupts if self.readers else None
+        with ThreadPoolExecutor(self.threads, "nodedb-mem-spill", initializer) as pool:
             try:
                 futures = [pool.submit(self.work) for _ in range(self.threads)]
                 tallies = [future.result() for future in as_completed(futures)]
@@ -208,6 +281,7 @@ class _Job:
             verified_chunks=total.verified,
             mismatched_chunks=total.mismatched,
             seconds=perf_counter() - start,
+            verified_by_readers=total.verified_by_readers if self.readers else None,
         )
 
     def work(self) -> _Tally:
@@ -217,27 +291,27 @@ class _Job:
         with OverflowRegion.temporary(
             self.options.directory, initial_capacity=initial, max_capacity=self.max_capacity
         ) as region:
-            spilled = _Spilled(region, tally)
+            sources: list[tuple[Piece, bytes]] = []
+            spilled = _Spilled(region, tally, sources, self.readers)
             held: zict.LRU[int, bytes] = zict.LRU(
                 self.options.budget // self.threads,
                 {},
                 on_evict=spilled.put,
                 weight=lambda key, data: len(data),
             )
-            self.verify(self.fill(held, tally), held, spilled, tally)
+            self.fill(held, sources, tally)
+            self.verify(sources, held, spilled, tally)
             tally.growths = region.stats().growths
         return tally
 
-    def fill(self, held: zict.LRU[int, bytes], tally: _Tally) -> list[tuple[Piece, bytes]]:
-        """Take pieces until none is left; return them and their digests, placed by their keys in `held`."""
-        sources: list[tuple[Piece, bytes]] = []
+    def fill(self, held: zict.LRU[int, bytes], sources: list[tuple[Piece, bytes]], tally: _Tally) -> None:
+        """Take pieces until none is left; add them and their digests to `sources`, placed by their keys in `held`."""
         while (piece := self.next_piece()) is not None:
             if data := self.read(piece):
                 sources.append((piece, _digest(data)))
                 held[len(sources) - 1] = data
                 tally.bytes_in += len(data)
             self.watcher.advance("spill", piece.size)
-        return sources
 
     def verify(
         self, sources: list[tuple[Piece, bytes]], held: zict.LRU[int, bytes], spilled: _Spilled, tally: _Tally
@@ -249,7 +323,7 @@ class _Job:
             start = perf_counter()
             digest = spilled.digest(key) if key in spilled.slots else _digest(held[key])
             tally.read_seconds += perf_counter() - start
-            if digest == expected:
+            if spilled.is_equal_elsewhere(key) and digest == expected:
                 tally.verified += 1
             else:
                 tally.mismatched += 1

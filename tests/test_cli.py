@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import pty
 import random
@@ -14,13 +15,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
 from typing import ClassVar
 
 import pytest
 
-from nodedb_mem import RegionIOError, cli, spill
+from nodedb_mem import OverflowRegion, RegionIOError, SlotRef, cli, spill
 
 CHUNK = 64 * 1024
 SIZES = (0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * 1024 * 1024, 5 * 1024 * 1024 + 13)
@@ -131,9 +133,9 @@ def start(*arguments: object, stderr: int = subprocess.PIPE) -> subprocess.Compl
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=stderr, text=True, check=False)
 
 
-def figures(output: str) -> Figures:
+def figures(output: str, *more: str) -> Figures:
     values = json.loads(output)
-    assert set(values) == KEYS
+    assert set(values) == KEYS | set(more)
     return dict(values)
 
 
@@ -239,6 +241,124 @@ def test_nothing_to_do_is_no_error(run: Run, tmp_path: Path) -> None:
 def test_a_chunk_larger_than_every_file_takes_no_more_memory_than_the_file(run: Run, tree: Path) -> None:
     status, out, _ = run("spill", tree, "--json", "--chunk", "100T")
     assert (status, figures(out)["chunks"]) == (0, sum(size > 0 for size in SIZES))
+
+
+# Readers: other processes that check what is spilled.
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _tracker_is_running() -> None:
+    """It is started with the first spawned process, and keeps a pipe until this one ends."""
+    resource_tracker.ensure_running()
+
+
+@pytest.mark.parametrize(("threads", "readers"), [(1, 1), (3, 2)])
+def test_readers_verify_every_spilled_buffer(run: Run, tree: Path, threads: int, readers: int) -> None:
+    status, out, err = run(
+        *("spill", tree, "--json", "--budget", 0, "--chunk", CHUNK, "--threads", threads, "--readers", readers)
+    )
+    got = figures(out, "verified_by_readers")
+    assert (status, err) == (0, "")
+    assert got["verified_by_readers"] == got["verified_chunks"] == got["chunks"] == CHUNKS
+    assert got["bytes_spilled"] == TOTAL
+    assert multiprocessing.active_children() == []
+
+
+def test_readers_have_nothing_to_do_when_nothing_is_spilled(run: Run, tree: Path) -> None:
+    status, out, _ = run("spill", tree, "--json", "--readers", 2)
+    assert (status, figures(out, "verified_by_readers")["verified_by_readers"]) == (0, 0)
+    assert "verified by readers" in run("spill", tree, "--readers", 2)[1]
+    assert "verified by readers" not in run("spill", tree)[1]
+
+
+class TellingOfAnother(OverflowRegion):
+    """Its readers get a reference to the first value instead of the third."""
+
+    __slots__ = ()
+
+    def share(self, slot: int) -> SlotRef:
+        return super().share(0 if slot == 2 else slot)
+
+
+def test_a_buffer_that_differs_for_a_reader_is_a_mismatch(
+    run: Run, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spill, "OverflowRegion", TellingOfAnother)
+    status, out, err = run("spill", tree, "--json", "--budget", 0, "--chunk", CHUNK, "--readers", 1)
+    got = figures(out, "verified_by_readers")
+    assert (status, got["mismatched_chunks"]) == (1, 1)
+    assert got["verified_chunks"] == got["verified_by_readers"] == CHUNKS - 1
+    assert_one_line(err)
+    assert "mismatch: " in err
+
+
+def test_readers_begin_while_the_owner_writes(run: Run, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Waiting(spill._Spilled):
+        def put(self, key: int, data: bytes) -> None:
+            super().put(key, data)
+            if len(self.slots) == 5:  # of many more
+                assert all(check.result(60) for check in self.checks.values())
+
+    monkeypatch.setattr(spill, "_Spilled", Waiting)
+    status, out, _ = run("spill", tree, "--json", "--budget", 0, "--chunk", CHUNK, "--readers", 1)
+    assert (status, figures(out, "verified_by_readers")["verified_by_readers"]) == (0, CHUNKS)
+
+
+@pytest.mark.parametrize("at", [3, CHUNKS])
+def test_a_reader_that_dies_is_status_2_and_one_line(
+    run: Run, tree: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    class Killing(spill._Spilled):
+        def put(self, key: int, data: bytes) -> None:
+            super().put(key, data)
+            if len(self.slots) == at:
+                assert self.checks[key].result(60)
+                for child in multiprocessing.active_children():
+                    child.kill()
+                    child.join()
+                time.sleep(0.2)
+
+    monkeypatch.setattr(spill, "_Spilled", Killing)
+    status, out, err = run("spill", tree, "--json", "--budget", 0, "--chunk", CHUNK, "--readers", 1)
+    if at == CHUNKS and status == 0:  # it had checked all of them already
+        figures(out, "verified_by_readers")
+        return
+    assert (status, out) == (2, "")
+    assert_one_line(err)
+    assert "a reading process has died" in err
+
+
+def test_ctrl_c_ends_the_readers_too(tmp_path: Path) -> None:
+    big = tmp_path / "big"
+    big.touch()
+    os.truncate(big, 4 << 30)
+    options = ("--budget", "0", "--chunk", "4K", "--readers", "2", "--directory", str(tmp_path))
+    with subprocess.Popen(
+        [sys.executable, "-m", "nodedb_mem", "spill", str(big), *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as spiller:
+        time.sleep(3)  # the readers are there, and at it
+        assert spiller.poll() is None
+        os.killpg(spiller.pid, signal.SIGINT)
+        out, err = spiller.communicate(timeout=60)
+        assert (spiller.returncode, out, err) == (130, "", "nodedb-mem: interrupted\n")
+        until = time.monotonic() + 30
+        while _alive_in_group(spiller.pid):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+
+def _alive_in_group(group: int) -> list[str]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has just ended
+            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state not in "ZX":
+                found.append(stat.parent.name)
+    return found
 
 
 # Links and odd files.
@@ -367,6 +487,8 @@ def test_an_unreadable_file_is_an_error_by_name_and_a_notice_inside_a_folder(
         (["spill", "here", "--chunk", "5X"], "not a size: '5X'"),
         (["spill", "here", "--threads", "0"], "--threads: not a number"),
         (["spill", "here", "--threads", "many"], "--threads: not a number"),
+        (["spill", "here", "--readers", "0"], "--readers: not a number"),
+        (["spill", "here", "--readers", "65"], "--readers: not a number from 1 to 64"),
     ],
 )
 def test_a_bad_argument_is_status_2_and_one_line(
@@ -499,5 +621,5 @@ def test_a_missing_extra_is_named_with_its_remedy(tree: Path, library: str) -> N
 def test_help_names_every_option() -> None:
     done = start("spill", "--help")
     assert done.returncode == 0
-    for word in ("PATH", "--budget", "--chunk", "--directory", "--threads", "--json"):
+    for word in ("PATH", "--budget", "--chunk", "--directory", "--threads", "--readers", "--json"):
         assert word in done.stdout

@@ -1,0 +1,357 @@
+"""What ``nodedb-mem inspect`` shows: a region seen from outside, with or without a living owner.
+
+Everything comes from the region's files, opened for reading only. The owner works on meanwhile, so the figures are of
+slightly different moments; those that are derived from the slots agree with each other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import stat
+import struct
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from nodedb_mem.engine import EngineId
+from nodedb_mem.errors import StaleSlotError
+from nodedb_mem.reader import OverflowReader, ReaderSlot
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import RenderableType
+
+_ATTEMPTS, _PAUSE = 20, 0.05  # while an owner is opening the region anew
+_CACHESTAT = 451  # the number is the same on every architecture
+_GET_LOCK = 36  # F_OFD_GETLK
+_LOCK = "hhqqi4x"  # struct flock
+_LEASES_START = 24  # bytes before the entries, of 8 bytes each
+
+# The colour of each engine, in a terminal and in a picture.
+_COLOURS: dict[int, str] = {
+    EngineId.VECTOR: "#4c9be8",
+    EngineId.SPARSE: "#e8a33d",
+    EngineId.CRDT: "#6abf69",
+    EngineId.TIMESERIES: "#d96459",
+    EngineId.QUERY: "#a27bd1",
+    EngineId.WAL: "#c9b23f",
+    EngineId.BRIDGE: "#58b8b0",
+}
+_OTHER, _FREE, _BEYOND = "#999999", "#d0d0d0", "#f6f6f6"
+
+
+@dataclass
+class Cell:
+    """A part of the file: bytes of live values by engine, whether any are below the high-water mark, bytes in RAM."""
+
+    size: int
+    is_used: bool
+    engines: dict[int, int] = field(default_factory=dict)
+    resident_bytes: int | None = None
+
+    @property
+    def engine(self) -> int | None:
+        """The engine that has the most of it; None: it is free."""
+        return max(self.engines, key=self.engines.__getitem__) if self.engines else None
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether at least half of it is in RAM."""
+        return self.resident_bytes is not None and 2 * self.resident_bytes >= self.size > 0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A region at about one moment; sizes in bytes.
+
+    `owner` is the process id of a living owner, None where the region is closed or its owner is dead.
+    `free_or_pinned_bytes` is the space below `used_bytes` that no live value takes: of this, the owner alone knows what
+    still waits for a view or a lease to end. `leases` are those held by living processes, None where the leases file
+    may not be read.
+    """
+
+    path: str
+    owner: int | None
+    incarnation: int
+    alignment: int
+    capacity: int
+    max_capacity: int
+    used_bytes: int
+    live_bytes: int
+    live_slots: int
+    slot_count: int
+    free_or_pinned_bytes: int
+    leases: int | None
+    resident_bytes: int
+    engines: dict[str, dict[str, int]]
+    slots: list[ReaderSlot]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the single slots."""
+        return {name: value for name, value in vars(self).items() if name != "slots"}
+
+    def cells(self, count: int) -> list[Cell]:
+        """Cut the file into at most `count` parts of equal size, whole pages."""
+        pages = -(-self.capacity // mmap.PAGESIZE)
+        step = -(-pages // count) * mmap.PAGESIZE
+        starts = range(0, self.capacity, step) if step else range(0)
+        cells = [Cell(min(step, self.capacity - start), start < self.used_bytes) for start in starts]
+        for slot in self.slots:
+            at, end, engine = slot.offset, min(slot.offset + slot.size, self.capacity), int(slot.engine)
+            while at < end:
+                cell, upto = cells[at // step], min(end, (at // step + 1) * step)
+                cell.engines[engine] = cell.engines.get(engine, 0) + upto - at
+                at = upto
+        for cell, resident in zip(cells, _residency(self.path, starts, step), strict=False):
+            cell.resident_bytes = resident
+        return cells
+
+
+def look(path: str) -> Snapshot:
+    """Take a snapshot of the region at `path`.
+
+    Raises
+    ------
+    OSError
+        There is no such file, or it is no region's, or may not be read. `filename` is the path at fault.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "Not a regular file", path)
+    if not os.path.exists(path + ".slots"):
+        raise OSError(errno.EINVAL, "Not a region: it has no slot table beside it", path)
+    for attempt in range(_ATTEMPTS):
+        try:
+            with OverflowReader(path) as reader:
+                return _look(path, reader)
+        except StaleSlotError:  # opened anew at this moment
+            if attempt == _ATTEMPTS - 1:
+                raise
+            time.sleep(_PAUSE)
+    raise AssertionError
+
+
+def _look(path: str, reader: OverflowReader) -> Snapshot:
+    stats, slots = reader.stats(), reader.slots()
+    engines: dict[int, list[int]] = {}
+    for slot in slots:
+        usage = engines.setdefault(int(slot.engine), [0, 0])
+        usage[0] += slot.size
+        usage[1] += 1
+    taken = sum(-(-slot.size // stats.alignment) * stats.alignment for slot in slots)
+    return Snapshot(
+        path=path,
+        owner=stats.owner,
+        incarnation=stats.incarnation,
+        alignment=stats.alignment,
+        capacity=stats.capacity,
+        max_capacity=stats.max_capacity,
+        used_bytes=stats.used_bytes,
+        live_bytes=sum(slot.size for slot in slots),
+        live_slots=len(slots),
+        slot_count=stats.slot_count,
+        free_or_pinned_bytes=max(0, stats.used_bytes - taken),
+        leases=_count_leases(path + ".leases"),
+        resident_bytes=stats.resident_bytes,
+        engines={
+            name_of(engine): {"live_bytes": size, "live_slots": count}
+            for engine, (size, count) in sorted(engines.items())
+        },
+        slots=slots,
+    )
+
+
+def name_of(engine: int) -> str:
+    """The name of a known engine, else its number."""
+    try:
+        return str(EngineId(engine))
+    except ValueError:
+        return str(engine)
+
+
+def _count_leases(path: str) -> int | None:
+    """Count the entries that a living process has locked; what a dead one left does not count."""
+    try:
+        with open(path, "rb") as file:
+            entries = file.read()[_LEASES_START:]
+            held = [n for n, (entry,) in enumerate(struct.iter_unpack("=Q", entries[: len(entries) & ~7])) if entry]
+            return sum(_is_locked(file.fileno(), number) for number in held)
+    except FileNotFoundError:  # made by the first `share`
+        return 0
+    except OSError:
+        return None
+
+
+def _is_locked(fd: int, byte: int) -> bool:
+    query = struct.pack(_LOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    return struct.unpack(_LOCK, fcntl.fcntl(fd, _GET_LOCK, query))[0] != fcntl.F_UNLCK  # type: ignore[no-any-return]
+
+
+def _residency(path: str, starts: range, step: int) -> Iterator[int]:
+    """Bytes in RAM of each part of a file. Stops where the system does not tell (before Linux 6.5)."""
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        for start in starts:
+            extent, counts = (ctypes.c_uint64 * 2)(start, step), (ctypes.c_uint64 * 5)()
+            if call(ctypes.c_long(_CACHESTAT), fd, extent, counts, 0) != 0:
+                return
+            yield counts[0] * mmap.PAGESIZE
+    finally:
+        os.close(fd)
+
+
+# ---- in a terminal ----------------------------------------------------------------------------------------------
+
+
+def picture(shot: Snapshot, width: int, height: int) -> RenderableType:
+    """Lay a snapshot out for a terminal: figures, bars, and a map of at most `height` lines."""
+    from rich.console import Group
+
+    return Group(_figures(shot), _bars(shot, width), *_map(shot, width, height))
+
+
+def _figures(shot: Snapshot) -> RenderableType:
+    from rich.filesize import decimal
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(repr(shot.path)), title_justify="left", show_header=False)
+    table.add_column("figure", no_wrap=True)
+    table.add_column("value", justify="right")
+    for label, value in (
+        ("owner", "none: closed or dead" if shot.owner is None else f"alive, process {shot.owner}"),
+        ("capacity", f"{decimal(shot.capacity)} of {decimal(shot.max_capacity)}"),
+        ("used", decimal(shot.used_bytes)),
+        ("live", f"{decimal(shot.live_bytes)} in {shot.live_slots} slots"),
+        ("free or pinned", decimal(shot.free_or_pinned_bytes)),
+        ("leased", "unknown" if shot.leases is None else f"{shot.leases} leases"),
+        ("resident", decimal(shot.resident_bytes)),
+    ):
+        table.add_row(label, value)
+    return table
+
+
+def _bars(shot: Snapshot, width: int) -> RenderableType:
+    from rich.filesize import decimal
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False)
+    table.add_column("engine", no_wrap=True)
+    table.add_column("bar")
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("slots", justify="right", no_wrap=True)
+    most = max((usage["live_bytes"] for usage in shot.engines.values()), default=0)
+    colours = {str(engine): colour for engine, colour in _COLOURS.items()}
+    for name, usage in shot.engines.items():
+        colour = colours.get(name, _OTHER)
+        size = usage["live_bytes"]
+        bar = ProgressBar(
+            total=most or 1,
+            completed=size,
+            width=max(8, min(width - 45, 60)),
+            complete_style=colour,
+            finished_style=colour,
+        )
+        table.add_row(name, bar, decimal(size), f"{usage['live_slots']} slots")
+    return table
+
+
+def _map(shot: Snapshot, width: int, height: int) -> Iterator[RenderableType]:
+    from rich.filesize import decimal
+    from rich.panel import Panel
+    from rich.text import Text
+
+    columns = max(8, width - 4)
+    cells = shot.cells(columns * max(1, height))
+    text = Text(no_wrap=True, overflow="ignore")
+    for start in range(0, len(cells), columns):
+        if start:
+            text.append("\n")
+        for cell in cells[start : start + columns]:
+            text.append(*_symbol(cell))
+    each = f"map: a sign is {decimal(cells[0].size)}" if cells else "map: the file is empty"
+    yield Panel(text, title=each, title_align="left", width=columns + 4)
+    known = ", ".join(
+        f"{_letter(engine)} {engine}" for engine in EngineId if any(int(engine) in cell.engines for cell in cells)
+    )
+    signs = [known] if known else []
+    if any(engine not in _COLOURS for cell in cells for engine in cell.engines):
+        signs.append("x other engine")
+    signs += ["capital: in RAM", ". free", ": free and in RAM", "blank: never used"]
+    yield Text(", ".join(signs))
+    if cells and cells[0].resident_bytes is None:
+        yield Text("what is in RAM where: needs Linux 6.5, and a file of this user")
+
+
+def _colour_of(engine: int) -> str:
+    return _COLOURS.get(engine, _OTHER)
+
+
+def _letter(engine: int) -> str:
+    return EngineId(engine).name[0].lower() if engine in _COLOURS else "x"
+
+
+def _symbol(cell: Cell) -> tuple[str, str]:
+    """A character and its style: legible without colours, and in ASCII."""
+    if (engine := cell.engine) is not None:
+        letter = _letter(engine)
+        return letter.upper() if cell.is_resident else letter, f"black on {_colour_of(engine)}"
+    if cell.is_resident:
+        return ":", "dim"
+    return "." if cell.is_used else " ", "dim"
+
+
+# ---- as a picture -----------------------------------------------------------------------------------------------
+
+
+def plot(shot: Snapshot, target: str) -> None:
+    """Draw a snapshot into a PNG file. Needs matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import to_rgb
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    columns, rows = 64, 32
+    cells = shot.cells(columns * rows)
+    blank = (1.0, 1.0, 1.0)
+    colours = [to_rgb(_colour(cell)) for cell in cells]
+    present = [to_rgb("#333333" if cell.is_resident else _BEYOND) for cell in cells]
+
+    figure = Figure(figsize=(10, 9), layout="constrained")
+    FigureCanvasAgg(figure)
+    bars, used, resident = figure.subplots(3, 1, height_ratios=(2, 4, 4))
+    names = list(shot.engines)
+    palette = {str(engine): colour for engine, colour in _COLOURS.items()}
+    sizes = [shot.engines[name]["live_bytes"] / 2**20 for name in names]
+    bars.barh(names, sizes, color=[palette.get(name, _OTHER) for name in names])
+    bars.invert_yaxis()
+    owner = "no owner" if shot.owner is None else f"owner {shot.owner}"
+    bars.set(
+        title=f"{os.path.basename(shot.path)}: {owner}, {shot.live_bytes / 2**20:.1f} MiB live of "
+        f"{shot.capacity / 2**20:.1f}, {shot.resident_bytes / 2**20:.1f} resident".replace("$", r"\$"),
+        xlabel="MiB live",
+    )
+    for panel, values, title in ((used, colours, "used by"), (resident, present, "in RAM: dark")):
+        lines = max(1, -(-len(values) // columns))
+        values += [blank] * (lines * columns - len(values))
+        panel.imshow([values[i * columns : (i + 1) * columns] for i in range(lines)], aspect="auto")
+        panel.set(xticks=[], yticks=[], title=title)
+    legend = [Patch(color=palette.get(name, _OTHER), label=name) for name in names]
+    legend += [Patch(color=_FREE, label="free"), Patch(color=_BEYOND, label="never used")]
+    used.legend(handles=legend, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(target, format="png", dpi=100)
+
+
+def _colour(cell: Cell) -> str:
+    if (engine := cell.engine) is not None:
+        return _colour_of(engine)
+    return _FREE if cell.is_used else _BEYOND

@@ -1,0 +1,388 @@
+"""The command ``nodedb-mem inspect``: a region from outside, with its owner at work, closed, or killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nodedb_mem import EngineId, OverflowReader, OverflowRegion, cli, inspect
+
+Run = Callable[..., tuple[int, str, str]]
+
+OWNER = """
+    import sys
+    from nodedb_mem import EngineId, OverflowRegion
+    region = OverflowRegion(sys.argv[1])
+    for size in (1000, 2000, 3000):
+        region.write(bytes(size), EngineId.WAL)
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run the command in this process; gives status, standard output, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        try:
+            status = cli.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return status, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _fonts_are_open() -> None:
+    """Matplotlib keeps the font file open that it draws with first: no leak of ours."""
+    with suppress(ImportError):
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure()
+        figure.text(0, 0, "x")
+        FigureCanvasAgg(figure).draw()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "region"
+
+
+def fill(region: OverflowRegion) -> list[int]:
+    """Three engines, one of them unknown, and a hole of 100000 bytes."""
+    slots = [region.write(bytes(100_000), engine) for engine in (EngineId.VECTOR, EngineId.CRDT, EngineId.CRDT, 77)]
+    region.free(slots.pop(1))
+    return slots
+
+
+def assert_refused(result: tuple[int, str, str], said: str) -> None:
+    status, out, err = result
+    assert (status, out) == (2, "")
+    assert err.startswith("nodedb-mem: ") and err.count("\n") == 1
+    assert said in err
+
+
+# What is told.
+
+
+def test_json_tells_what_the_owner_knows(run: Run, path: Path) -> None:
+    with OverflowRegion(path, initial_capacity=1 << 20, max_capacity=8 << 20) as region:
+        fill(region)
+        stats = region.stats()
+        status, out, err = run("inspect", path, "--json")
+    got = json.loads(out)
+    assert (status, err, out.count("\n")) == (0, "", 1)
+    assert (got["path"], got["owner"], got["alignment"]) == (str(path), os.getpid(), 64)
+    for name in ("capacity", "max_capacity", "used_bytes", "live_bytes", "live_slots", "slot_count"):
+        assert got[name] == getattr(stats, name)
+    assert got["engines"] == {
+        "vector": {"live_bytes": 100_000, "live_slots": 1},
+        "crdt": {"live_bytes": 100_000, "live_slots": 1},
+        "77": {"live_bytes": 100_000, "live_slots": 1},
+    }
+    assert abs(got["free_or_pinned_bytes"] - 100_000) <= 3 * 64
+    assert got["resident_bytes"] >= 300_000
+    assert got["leases"] == 0
+
+
+def test_the_text_has_figures_bars_and_a_map(run: Run, path: Path) -> None:
+    with OverflowRegion(path, initial_capacity=1 << 20) as region:
+        fill(region)
+        status, out, err = run("inspect", path)
+    assert (status, err) == (0, "")
+    for word in ("capacity", "used", "live", "free or pinned", "leased", "resident", "vector", "crdt", "77", "map"):
+        assert word in out
+    assert f"alive, process {os.getpid()}" in out
+    assert "v vector" in out and "x other engine" in out
+    assert "\x1b" not in out  # no terminal
+
+
+@pytest.mark.parametrize("size", [1, 0])
+def test_a_region_of_no_values(run: Run, path: Path, size: int) -> None:
+    OverflowRegion(path, initial_capacity=1, max_capacity=4096).close()
+    os.truncate(path, size)
+    pytest.importorskip("matplotlib")
+    status, out, err = run("inspect", path, "--plot", path.with_suffix(".png"))
+    assert (status, err) == (0, "")
+    assert "none: closed or dead" in out
+    got = json.loads(run("inspect", path, "--json")[1])
+    assert (got["capacity"], got["live_bytes"], got["engines"], got["owner"]) == (size, 0, {}, None)
+
+
+def test_a_killed_owner_is_told_and_its_values_are_shown(
+    run: Run, path: Path, start_python: Callable[..., subprocess.Popen[str]]
+) -> None:
+    owner = start_python(OWNER, path)
+    assert owner.stdout and owner.stdout.readline() == "ready\n"
+    alive = json.loads(run("inspect", path, "--json")[1])
+    owner.kill()
+    owner.wait()
+    dead = json.loads(run("inspect", path, "--json")[1])
+    assert (alive["owner"], dead["owner"]) == (owner.pid, None)
+    assert dead["engines"] == alive["engines"] == {"wal": {"live_bytes": 6000, "live_slots": 3}}
+    assert "none: closed or dead" in run("inspect", path)[1]
+
+
+def test_leases_of_living_processes_count(
+    run: Run, path: Path, start_python: Callable[..., subprocess.Popen[str]]
+) -> None:
+    def leases() -> Any:
+        return json.loads(run("inspect", path, "--json")[1])["leases"]
+
+    with OverflowRegion(path) as region, OverflowReader(path) as reader:
+        slots = fill(region)
+        ref = region.share(slots[0])
+        assert leases() == 0
+        held = [reader.lease(ref), reader.lease(slots[1])]
+        other = start_python(
+            """
+            import sys
+            from nodedb_mem import OverflowReader
+            reader = OverflowReader(sys.argv[1])
+            lease = reader.lease(int(sys.argv[2]))
+            print("leased", flush=True)
+            sys.stdin.read()
+            """,
+            *(path, slots[2]),
+        )
+        assert other.stdout and other.stdout.readline() == "leased\n"
+        assert leases() == 3
+        held[0].release()
+        assert leases() == 2
+        other.kill()
+        other.wait()
+        assert leases() == 1  # though nobody has reaped the entry yet
+        held[1].release()
+        assert leases() == 0
+
+
+def test_inspecting_changes_nothing(run: Run, path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with OverflowRegion(path) as region:
+        fill(region)
+    files = sorted(path.parent.iterdir())
+    before = [file.read_bytes() for file in files]
+    for arguments in ([], ["--json"], ["--plot", path.with_suffix(".png")]):
+        assert run("inspect", path, *arguments)[0] == 0
+    path.with_suffix(".png").unlink()
+    assert sorted(path.parent.iterdir()) == files
+    assert [file.read_bytes() for file in files] == before
+
+
+# The map.
+
+
+@pytest.mark.parametrize("count", [1, 3, 64, 10_000])
+def test_the_cells_cover_the_file_and_hold_every_live_byte(path: Path, count: int) -> None:
+    with OverflowRegion(path, initial_capacity=1 << 20) as region:
+        fill(region)
+        shot = inspect.look(str(path))
+    cells = shot.cells(count)
+    assert 0 < len(cells) <= count
+    assert sum(cell.size for cell in cells) == shot.capacity
+    assert sum(sum(cell.engines.values()) for cell in cells) == shot.live_bytes == 300_000
+    assert all(sum(cell.engines.values()) <= cell.size for cell in cells)
+    if None not in (resident := [cell.resident_bytes for cell in cells]):
+        assert 300_000 <= sum(size or 0 for size in resident) <= shot.capacity
+
+
+def test_cells_are_used_by_the_engine_that_has_most_of_them(path: Path) -> None:
+    with OverflowRegion(path, initial_capacity=1 << 20) as region:
+        fill(region)
+        cells = inspect.look(str(path)).cells(256)  # one a page
+    engines = [cell.engine for cell in cells]
+    assert engines[0] == engines[23] == EngineId.VECTOR
+    assert engines[30] is None and cells[30].is_used  # the hole
+    assert engines[60] == EngineId.CRDT
+    assert engines[90] == 77
+    assert engines[150] is None and not cells[150].is_used
+
+
+def test_evicted_values_are_shown_as_such(run: Run, path: Path) -> None:
+    with OverflowRegion(path, initial_capacity=1 << 20) as region:
+        region.write(bytes(1 << 19), EngineId.VECTOR)
+        before = inspect.look(str(path)).cells(16)
+        if before[0].resident_bytes is None:
+            pytest.skip("this kernel does not tell what is in RAM")
+        assert "VVV" in run("inspect", path)[1]
+        region.evict()
+        after = inspect.look(str(path)).cells(16)
+        if after[0].resident_bytes:
+            pytest.skip("this file system keeps its files in RAM")
+        assert before[0].is_resident and not after[0].is_resident
+        out = run("inspect", path)[1]
+    assert "vvv" in out and "VVV" not in out
+
+
+def test_the_map_without_residency_says_so(run: Run, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect, "_CACHESTAT", 10_000)  # no such call
+    with OverflowRegion(path) as region:
+        fill(region)
+        assert "needs Linux 6.5" in run("inspect", path)[1]
+
+
+# The picture.
+
+
+def test_plot_makes_a_png_beside_the_figures(run: Run, path: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    target = tmp_path / "pictures.of" / "a region"
+    target.parent.mkdir()
+    with OverflowRegion(path) as region:
+        fill(region)
+        status, out, err = run("inspect", path, "--json", "--plot", target)
+    assert (status, err, json.loads(out)["live_bytes"]) == (0, "", 300_000)
+    assert target.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+def test_plot_into_nowhere_is_status_2(run: Run, path: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    OverflowRegion(path).close()
+    assert_refused(run("inspect", path, "--plot", tmp_path / "missing" / "a.png"), "No such file or directory")
+
+
+@pytest.mark.parametrize(("library", "extra"), [("matplotlib", "plot"), ("rich", "cli")])
+def test_a_missing_extra_is_named_with_its_remedy(path: Path, library: str, extra: str) -> None:
+    OverflowRegion(path).close()
+    program = f"import sys; sys.modules[{library!r}] = None; from nodedb_mem.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "inspect", path, "--plot", path.with_suffix(".png")]
+        if library == "matplotlib"
+        else [sys.executable, "-c", program, "inspect", path],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert_refused((done.returncode, done.stdout, done.stderr), f"needs {library}: pip install nodedb_mem[{extra}]")
+
+
+def test_json_needs_no_extra(path: Path) -> None:
+    OverflowRegion(path).close()
+    program = (
+        "import sys; sys.modules.update(rich=None, zict=None, matplotlib=None); "
+        "from nodedb_mem.cli import main; sys.exit(main())"
+    )
+    command = [sys.executable, "-c", program, "inspect", str(path), "--json"]
+    assert json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["owner"] is None
+
+
+# Watching.
+
+
+def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "nodedb_mem", "inspect", *map(str, arguments)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_watch_follows_the_owner_until_ctrl_c(path: Path) -> None:
+    with (
+        OverflowRegion(path) as region,
+        start(path, "--watch", "--json", stdout=subprocess.PIPE) as watcher,
+    ):
+        assert watcher.stdout and watcher.stderr
+        assert json.loads(watcher.stdout.readline())["live_bytes"] == 0
+        region.write(bytes(5000), EngineId.QUERY)
+        while json.loads(watcher.stdout.readline())["live_bytes"] != 5000:
+            pass
+        watcher.send_signal(signal.SIGINT)
+        assert watcher.wait() == 0
+        assert watcher.stderr.read() == ""
+
+
+def test_watch_follows_a_region_that_is_opened_anew(path: Path) -> None:
+    with OverflowRegion(path) as region:
+        region.write(bytes(5000), EngineId.QUERY)
+    with start(path, "--watch", "--json", stdout=subprocess.PIPE) as watcher:
+        assert watcher.stdout
+        first = json.loads(watcher.stdout.readline())
+        with OverflowRegion(path):
+            while (later := json.loads(watcher.stdout.readline()))["owner"] != os.getpid():
+                pass
+        watcher.send_signal(signal.SIGINT)
+        assert watcher.wait() == 0
+    assert (first["owner"], first["live_bytes"], later["live_bytes"]) == (None, 5000, 0)
+    assert later["incarnation"] != first["incarnation"]
+
+
+def test_watch_ends_when_the_file_is_gone(path: Path) -> None:
+    OverflowRegion(path).close()
+    with start(path, "--watch", "--json", stdout=subprocess.PIPE) as watcher:
+        assert watcher.stdout and watcher.stderr
+        watcher.stdout.readline()
+        path.unlink()
+        assert watcher.wait() == 2
+        assert "No such file or directory" in watcher.stderr.read()
+
+
+def test_watch_draws_on_a_terminal(path: Path) -> None:
+    master, slave = pty.openpty()
+    shown = bytearray()
+
+    def drain() -> None:
+        with suppress(OSError):  # EIO: the other end is closed
+            while part := os.read(master, 65536):
+                shown.extend(part)
+
+    drainer = threading.Thread(target=drain)
+    drainer.start()
+    try:
+        with OverflowRegion(path) as region:
+            region.write(bytes(300_000), EngineId.BRIDGE)
+            with start(path, "--watch", stdout=slave, env=os.environ | {"TERM": "xterm"}) as watcher:
+                while b"resident" not in shown and watcher.poll() is None:
+                    time.sleep(0.01)
+                first = len(shown)
+                while len(shown) == first and watcher.poll() is None:  # it refreshes
+                    time.sleep(0.01)
+                watcher.send_signal(signal.SIGINT)
+                assert watcher.wait() == 0
+    finally:
+        os.close(slave)
+        drainer.join()
+        os.close(master)
+    assert b"bridge" in shown and b"\x1b" in shown
+
+
+# What is no region.
+
+
+def test_paths_that_are_none_are_refused_in_one_line(run: Run, path: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    plain.write_bytes(b"x" * 10_000)
+    assert_refused(run("inspect", tmp_path / "missing"), f"No such file or directory: '{tmp_path}/missing'")
+    assert_refused(run("inspect", tmp_path), "Not a regular file")
+    assert_refused(run("inspect", plain), f"Not a region: it has no slot table beside it: '{plain}'")
+    (tmp_path / "plain.slots").write_bytes(b"x" * 10_000)
+    assert_refused(run("inspect", plain), f"'{plain}'")
+    (tmp_path / "plain.slots").write_bytes(b"")
+    assert_refused(run("inspect", plain), "cut short")
+    OverflowRegion(path).close()
+    (tmp_path / "copy").write_bytes(path.read_bytes())
+    (tmp_path / "copy.slots").write_bytes((tmp_path / "region.slots").read_bytes())
+    assert_refused(run("inspect", tmp_path / "copy"), "copy")
+    assert_refused(run("inspect", path, "frobnicate"), "frobnicate")
+    assert_refused(run("inspect"), "PATH")
+
+
+def test_help_names_every_option() -> None:
+    with start("--help", stdout=subprocess.PIPE) as done:
+        assert done.stdout
+        told = done.stdout.read()
+    for word in ("PATH", "--json", "--watch", "--plot"):
+        assert word in told
