@@ -81,7 +81,9 @@ def test_references_go_to_a_spawned_process(new_region: NewRegion, tmp_path: Pat
         resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]  # spawn has started it
 
 
-def test_a_process_reads_by_path_and_sees_what_is_written_later(new_region: NewRegion, start_python: StartPython) -> None:
+def test_a_process_reads_by_path_and_sees_what_is_written_later(
+    new_region: NewRegion, start_python: StartPython
+) -> None:
     region = new_region()
     first = region.write(b"first", 0)
     child = start_python(
