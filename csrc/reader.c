@@ -20,6 +20,9 @@
  * a round of pauses it must be alive. A large value takes many rounds. */
 enum { PAUSES = 200, PAUSE_NS = 50000, ROUNDS = 2000, RETRIES = 1000 };
 
+/* Larger values that are not in RAM are fetched in one go. */
+#define FETCH_FROM ((uint64_t)64 << 10)
+
 struct ndm_reader {
     ndm_i_backing data, slots;
     ndm_i_mapping *values, *table;
@@ -273,11 +276,13 @@ static const char *view_of(ndm_reader *reader, const ndm_value *value)
     if (reach_value(reader, value) != NDM_OK)
         return NULL;
     const char *view = (const char *)reader->values->base + value->offset;
-    if (!ndm_i_views_add(&reader->home, (uint32_t)value->slot, reader->values, view, value->size, false)) {
+    /* Size 0: the pages stay mapped after the view. A reader reads again; it is the owner who spills. */
+    if (!ndm_i_views_add(&reader->home, (uint32_t)value->slot, reader->values, view, 0, false)) {
         ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
         return NULL;
     }
-    if (value->size >= (uint64_t)64 << 10)
+    if (value->size >= FETCH_FROM &&
+        !ndm_i_backing_is_cached(&reader->data, value->offset, value->offset + value->size))
         ndm_i_mapping_fetch((void *)view, value->size);
     return view;
 }
