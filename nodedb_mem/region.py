@@ -268,6 +268,10 @@ class OverflowRegion:
         self._engines: dict[int, int] = KNOWN_ENGINES
         self._parts: dict[int, SlotParts] = {}
         self._alignment = sizes[2]
+        if recover:  # that of the file holds
+            figures = ffi.new("ndm_stats *")
+            self._check(lib.ndm_region_stats(self._handle, figures))
+            self._alignment = figures.alignment
         # Each is taken while in use: a signal handler or finalizer that reads in between takes a new one.
         self._sizes = [_new_sizes()]
         self._scratch = [_new_scratch()]

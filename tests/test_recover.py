@@ -128,6 +128,7 @@ def test_the_alignment_of_the_file_holds(new_region: NewRegion, check: Check) ->
     assert again.used_bytes < 4096
     parts = again.write_vectored([b"a", b"b"], 0, aligned=True)
     assert again.read_bytes(parts) == b"a" + bytes(15) + b"b"
+    assert again.parts(parts).offsets == (0, 16)
     assert [again.read_bytes(slot) for slot in slots] == [blob(i, 17) for i in range(10)]
     check(again)
 
