@@ -217,11 +217,10 @@ def test_a_fork_does_not_keep_leases_alive(new_region: NewRegion) -> None:
     region.free(slots[1])
     reader.close()
     assert region.stats().pinned_bytes == 0
-    with OverflowReader(region.path) as again:
-        with again.lease(slots[0]):
-            os.close(stop)
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-            assert again.stats().leases == 1
+    with OverflowReader(region.path) as again, again.lease(slots[0]):
+        os.close(stop)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert again.stats().leases == 1
     os.close(go)
 
 

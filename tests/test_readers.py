@@ -81,7 +81,9 @@ def test_references_go_to_a_spawned_process(new_region: NewRegion, tmp_path: Pat
         resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]  # spawn has started it
 
 
-def test_a_process_reads_by_path_and_sees_what_is_written_later(new_region: NewRegion, start_python: StartPython) -> None:
+def test_a_process_reads_by_path_and_sees_what_is_written_later(
+    new_region: NewRegion, start_python: StartPython
+) -> None:
     region = new_region()
     first = region.write(b"first", 0)
     child = start_python(
@@ -210,6 +212,18 @@ def test_a_reader_serves_several_threads(new_region: NewRegion) -> None:
 
 
 # ---- stale references -----------------------------------------------------------------------------------------
+
+
+def test_the_working_directory_changes_before_the_first_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with OverflowRegion("region", initial_capacity=64 * KIB) as region:
+        slot = region.write(b"value", 0)
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        ref = region.share(slot)
+        assert ref.path == str(tmp_path / "region") and os.listdir() == []
+        with OverflowReader(ref) as reader, reader.lease(ref) as view:
+            assert bytes(view) == b"value"
 
 
 def test_a_freed_and_a_reused_slot(new_region: NewRegion) -> None:

@@ -174,7 +174,7 @@ def test_a_reader_stays_through_a_recovery(new_region: NewRegion) -> None:
 
 # ---- after kill -9 --------------------------------------------------------------------------------------------
 
-# Tells each value only after write() has returned, and each free before it begins. A value's bytes follow from its seed.
+# Tells each value only after write() has returned, and each free before it begins. A seed tells a value's bytes.
 _OWNER = """
 import random, sys
 from nodedb_mem import OverflowRegion
@@ -234,7 +234,7 @@ def test_an_owner_killed_at_random_points(
                 known[int(slot)] = (step, size, generation)
         with OverflowReader(path) as reader:
             assert reader.stats().owner is None
-            for slot, (step, size, generation) in known.items():
+            for slot, (step, size, _) in known.items():
                 try:
                     assert reader.read_bytes(slot) == blob(step, size)
                 except StaleSlotError:  # it died while it moved this one: an error, never other bytes
@@ -284,9 +284,7 @@ def test_a_free_that_was_half_done_leaves_no_reference_good(new_region: NewRegio
 
 @pytest.mark.parametrize("moved", [0, 5000, 100_000])
 @pytest.mark.parametrize("distance", [100_032, 5056])
-def test_a_move_that_was_half_done_is_finished(
-    new_region: NewRegion, check: Check, moved: int, distance: int
-) -> None:
+def test_a_move_that_was_half_done_is_finished(new_region: NewRegion, check: Check, moved: int, distance: int) -> None:
     region = new_region()
     hole, slot = region.write(bytes(distance), 0), region.write(blob(1, 100_000), 0)
     ref = region.share(slot)
