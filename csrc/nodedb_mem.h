@@ -224,6 +224,7 @@ typedef struct {
     uint64_t growths;      /* times the file was extended */
     uint64_t moved_bytes;  /* by ndm_region_compact(), so far */
     uint64_t disk_bytes;   /* blocks that the file system has given to the file */
+    uint64_t alignment;    /* of every value */
     uint64_t can_punch;    /* 1; 0 once the file system has refused to punch a hole */
     uint64_t resident_bytes;  /* of the file, in RAM now: page cache and RSS together */
     uint64_t unwritten_bytes; /* of these, not yet on disk; 0 before Linux 6.5, which cannot tell */

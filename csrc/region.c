@@ -308,6 +308,7 @@ int ndm_region_stats(ndm_region *region, ndm_stats *out)
                        .growths = region->growths,
                        .moved_bytes = region->moved_bytes,
                        .disk_bytes = disk_bytes,
+                       .alignment = (uint64_t)1 << region->unit_shift,
                        .can_punch = region->data.can_punch};
     if ((status = ndm_i_backing_residency(&region->data, &out->resident_bytes, &out->unwritten_bytes)) != NDM_OK)
         return status;

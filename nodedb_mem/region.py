@@ -108,6 +108,7 @@ class OverflowRegion:
 
     __slots__ = (
         "__weakref__",
+        "_absolute",
         "_alignment",
         "_engines",
         "_handle",
@@ -134,7 +135,17 @@ class OverflowRegion:
     ) -> None:
         name = os.fsencode(path)
         self._path: str | None = os.fsdecode(name)
-        self._open(lib.ndm_region_open, name, initial_capacity, max_capacity, alignment, cache_limit, recover)
+        # A later chdir() must not lead share() elsewhere.
+        self._absolute = os.path.join(os.getcwd(), self._path) if self._path else ""
+        self._open(
+            lib.ndm_region_open,
+            os.fsencode(self._absolute),
+            initial_capacity,
+            max_capacity,
+            alignment,
+            cache_limit,
+            recover,
+        )
 
     def _open(
         self,
@@ -148,7 +159,7 @@ class OverflowRegion:
     ) -> None:
         if b"\0" in name:
             raise ValueError("embedded null byte in the path")
-        self._where = os.fsdecode(name)
+        self._where = self._path or os.fsdecode(name)
         sizes = [index(initial), index(maximum), index(alignment)]
         if not all(0 <= size < 1 << 63 for size in sizes):
             raise ValueError("capacities and alignment must be positive and below 2**63")
@@ -170,6 +181,10 @@ class OverflowRegion:
         self._engines: dict[int, int] = KNOWN_ENGINES
         self._parts: dict[int, SlotParts] = {}
         self._alignment = sizes[2]
+        if recover:  # that of the file holds
+            figures = ffi.new("ndm_stats *")
+            self._check(lib.ndm_region_stats(self._handle, figures))
+            self._alignment = figures.alignment
         # Each is taken while in use: a signal handler or finalizer that reads in between takes a new one.
         self._sizes = [_new_sizes()]
         self._scratch = [_new_scratch()]
@@ -707,7 +722,7 @@ class OverflowRegion:
             owner = f"/proc/{os.getpid()}/fd"
             paths = f"{owner}/{shared.data}", f"{owner}/{shared.slots}", f"{owner}/{shared.leases}"
         else:
-            path = os.path.abspath(self._path)
+            path = self._absolute
             paths = path, path + ".slots", path + ".leases"
         return SlotRef(paths[0], shared.incarnation, slot, shared.generation, facts.size, *paths[1:])
 

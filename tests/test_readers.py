@@ -214,6 +214,18 @@ def test_a_reader_serves_several_threads(new_region: NewRegion) -> None:
 # ---- stale references -----------------------------------------------------------------------------------------
 
 
+def test_the_working_directory_changes_before_the_first_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with OverflowRegion("region", initial_capacity=64 * KIB) as region:
+        slot = region.write(b"value", 0)
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        ref = region.share(slot)
+        assert ref.path == str(tmp_path / "region") and os.listdir() == []
+        with OverflowReader(ref) as reader, reader.lease(ref) as view:
+            assert bytes(view) == b"value"
+
+
 def test_a_freed_and_a_reused_slot(new_region: NewRegion) -> None:
     region = new_region()
     slot = region.write(b"old", 0)

@@ -128,6 +128,7 @@ def test_the_alignment_of_the_file_holds(new_region: NewRegion, check: Check) ->
     assert again.used_bytes < 4096
     parts = again.write_vectored([b"a", b"b"], 0, aligned=True)
     assert again.read_bytes(parts) == b"a" + bytes(15) + b"b"
+    assert again.parts(parts).offsets == (0, 16)
     assert [again.read_bytes(slot) for slot in slots] == [blob(i, 17) for i in range(10)]
     check(again)
 
@@ -173,7 +174,7 @@ def test_a_reader_stays_through_a_recovery(new_region: NewRegion) -> None:
 
 # ---- after kill -9 --------------------------------------------------------------------------------------------
 
-# Tells each value only after write() has returned, and each free before it begins. A seed gives a value's bytes.
+# Tells each value only after write() has returned, and each free before it begins. A seed tells a value's bytes.
 _OWNER = """
 import random, sys
 from nodedb_mem import OverflowRegion
@@ -233,7 +234,7 @@ def test_an_owner_killed_at_random_points(
                 known[int(slot)] = (step, size, generation)
         with OverflowReader(path) as reader:
             assert reader.stats().owner is None
-            for slot, (step, size, _generation) in known.items():
+            for slot, (step, size, _) in known.items():
                 try:
                     assert reader.read_bytes(slot) == blob(step, size)
                 except StaleSlotError:  # it died while it moved this one: an error, never other bytes
