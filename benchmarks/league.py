@@ -231,26 +231,30 @@ def plan(counts: dict[int, int], names: list[str]) -> dict[tuple[int, str], list
     }
 
 
-def play(names: list[str], sizes: list[int], rounds: int, divisor: int, directory: Path) -> list[Row]:
-    """Run all measurements, the subjects in turn."""
+def play(
+    names: list[str], sizes: list[int], rounds: int, divisor: int, directory: Path
+) -> Iterator[tuple[int, list[Row]]]:
+    """Run all measurements, the subjects in turn; yield the rows so far after each round."""
     pool = random_pool()
     gc.disable()  # in the children; here nothing but a list of figures grows
     counts = {size: max(2, COUNTS[size] // divisor) for size in sizes}
     groups = plan(counts, names)
     rows: dict[tuple[int, str, str], Row] = {}
     jobs = [
-        (kind, Case(size, kind.count(size, counts[size], divisor), form))
+        (number, kind, Case(size, kind.count(size, counts[size], divisor), form))
         for number in range(rounds)
         for (size, form), kinds in groups.items()
         for kind in kinds[number % len(kinds) :] + kinds[: number % len(kinds)]
     ]
-    for kind, case in _progress(jobs):
+    last = {number: index for index, (number, _, _) in enumerate(jobs)}
+    for index, (number, kind, case) in enumerate(_progress(jobs)):
         row = rows.setdefault((case.size, case.form, kind.name), Row(kind.name, case))
         row.runs.append(measure_in_child(kind, case, pool, directory))
-    return [rows[size, form, kind.name] for (size, form), kinds in groups.items() for kind in kinds]
+        if index == last[number]:
+            yield number + 1, [rows[size, form, kind.name] for (size, form), kinds in groups.items() for kind in kinds]
 
 
-def _progress(jobs: list[tuple[type[Subject], Case]]) -> Iterator[tuple[type[Subject], Case]]:
+def _progress(jobs: list[tuple[int, type[Subject], Case]]) -> Iterator[tuple[int, type[Subject], Case]]:
     """Show a bar on a terminal; it is drawn between the jobs, because a thread of its own would be forked."""
     console = Console(stderr=True)
     if not console.is_terminal:
@@ -259,9 +263,9 @@ def _progress(jobs: list[tuple[type[Subject], Case]]) -> Iterator[tuple[type[Sub
     columns = (TextColumn("{task.description:34}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, auto_refresh=False) as progress:
         task = progress.add_task("", total=len(jobs))
-        for kind, case in jobs:
+        for number, kind, case in jobs:
             progress.update(task, description=f"{kind.name}, {label(case.size)}, {case.form}", refresh=True)
-            yield kind, case
+            yield number, kind, case
             progress.advance(task)
 
 
@@ -388,7 +392,7 @@ def facts_of(directory: Path) -> dict[str, str]:
     return facts
 
 
-def document(rows: list[Row], facts: dict[str, str], rounds: int) -> str:
+def document(rows: list[Row], facts: dict[str, str], rounds: str) -> str:
     """Lay everything out in Markdown."""
     measured = {row.subject for row in rows}
     lines = [
@@ -490,18 +494,20 @@ def main() -> int:
         parser.error(f"--sizes: no {sorted(unknown)}; there are {list(SIZES)}")
     sizes = [size for name, size in SIZES.items() if not options.sizes or name in options.sizes]
 
-    with tempfile.TemporaryDirectory(dir=options.directory.resolve(), prefix=".bench-") as name:
-        facts = facts_of(Path(name))
-        rows = play(options.only or names, sizes, rounds, QUICK if options.quick else 1, Path(name))
-    text = document(rows, facts, rounds)
-    figures = {"environment": facts, "rounds": rounds, "rows": [row.as_json() for row in rows]}
-
     options.output.mkdir(parents=True, exist_ok=True)
     stem = "league-quick" if options.quick else "league"
-    (options.output / f"{stem}.md").write_text(text)
-    (options.output / f"{stem}.json").write_text(json.dumps(figures, indent=1) + "\n")
-    for form in FORMS:
-        plot(rows, form, options.output / f"{stem}-{form}.svg")
+    text = ""
+    with tempfile.TemporaryDirectory(dir=options.directory.resolve(), prefix=".bench-") as name:
+        facts = facts_of(Path(name))
+        divisor = QUICK if options.quick else 1
+        for done, rows in play(options.only or names, sizes, rounds, divisor, Path(name)):
+            # Written after each round: a long run that is stopped leaves what it has, and says how much that is.
+            text = document(rows, facts, f"{done}" if done == rounds else f"{done} of {rounds}")
+            figures = {"environment": facts, "rounds": done, "rows": [row.as_json() for row in rows]}
+            (options.output / f"{stem}.md").write_text(text)
+            (options.output / f"{stem}.json").write_text(json.dumps(figures, indent=1) + "\n")
+            for form in FORMS:
+                plot(rows, form, options.output / f"{stem}-{form}.svg")
     print(text)
     return 0
 
