@@ -5,11 +5,13 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/fs.h>
 #include <linux/magic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -264,6 +266,7 @@ static int remap(ndm_i_backing *backing, uint64_t length)
         old->length = length;
         return NDM_OK;
     }
+    ndm_i_mapping_forget(old->base, old->length); /* pages that no view touches could not be dropped otherwise */
     *fresh = (ndm_i_mapping){.base = base, .length = length, .users = 1};
     backing->mapping = fresh;
     ndm_i_mapping_unref(old);
@@ -373,6 +376,15 @@ int ndm_i_backing_check_writable(const ndm_i_backing *backing, uint64_t end)
     if (over_size_limit(end))
         return ndm_i_fail_io(EFBIG, "the process's file size limit is below the file's size");
     return NDM_OK;
+}
+
+void ndm_i_backing_overwrite_in_place(const ndm_i_backing *backing)
+{
+    int flags = 0;
+    if (backing->keeps_blocks || ioctl(backing->fd, FS_IOC_GETFLAGS, &flags) != 0)
+        return;
+    flags |= FS_NOCOW_FL;
+    ioctl(backing->fd, FS_IOC_SETFLAGS, &flags); /* a refusal is no failure: not every file system copies on write */
 }
 
 int ndm_i_backing_start(ndm_i_backing *backing, uint64_t capacity, uint64_t ceiling, bool keep)
@@ -494,6 +506,42 @@ void ndm_i_backing_drop(const ndm_i_backing *backing, const ndm_i_mapping *mappi
 {
     ndm_i_mapping_forget(mapping->base + start, end - start); /* mapped pages are not dropped */
     posix_fadvise(backing->fd, (off_t)start, (off_t)(end - start), POSIX_FADV_DONTNEED);
+}
+
+/* ext4 takes a page whose write failed for one that is on disk, though its blocks still count as never written: such a
+ * page has to be dropped before it is written again. Where blocks are not kept it stays, for lack of room could lose it. */
+static int copy_again(const ndm_i_backing *backing, uint64_t start, uint64_t end, const unsigned char *in_core,
+                      uint8_t *buffer)
+{
+    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    int refused = 0;
+    for (uint64_t at = start; at < end; at += page)
+        if ((in_core[(at - start) / page] & 1) &&
+            ndm_i_backing_load(backing, at, buffer + (at - start), min(page, end - at)) != NDM_OK)
+            return EIO;
+    if (backing->keeps_blocks)
+        ndm_i_backing_drop(backing, backing->mapping, start, end);
+    for (uint64_t at = start; at < end; at += page) {
+        if (!(in_core[(at - start) / page] & 1))
+            continue;
+        const int failed = ndm_i_backing_write(backing, buffer + (at - start), min(page, end - at), at);
+        refused = refused ? refused : failed;
+    }
+    return refused;
+}
+
+int ndm_i_backing_write_again(const ndm_i_backing *backing, uint64_t start, bool stored_to, uint8_t *buffer)
+{
+    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), end = min(start + NDM_I_GRAIN, backing->capacity);
+    unsigned char in_core[NDM_I_GRAIN / 4096];
+    if (mincore(backing->mapping->base + start, end - start, in_core) != 0)
+        return errno;
+    if (!stored_to)
+        return copy_again(backing, start, end, in_core, buffer);
+    for (uint64_t at = start; at < end; at += page)
+        if (in_core[(at - start) / page] & 1)
+            ndm_i_backing_populate(backing, at, min(at + page, end)); /* for writing: that makes it dirty */
+    return 0;
 }
 
 enum { CACHESTAT = 451 }; /* the same number on every architecture; Linux 6.5 */

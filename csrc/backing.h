@@ -74,6 +74,10 @@ int ndm_i_backing_open_unnamed(ndm_i_backing *backing, const char *directory);
 /* 1 if the file has a byte that is not part of a hole, 0 if not. */
 int ndm_i_backing_has_data(const ndm_i_backing *backing);
 
+/* The file, still empty, will be stored to through its mapping: ask a file system that copies on write to overwrite its
+ * blocks in place. On btrfs a store then needs no new block (seen on Linux 6.18; older kernels may want one). */
+void ndm_i_backing_overwrite_in_place(const ndm_i_backing *backing);
+
 /* Give the file `capacity` bytes and map it with room for `ceiling`. `keep` what is there, or make it all holes. */
 int ndm_i_backing_start(ndm_i_backing *backing, uint64_t capacity, uint64_t ceiling, bool keep);
 
@@ -107,6 +111,11 @@ bool ndm_i_backing_punch(ndm_i_backing *backing, uint64_t start, uint64_t end);
 
 /* Start writing dirty pages of [start, end) to disk, and wait for them if `wait`. 0 or errno. Any thread. */
 int ndm_i_backing_write_back(const ndm_i_backing *backing, uint64_t start, uint64_t end, bool wait);
+
+/* Write the pages of the grain at `start` that are in RAM once more, as they are: the kernel takes those that it failed
+ * to write back for clean. If `stored_to`, somebody may be storing to them, and they are only made dirty, which needs all
+ * their blocks. `buffer` has room for a grain. Owner only. 0 or errno. */
+int ndm_i_backing_write_again(const ndm_i_backing *backing, uint64_t start, bool stored_to, uint8_t *buffer);
 
 /* Drop the clean pages of [start, end) from RAM. Any thread that holds the mapping. */
 void ndm_i_backing_drop(const ndm_i_backing *backing, const ndm_i_mapping *mapping, uint64_t start, uint64_t end);

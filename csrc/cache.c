@@ -4,6 +4,7 @@
 
 #include "status.h"
 
+#include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
 
@@ -23,6 +24,7 @@ int ndm_i_cache_init(ndm_i_cache *cache, const ndm_i_backing *file, uint64_t lim
         return ndm_i_fail(NDM_ERR_MEMORY, "no memory for the cache's queue");
     cache->queue_room = FIRST_QUEUE;
     pthread_mutex_init(&cache->lock, NULL);
+    pthread_mutex_init(&cache->disk, NULL);
     pthread_cond_init(&cache->work, NULL);
     pthread_cond_init(&cache->room, NULL);
     cache->limit = limit / GRAIN < LEAST ? LEAST : limit / GRAIN;
@@ -41,6 +43,7 @@ void ndm_i_cache_fini(ndm_i_cache *cache)
         pthread_join(cache->thread, NULL);
     pthread_cond_destroy(&cache->room);
     pthread_cond_destroy(&cache->work);
+    pthread_mutex_destroy(&cache->disk);
     pthread_mutex_destroy(&cache->lock);
     free(cache->queue);
     cache->limit = NDM_I_UNLIMITED;
@@ -118,10 +121,8 @@ static void kick(ndm_i_grains *grains, uint64_t stop)
         return;
     cache->written_back += count * GRAIN;
     pthread_mutex_unlock(&cache->lock);
-    int refused = ndm_i_backing_write_back(grains->file, first * GRAIN, (first + count) * GRAIN, false);
+    ndm_i_backing_write_back(grains->file, first * GRAIN, (first + count) * GRAIN, false); /* who waits hears of errors */
     pthread_mutex_lock(&cache->lock);
-    if (refused)
-        atomic_store(&cache->error, refused);
 }
 
 /* A grain that was read since it was queued goes to the end of the queue instead. */
@@ -163,15 +164,20 @@ static void drop(ndm_i_grains *grains, uint64_t stop)
     const uint64_t start = first * GRAIN;
     const uint64_t end = (first + count) * GRAIN < grains->file->capacity ? (first + count) * GRAIN : grains->file->capacity;
     pthread_mutex_unlock(&cache->lock);
+    pthread_mutex_lock(&cache->disk);
     int refused = end > start ? ndm_i_backing_write_back(grains->file, start, end, true) : 0;
-    if (!refused && end > start)
+    if (refused)
+        atomic_store(&cache->error, refused);
+    else if (end > start)
         ndm_i_backing_drop(grains->file, mapping, start, end);
+    pthread_mutex_unlock(&cache->disk);
     ndm_i_mapping_unref(mapping);
     pthread_mutex_lock(&cache->lock);
+    for (uint64_t grain = first; refused && grain < first + count; grain++) /* what did not reach the disk stays */
+        if (!is_queued(grains, grain) && push(grains, grain))
+            cache->resident++;
     cache->resident -= count;
     atomic_fetch_add(&cache->drops, 1);
-    if (refused) /* what did not reach the disk is not dropped */
-        atomic_store(&cache->error, refused);
     pthread_cond_signal(&cache->room);
 }
 
@@ -218,6 +224,47 @@ static bool start_thread(ndm_i_grains *grains)
 }
 
 /* ---- the owner's side ----------------------------------------------------------------------------------- */
+
+/* After a failure. Gives 0, or the errno for which some of it was not to be had. */
+static int write_again(ndm_i_grains *grains)
+{
+    const ndm_i_backing *file = grains->file;
+    /* What was not tried yet is tried now, so that all pages are clean and can be dropped. The first call may do no more
+     * than report what failed before. */
+    if (ndm_i_backing_write_back(file, 0, file->capacity, true) != 0)
+        ndm_i_backing_write_back(file, 0, file->capacity, true);
+    uint8_t *buffer = malloc(GRAIN);
+    if (!buffer)
+        return ENOMEM;
+    int refused = 0;
+    for (uint64_t grain = 0; grain * GRAIN < file->capacity; grain++) {
+        /* A writable view lies in grains that have all their blocks. */
+        const bool stored_to = grains->storing && atomic_load(grains->storing) > 0 &&
+                               atomic_load(&grains->states[grain]) >= NDM_I_READY;
+        const int failed = ndm_i_backing_write_again(file, grain * GRAIN, stored_to, buffer);
+        refused = refused ? refused : failed;
+    }
+    free(buffer);
+    return refused;
+}
+
+int ndm_i_cache_settle(ndm_i_grains *grains, uint64_t start, uint64_t end, bool drop)
+{
+    ndm_i_cache *cache = &grains->cache;
+    const bool shared = cache->limit != NDM_I_UNLIMITED;
+    if (shared)
+        pthread_mutex_lock(&cache->disk);
+    int refused = atomic_exchange(&cache->error, 0);
+    if (!refused)
+        refused = ndm_i_backing_write_back(grains->file, start, end, true);
+    if (refused)
+        atomic_store(&cache->error, write_again(grains)); /* tried again by the next call */
+    else if (drop)
+        ndm_i_backing_drop(grains->file, grains->file->mapping, start, end);
+    if (shared)
+        pthread_mutex_unlock(&cache->disk);
+    return refused;
+}
 
 void ndm_i_cache_admit(ndm_i_grains *grains, uint64_t first, uint64_t last)
 {

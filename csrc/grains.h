@@ -39,6 +39,8 @@ enum {
 typedef struct {
     uint64_t limit; /* grains; NDM_I_UNLIMITED: no queue is kept and no thread runs */
     pthread_mutex_t lock;
+    pthread_mutex_t disk; /* held from waiting for write-back until the pages are dropped, or an error is dealt with: the
+                             kernel reports a failure once, to whoever waits. Never taken with `lock` held. */
     pthread_cond_t work, room;
     pthread_t thread;
     bool running, stopping;
@@ -46,7 +48,7 @@ typedef struct {
     uint64_t queue_room, head, kicked, tail; /* counters; [head, kicked) is being written back; `& (room - 1)` indexes */
     uint64_t resident;     /* QUEUED grains, and those being dropped */
     uint64_t written_back; /* bytes whose write-back was started */
-    _Atomic uint64_t drops; /* by the background writer, so far */
+    _Atomic uint64_t drops; /* from RAM, so far */
     _Atomic int error;     /* errno of a failed write-back, for the owner's next call */
 } ndm_i_cache;
 
@@ -57,6 +59,7 @@ typedef struct {
     uint64_t room;           /* grains that `states` and `marks` have room for */
     uint64_t allocated;      /* EMPTY grains below have their blocks */
     uint64_t pwrite_from;    /* cold values from this size on go by pwrite */
+    const _Atomic uint64_t *storing; /* extents that others may be storing to, through the mapping; or NULL */
     ndm_i_cache cache;
 } ndm_i_grains;
 
@@ -97,8 +100,9 @@ int ndm_i_grains_load(ndm_i_grains *grains, uint64_t offset, void *buffer, uint6
  * system cannot. */
 void ndm_i_grains_punch(ndm_i_grains *grains, uint64_t offset, uint64_t size, bool stored_to);
 
-/* Write [start, end) back and drop its whole pages from RAM. */
-int ndm_i_grains_evict(ndm_i_grains *grains, uint64_t start, uint64_t end);
+/* Write [start, end) back and drop it from RAM. What shares folios with its ends goes along (`neighbours`), or keeps
+ * them there. */
+int ndm_i_grains_evict(ndm_i_grains *grains, uint64_t start, uint64_t end, bool neighbours);
 
 /* ---- cache.c ---- */
 
@@ -107,6 +111,10 @@ void ndm_i_cache_fini(ndm_i_cache *cache);
 
 /* The owner has brought bytes of the grains [first, last) to RAM. May wait until there is room. */
 void ndm_i_cache_admit(ndm_i_grains *grains, uint64_t first, uint64_t last);
+
+/* Wait for write-back of [start, end), and drop it from RAM if `drop`. If that fails, or has failed in the background,
+ * nothing is dropped, and what is in RAM will be written back again. Owner only. 0 or errno. */
+int ndm_i_cache_settle(ndm_i_grains *grains, uint64_t start, uint64_t end, bool drop);
 
 /* The grains [first, last) are not in RAM any more. With the lock held. */
 void ndm_i_cache_forget(ndm_i_grains *grains, uint64_t first, uint64_t last);

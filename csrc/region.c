@@ -145,6 +145,7 @@ static ndm_region *region_new(const char *path, const char *directory, const ndm
     region->initial_capacity = region->data.capacity;
     atomic_init(&region->holders, 2);
     ndm_i_home_init(&region->home, last_use);
+    region->grains.storing = &region->home.writable;
     ndm_i_publish(region);
     free(slots_path);
     return region;
@@ -218,7 +219,7 @@ int ndm_i_enter(ndm_region *region)
     if (!ndm_i_is_owner(&region->owner))
         return ndm_i_fail(NDM_ERR_WRONG_THREAD, "the region belongs to another thread or process");
     if (atomic_load_explicit(&region->grains.cache.error, memory_order_relaxed)) {
-        const int failed = atomic_exchange(&region->grains.cache.error, 0);
+        const int failed = ndm_i_cache_settle(&region->grains, 0, region->data.capacity, false);
         return ndm_i_fail_io(failed, "writing spilled values back to disk failed");
     }
     const uint64_t drops = atomic_load_explicit(&region->grains.cache.drops, memory_order_acquire);

@@ -133,6 +133,8 @@ int ndm_i_slots_start(ndm_i_slots *slots, const ndm_i_backing *data, uint64_t al
                            .inode = data->inode,
                            .born = data->born};
     memcpy(header.magic, magic, sizeof magic);
+    if (slots->table.capacity == 0)
+        ndm_i_backing_overwrite_in_place(&slots->table);
     int refused = ndm_i_backing_write(&slots->table, (const uint8_t *)&header, sizeof header, 0);
     if (refused)
         return ndm_i_fail_io(refused, "cannot write the slot table");

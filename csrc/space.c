@@ -64,23 +64,22 @@ int64_t ndm_region_trim(ndm_region *region)
 
 /* ---- leaving RAM ---------------------------------------------------------------------------------------- */
 
-/* Every live value without a view, in runs: a pinned value, and free space, ends a run. */
+/* Everything but the values that have a view, in runs between these. */
 static int evict_unpinned(ndm_region *region)
 {
     const ndm_i_extents *extents = &region->extents;
-    uint64_t start = 0, end = 0;
+    uint64_t start = 0;
     for (uint32_t e = ndm_i_extents_first(extents); e != NDM_I_NONE; e = ndm_i_extents_next(extents, e)) {
         const uint64_t offset = bytes_of(region, ndm_i_extents_offset(extents, e));
-        const bool stays = !ndm_i_extents_is_free(extents, e) && ndm_i_views_pinned(&region->home, e);
-        if (stays) {
-            int status = end > start ? ndm_i_grains_evict(&region->grains, start, end) : NDM_OK;
-            if (status != NDM_OK)
-                return status;
-        }
-        end = min(offset + bytes_of(region, ndm_i_extents_length(extents, e)), region->data.capacity);
-        start = stays ? end : start;
+        if (ndm_i_extents_is_free(extents, e) || !ndm_i_views_pinned(&region->home, e))
+            continue;
+        int status = offset > start ? ndm_i_grains_evict(&region->grains, start, offset, false) : NDM_OK;
+        if (status != NDM_OK)
+            return status;
+        start = offset + bytes_of(region, ndm_i_extents_length(extents, e));
     }
-    return end > start ? ndm_i_grains_evict(&region->grains, start, end) : NDM_OK;
+    const uint64_t end = region->data.capacity;
+    return end > start ? ndm_i_grains_evict(&region->grains, start, end, false) : NDM_OK;
 }
 
 int ndm_region_evict(ndm_region *region, const int64_t *slots, uint64_t count)
@@ -94,7 +93,7 @@ int ndm_region_evict(ndm_region *region, const int64_t *slots, uint64_t count)
         const ndm_i_record *record = ndm_i_live_record(region, slots[i]);
         const uint64_t offset = ndm_i_record_offset(record), size = ndm_i_record_size(record);
         if (size > 0)
-            status = ndm_i_grains_evict(&region->grains, offset, offset + size);
+            status = ndm_i_grains_evict(&region->grains, offset, offset + size, true);
     }
     return status;
 }
@@ -104,7 +103,7 @@ int ndm_region_flush(ndm_region *region)
     int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
-    int refused = ndm_i_backing_write_back(&region->data, 0, region->data.capacity, true);
+    int refused = ndm_i_cache_settle(&region->grains, 0, region->data.capacity, false);
     return refused ? ndm_i_fail_io(refused, "cannot write the file back to disk") : NDM_OK;
 }
 

@@ -176,7 +176,7 @@ class OverflowRegion:
             try:
                 warnings.warn(message, ResourceWarning, stacklevel=_outside_stacklevel())
             except ResourceWarning:  # a filter has made it an error
-                self.close()
+                lib.ndm_region_close(self._handle)
                 raise
         self._engines: dict[int, int] = KNOWN_ENGINES
         self._parts: dict[int, SlotParts] = {}

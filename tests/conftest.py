@@ -164,6 +164,24 @@ def footprint() -> Callable[[Path | str], tuple[int, int]]:
 
 
 @pytest.fixture
+def mapped_kib() -> Callable[[Path | str], int]:
+    """How many KiB of a file's mappings are in this process's RSS."""
+
+    def measure(path: Path | str) -> int:
+        total, ours = 0, False
+        with open("/proc/self/smaps") as maps:
+            for line in maps:
+                fields = line.split(maxsplit=5)
+                if "-" in fields[0]:
+                    ours = len(fields) == 6 and fields[5].rstrip("\n").removesuffix(" (deleted)") == str(path)
+                elif ours and fields[0] == "Rss:":
+                    total += int(fields[1])
+        return total
+
+    return measure
+
+
+@pytest.fixture
 def check() -> Callable[[OverflowRegion], None]:
     """Assert that the region's bookkeeping is sound."""
 
@@ -274,9 +292,21 @@ def _run_tool(*command: str) -> None:
         pytest.skip(f"{command[0]} refused: {error.stderr.strip()}")
 
 
+# What makes a file system in an image, and the smallest image that it takes, in MiB.
+_MAKERS = {
+    "ext2": (("mkfs.ext2", "-q", "-F"), 1),
+    "ext4": (("mkfs.ext4", "-q", "-F"), 1),
+    "btrfs": (("mkfs.btrfs", "-q", "-f"), 128),
+    "xfs": (("mkfs.xfs", "-q", "-f"), 300),
+}
+
+
 @pytest.fixture
 def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Mount a small file system of its own: kind is tmpfs or ext4 (on a loop device), size in MiB."""
+    """Mount a small file system of its own: kind is tmpfs or (on a loop device) ext2, ext4, btrfs or xfs; size in MiB.
+
+    btrfs and xfs get at least the 128 and 300 MiB that they want.
+    """
     mounted: list[Path] = []
 
     def make(kind: str, size: int) -> Path:
@@ -287,10 +317,11 @@ def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         if kind == "tmpfs":
             _run_tool("mount", "-t", "tmpfs", "-o", f"size={size}m", "none", str(target))
         else:
+            command, least = _MAKERS[kind]
             image = tmp_path / f"image{len(mounted)}"
             with open(image, "wb") as file:
-                file.truncate(size << 20)
-            _run_tool("mkfs.ext4", "-q", "-F", str(image))
+                file.truncate(max(size, least) << 20)
+            _run_tool(*command, str(image))
             _run_tool("mount", "-o", "loop", str(image), str(target))
         mounted.append(target)
         return target
