@@ -1,4 +1,4 @@
-/* The file and its mapping. The only place with system calls on them: open, flock, ftruncate, fallocate, mmap, mremap,
+/* The file (backing.c) and its mappings (mapping.c). The only place with system calls on them: open, flock, ftruncate, fallocate, mmap, mremap,
  * madvise, pwrite, pread, sync_file_range and their kin.
  *
  * Address space for the ceiling is mapped at the start (mapping past the end of a file is legal), so the base
@@ -137,6 +137,15 @@ void ndm_i_backing_unmap(ndm_i_backing *backing);
 
 /* Unlock and close the file. Unlinks `path` if it is given. */
 void ndm_i_backing_close(ndm_i_backing *backing, const char *unlink_path);
+
+/* ---- mapping.c ---- */
+
+/* Map the file, with `length` bytes of address space. */
+int ndm_i_map_fresh(ndm_i_backing *backing, uint64_t length);
+
+/* Give the current mapping `length` bytes of address space: move it when only we look through it, otherwise duplicate
+ * it (mremap of 0 bytes) and leave the old one to its views. */
+int ndm_i_remap(ndm_i_backing *backing, uint64_t length);
 
 void ndm_i_mapping_ref(ndm_i_mapping *mapping);
 void ndm_i_mapping_unref(ndm_i_mapping *mapping); /* any thread; the last one unmaps */
