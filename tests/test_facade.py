@@ -355,28 +355,47 @@ def at_instruction(code: Any, number: int, action: Callable[[], object]) -> Iter
     done: list[bool] = []
     passed = 0
 
-    def local(frame: FrameType, event: str, _: Any) -> Any:
+    def step() -> None:
         nonlocal passed
-        if event == "opcode" and not done:
-            if passed == number:
-                done.append(True)
-                sys.settrace(None)
-                action()
-            passed += 1
-        return local
+        if passed == number and not done:
+            done.append(True)
+            stop()
+            action()
+        passed += 1
 
-    def start(frame: FrameType, event: str, _: Any) -> Any:
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
         if frame.f_code is not code or done:
             return None
         frame.f_trace_opcodes = True
-        return local
+        if event == "opcode":
+            step()
+        return trace
 
-    before = sys.gettrace()
-    sys.settrace(start)
+    if sys.version_info >= (3, 12):
+        monitoring = sys.monitoring
+        tool, events = monitoring.DEBUGGER_ID, monitoring.events
+        before = None
+        monitoring.use_tool_id(tool, "test")
+        monitoring.register_callback(tool, events.INSTRUCTION, lambda *_: step())
+        monitoring.set_local_events(tool, code, events.INSTRUCTION)
+
+        def stop() -> None:
+            monitoring.set_local_events(tool, code, events.NO_EVENTS)
+    else:
+        before = sys.gettrace()
+        sys.settrace(trace)
+
+        def stop() -> None:
+            sys.settrace(None)
+
     try:
         yield done
     finally:
-        sys.settrace(before)
+        stop()
+        if sys.version_info >= (3, 12):
+            monitoring.free_tool_id(tool)
+        else:
+            sys.settrace(before)
 
 
 def replace(region: OverflowRegion, slot: int) -> None:
