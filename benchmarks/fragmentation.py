@@ -1,6 +1,6 @@
 """How much space a region needs beyond its live values, and what a free + write pair costs.
 
-    python benchmarks/fragmentation.py [--quick] [--as-published] [--directory DIR] [--output DIR]
+    python benchmarks/fragmentation.py [--quick] [--as-published] [--jobs N] [--output DIR]
 
 The workloads are those of Stephen M. Rumble, Ankita Kejriwal and John Ousterhout, "Log-structured Memory for
 DRAM-based Storage", FAST '14, Table 1. What could be confirmed: the paper itself could not be fetched. All eight rows
@@ -110,16 +110,14 @@ def run(program: Path, *arguments: object, **environment: str) -> dict[str, Any]
     return figures
 
 
-def replay_all(
-    program: Path, rivals: list[Allocator], live: int, published: bool, directory: Path, jobs: int
-) -> list[dict[str, Any]]:
+def replay_all(program: Path, rivals: list[Allocator], live: int, published: bool, jobs: int) -> list[dict[str, Any]]:
     """One record for each alignment, workload and allocator. Space, not time: several may run at once."""
     fill, total = (5 * live, 10 * live) if published else (live, 5 * live)
 
     def replay(cell: tuple[int, Workload, Allocator]) -> dict[str, Any]:
         alignment, workload, rival = cell
         trace = (*workload.before, workload.delete, *workload.after, live, fill, total, alignment, SEED)
-        figures = run(program, rival.mode, *trace, directory, **rival.environment)
+        figures = run(program, rival.mode, *trace, **rival.environment)
         return {"workload": workload.name, "alignment": alignment, "allocator": rival.name, **figures}
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -342,9 +340,6 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="16 MiB live instead of 64, no million free extents")
     parser.add_argument("--as-published", action="store_true", help="write 5 L in each phase, as the paper does")
-    parser.add_argument(
-        "--directory", type=Path, default=Path(tempfile.gettempdir()), help="where the region's file is"
-    )
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="replays that run at once")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
     options = parser.parse_args()
@@ -354,7 +349,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         live = (16 if options.quick else 64) * MIB
         replay = build("replay", Path(name))
-        peaks = replay_all(replay, rivals, live, options.as_published, options.directory.resolve(), options.jobs)
+        peaks = replay_all(replay, rivals, live, options.as_published, options.jobs)
         holes = HOLES_QUICK if options.quick else HOLES
         load = os.getloadavg()[0]
         pairs = [] if options.as_published else list(pair_costs(build("bench_free_write", Path(name)), holes))

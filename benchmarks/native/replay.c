@@ -1,6 +1,8 @@
 /* Replays one fragmentation workload on one allocator and prints what it took, as a line of JSON.
  *
- *   replay region|compact|naive|malloc FROM TO DELETE FROM2 TO2 LIVE FILL TOTAL ALIGNMENT SEED DIRECTORY
+ *   replay region|compact|naive|malloc FROM TO DELETE FROM2 TO2 LIVE FILL TOTAL ALIGNMENT SEED [DIRECTORY]
+ *
+ * Without DIRECTORY the region is in memory, which changes nothing but the time.
  *
  * The trace: values of FROM to TO bytes until FILL bytes are written, at most LIVE of them live (room is made by
  * deleting values at random); then DELETE per cent of the values go, at random; then values of FROM2 to TO2 bytes, the
@@ -258,8 +260,8 @@ static void write_until(const allocator_t *allocator, uint64_t end, uint64_t mos
 
 int main(int argc, char **argv)
 {
-    if (argc != 13)
-        fail("usage: replay ALLOCATOR FROM TO DELETE FROM2 TO2 LIVE FILL TOTAL ALIGNMENT SEED DIRECTORY");
+    if (argc < 12)
+        fail("usage: replay ALLOCATOR FROM TO DELETE FROM2 TO2 LIVE FILL TOTAL ALIGNMENT SEED [DIRECTORY]");
     const allocator_t *allocator = NULL;
     for (size_t i = 0; i < sizeof allocators / sizeof *allocators; i++)
         if (strcmp(argv[1], allocators[i].name) == 0)
@@ -280,7 +282,7 @@ int main(int argc, char **argv)
     rng = 0x9E3779B97F4A7C15u ^ n[9];
     for (int i = 0; i < 2 * LONGEST; i++)
         pattern[i] = (uint8_t)random_below(256);
-    allocator->start(argv[12]);
+    allocator->start(argc > 12 ? argv[12] : NULL);
 
     struct timespec begin, end;
     clock_gettime(CLOCK_MONOTONIC, &begin);
