@@ -258,9 +258,10 @@ typedef struct {
     uint64_t remaining_bytes; /* of holes that more calls with this budget may close; 0 when nothing is left to do */
 } ndm_compaction;
 
-/* Gather free space by moving values, at most `budget` bytes of them: to the start of the file, or into other holes. Slots keep their numbers. A value that is
- * pinned, or larger than the budget, stays where it is. Done when the holes are under 1 % of the live bytes, or nothing
- * can move. NDM_ERR_IO with ENOSPC when a hole's blocks cannot be had back: every value is intact, *out is not written. */
+/* Gather free space by moving values, at most `budget` bytes of them: to the start of the file, or into other holes.
+ * Slots keep their numbers. A value that is pinned, leased, or larger than the budget, stays where it is. Done when the
+ * holes are under 1 % of the live bytes, or nothing can move. NDM_ERR_IO with ENOSPC when a hole's blocks cannot be had
+ * back: every value is intact, *out is not written. */
 int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out);
 
 /* Wait until all values are written back, and drop the `count` values in `slots` from RAM; `slots` NULL: all values
