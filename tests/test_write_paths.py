@@ -355,7 +355,9 @@ def test_a_full_disk_is_an_error_in_each_path(
     mount: Mount, run_python: RunPython, kind: str, size: int, limit: int | None
 ) -> None:
     if kind == "btrfs":
-        size = max(size, 1000)  # fewer slots: for each page of their table it searches the full disk for room, 0.2 s long
+        size = max(
+            size, 1000
+        )  # fewer slots: for each page of their table it searches the full disk for room, 0.2 s long
     assert run_python(FULL_DISK, mount(kind, 16) / "region", size, limit) == "done\n"
 
 
