@@ -764,8 +764,8 @@ def flush_until_well(region: OverflowRegion) -> None:
     region.flush()
 
 
-# Open: once in about 40 runs, under ASan on a busy machine, a value was lost though the error was raised; the kernel's own
-# write-back seems to meet the failure between two calls. Until that is understood, slow builds leave it out.
+# Open: once in about 40 runs, under ASan on a busy machine, a value was lost though the error was raised; the kernel's
+# own write-back seems to meet the failure between two calls. Until that is understood, slow builds leave it out.
 @pytest.mark.skipif(bool(os.environ.get("NODEDB_MEM_SANITIZE")), reason="the kernel's write-back joins in")
 @pytest.mark.parametrize("size", [5000, MIB])
 def test_values_survive_a_disk_that_fails_for_a_while(failing_disk: FailingDisk, size: int) -> None:
