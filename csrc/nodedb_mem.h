@@ -93,7 +93,9 @@ typedef struct {
     uint64_t initial_capacity; /* bytes of file at first; an existing file keeps its own size */
     uint64_t max_capacity;     /* the ceiling; address space for all of it is reserved where the system allows */
     uint64_t alignment;        /* of every value: a power of two, 1 to 4096 */
-    uint64_t cache_limit;      /* bytes of the file that may stay in RAM; UINT64_MAX: no limit; at least 4 MiB is used */
+    uint64_t cache_limit;      /* bytes of the file that may stay in RAM; at least 4 MiB is used. UINT64_MAX: no limit, and
+                                  pages that were viewed stay mapped; otherwise those of values of 64 KiB and more leave the
+                                  RSS with their last view */
     uint64_t recover;          /* 1: keep the values that an earlier region left; its alignment holds, too */
 } ndm_options;
 

@@ -276,7 +276,7 @@ static const char *view_of(ndm_reader *reader, const ndm_value *value)
     if (reach_value(reader, value) != NDM_OK)
         return NULL;
     const char *view = (const char *)reader->values->base + value->offset;
-    /* Size 0: the pages stay mapped after the view. A reader reads again; it is the owner who spills. */
+    /* The pages stay mapped after the view: a reader reads again; it is the owner who spills. */
     if (!ndm_i_views_add(&reader->home, (uint32_t)value->slot, reader->values, view, 0, false)) {
         ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
         return NULL;

@@ -9,6 +9,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* The pages of a value this large leave the RSS with its last view; for less, the system call costs more. */
+#define FORGET_FROM ((uint64_t)64 << 10)
+
 /* ---- opening and closing -------------------------------------------------------------------------------- */
 
 static void let_go(ndm_region *region)
@@ -79,6 +82,7 @@ static int take_over(ndm_region *region, const ndm_options *options)
         status = ndm_i_grains_init(&region->grains, &region->data, options->cache_limit);
     if (status != NDM_OK)
         return status;
+    region->forget_from = options->cache_limit == NDM_I_UNLIMITED ? UINT64_MAX : FORGET_FROM;
     region->unit_shift = (unsigned)__builtin_ctzll(ndm_i_slots_header(&region->slots)->alignment);
     return ndm_i_recover(region);
 }
@@ -135,6 +139,7 @@ static ndm_region *region_new(const char *path, const char *directory, const ndm
         ndm_i_fail(NDM_ERR_MEMORY, "no memory for the owner page");
         goto fail;
     }
+    region->forget_from = options->cache_limit == NDM_I_UNLIMITED ? UINT64_MAX : FORGET_FROM;
     region->unit_shift = (unsigned)__builtin_ctzll(options->alignment);
     region->max_capacity = options->max_capacity;
     region->leases.file.fd = -1;

@@ -6,9 +6,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Larger values are better not kept in view: their pages leave the RSS with the last view, and each view fetches them
- * first. */
-#define KEPT_BELOW ((uint64_t)64 << 10)
+/* What of a view's pages leaves the RSS with it. */
+static uint64_t forgotten(const ndm_region *region, uint64_t size) { return size >= region->forget_from ? size : 0; }
 
 /* What a view of an empty value points to. */
 static char nothing[1];
@@ -287,7 +286,7 @@ int64_t ndm_region_allocate(ndm_region *region, uint64_t size, int64_t engine, c
     char *address = (char *)region->data.mapping->base + spot.offset;
     const uint64_t mark = region->extents.mark;
     const uint32_t extent = ndm_i_extents_take(&region->extents, spot.place, ndm_i_units(region, size), NDM_I_NONE);
-    if (!ndm_i_views_add(&region->home, extent, region->data.mapping, address, size, true)) {
+    if (!ndm_i_views_add(&region->home, extent, region->data.mapping, address, forgotten(region, size), true)) {
         status = ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
         ndm_i_extents_release(&region->extents, extent);
         ndm_i_extents_lower(&region->extents, mark);
@@ -336,7 +335,7 @@ const char *ndm_region_read_stamped(ndm_region *region, int64_t slot, int64_t *o
         return NULL;
     /* A kept view would hold an old mapping: none is kept while the mapping may have to be replaced. */
     const bool stays = region->data.mapping->length >= ndm_i_ceiling(region->max_capacity);
-    if (size < KEPT_BELOW && stays && ndm_i_stamps_viewed(&region->stamps, slot, &number)) {
+    if (size < region->forget_from && stays && ndm_i_stamps_viewed(&region->stamps, slot, &number)) {
         out[0] = -1 - (int64_t)size;
         out[1] = (int64_t)number;
     } else {
@@ -363,7 +362,7 @@ const char *ndm_i_view_value(ndm_region *region, const ndm_i_record *record)
         return nothing;
     ndm_i_mapping *mapping = region->data.mapping;
     const char *view = (const char *)mapping->base + offset;
-    if (!ndm_i_views_add(&region->home, ndm_i_record_link(record), mapping, view, size, false)) {
+    if (!ndm_i_views_add(&region->home, ndm_i_record_link(record), mapping, view, forgotten(region, size), false)) {
         ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
         return NULL;
     }
@@ -388,7 +387,7 @@ char *ndm_region_restore(ndm_region *region, int64_t slot, uint64_t *size)
     if (!mapping)
         return NULL;
     const bool added =
-        ndm_i_views_add(&region->home, ndm_i_record_link(record), mapping, view, ndm_i_record_size(record), false);
+        ndm_i_views_add(&region->home, ndm_i_record_link(record), mapping, view, 0, false);
     ndm_i_mapping_unref(mapping); /* the view holds it */
     if (!added) {
         ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
@@ -416,7 +415,7 @@ int64_t ndm_region_read_into(ndm_region *region, int64_t slot, void *buffer, uin
     const uint64_t size = ndm_i_record_size(record);
     if (size > 0 && size <= capacity)
         status = ndm_i_grains_load(&region->grains, ndm_i_record_offset(record), buffer, size);
-    if (size < KEPT_BELOW)
+    if (size < region->forget_from)
         ndm_i_stamps_copied(&region->stamps, slot);
     return status == NDM_OK ? (int64_t)size : status;
 }

@@ -9,15 +9,12 @@ enum { FIRST_BUCKETS = 256, MOST_SPARES = 256 };
 
 #define NDM_I_VIEW UINT32_MAX
 
-/* The pages of a value this large leave the process's RSS with its last view; for less, the system call costs more. */
-#define FORGET_FROM ((uint64_t)64 << 10)
-
 /* A view (where = its address, pin = its extent's pin) or a pin (where = its home, extent = which one). */
 struct ndm_i_entry {
     struct ndm_i_entry *next;
     const void *where;
-    uint64_t size;  /* view: bytes */
-    uint64_t count; /* view: times handed out; pin: views of it */
+    uint64_t forget; /* view: so many bytes leave the RSS with it */
+    uint64_t count;  /* view: times handed out; pin: views of it */
     struct ndm_i_entry *pin;
     union {
         ndm_i_mapping *mapping; /* view */
@@ -163,7 +160,7 @@ void ndm_i_home_leave(ndm_i_home *home)
         home->last(home);
 }
 
-bool ndm_i_views_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, const void *address, uint64_t size,
+bool ndm_i_views_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, const void *address, uint64_t forget,
                      bool writable)
 {
     struct table *table = table_here();
@@ -177,7 +174,7 @@ bool ndm_i_views_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, 
     } else if ((added = fill_spares(table, 2))) {
         struct ndm_i_entry *view = take_spare(table);
         *view = (struct ndm_i_entry){
-            .where = address, .size = size, .count = 1, .mapping = mapping, .extent = NDM_I_VIEW};
+            .where = address, .forget = forget, .count = 1, .mapping = mapping, .extent = NDM_I_VIEW};
         ndm_i_mapping_ref(mapping);
         insert(table, link, view);
         link = find(table, home, extent);
@@ -230,12 +227,12 @@ void ndm_i_views_drop(const void *address)
         }
     }
     ndm_i_mapping *mapping = view->mapping;
-    const uint64_t size = view->size;
+    const uint64_t forget = view->forget;
     give_spare(table, view);
     pthread_mutex_unlock(&table->lock);
 
-    if (size >= FORGET_FROM)
-        ndm_i_mapping_forget((void *)address, size);
+    if (forget > 0)
+        ndm_i_mapping_forget((void *)address, forget);
     ndm_i_mapping_unref(mapping);
     if (home)
         ndm_i_home_leave(home);

@@ -32,9 +32,9 @@ void ndm_i_home_init(ndm_i_home *home, void (*last)(ndm_i_home *));
 /* The region, or a pin, no longer uses its home: calls last() if that was the last user. */
 void ndm_i_home_leave(ndm_i_home *home);
 
-/* Record a view of `extent`, `size` bytes at `address` inside `mapping`; `writable` if stores to it reach the file.
- * false: no memory. Owner only. */
-bool ndm_i_views_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, const void *address, uint64_t size,
+/* Record a view of `extent` at `address` inside `mapping`; `writable` if stores to it reach the file. The pages of the
+ * first `forget` bytes leave the process's RSS with the last view at that address. false: no memory. Owner only. */
+bool ndm_i_views_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, const void *address, uint64_t forget,
                      bool writable);
 
 /* End one view. Any thread. */

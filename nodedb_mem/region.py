@@ -81,8 +81,10 @@ class OverflowRegion:
         Of the start of every value, in bytes: a power of two, 1 to 4096. 1 packs values without gaps.
     cache_limit
         The most bytes of the file that may stay in RAM, page cache and RSS together: beyond, a background thread of the
-        core writes the oldest to disk and drops them. None: no limit. 0: as little as possible, about 4 MiB. Views
-        that are in use may hold more. Without effect on tmpfs, which has no other place than RAM.
+        core writes the oldest to disk and drops them. 0: as little as possible, about 4 MiB. Views that are in use may
+        hold more. Under any limit the pages of values of 64 KiB and more leave the RSS with their last view. None: no
+        limit, and pages that were read stay mapped, so that reading them again costs no faults; to keep the RSS low
+        all the same, set a limit larger than the file. Without effect on tmpfs, which has no other place than RAM.
     recover
         Keep the values of an earlier region, whose owner closed it or was killed, under their slots; references to them
         stay good, and its alignment holds. A value being written when the owner died is not among them. Values survive

@@ -91,6 +91,20 @@ def test_views_of_large_values_are_not_kept(region: OverflowRegion) -> None:
     assert kept(region) == 0
 
 
+def test_without_a_limit_views_of_large_values_are_kept_until_they_are_freed(tmp_path: Path) -> None:
+    with OverflowRegion.open(tmp_path / "region", cache_limit=None) as region:
+        slots = [region.write(bytes([number]) * (1 << 20), 0) for number in range(3)]
+        for _ in range(3):
+            assert [region.read(slot)[-1] for slot in slots] == [0, 1, 2]
+        assert kept(region) == 3
+        for slot in slots:
+            region.free(slot)
+        assert kept(region) == 0
+        assert region.stats().pinned_bytes == 0
+        assert region.write(b"new", 0) == slots[-1]
+        assert region.read(slots[-1]) == b"new"
+
+
 def test_a_freed_slot_is_gone_and_its_bytes_are_free(region: OverflowRegion) -> None:
     slot = hot(region)
     region.free(slot)

@@ -386,7 +386,7 @@ def test_each_region_has_a_limit_and_a_thread_of_its_own(new: Open) -> None:
 def test_the_pages_of_a_large_value_leave_rss_with_its_last_view(
     new: Open, mapped_kib: Callable[[Path | str], int], size: int
 ) -> None:
-    region = new(alignment=4096, cache_limit=None)
+    region = new(alignment=4096, cache_limit=1 << 50)  # as good as none
     assert region.path is not None
     slot = region.write(blob(size), 0)
     view = region.read(slot)
@@ -402,13 +402,29 @@ def test_the_pages_of_a_large_value_leave_rss_with_its_last_view(
 
 
 def test_spilling_and_reading_back_leaves_rss_as_it_was(new: Open, mapped_kib: Callable[[Path | str], int]) -> None:
-    region = new(cache_limit=None)
+    region = new(cache_limit=1 << 50)
     assert region.path is not None
     data = blob(MIB)
     slots = [region.write(data, 0) for _ in range(32)]
     assert mapped_kib(region.path) <= 64
     assert all(region.read(slot) == data for slot in slots)
     assert mapped_kib(region.path) <= 64
+
+
+def test_without_a_limit_what_was_read_stays_mapped_until_it_is_evicted(
+    new: Open, mapped_kib: Callable[[Path | str], int]
+) -> None:
+    region = new(cache_limit=None)
+    assert region.path is not None
+    data = blob(MIB)
+    slots = [region.write(data, 0) for _ in range(8)]
+    assert all(region.read(slot) == data for slot in slots)
+    assert mapped_kib(region.path) >= 8 * MIB // KIB
+    for _ in range(3):  # often enough for the views to be kept
+        assert all(region.read(slot) == data for slot in slots)
+    region.evict()
+    assert mapped_kib(region.path) <= 64
+    assert all(region.read(slot) == data for slot in slots)
 
 
 # tmpfs
