@@ -71,11 +71,12 @@ class Subject(Protocol):
 class RegionSubject:
     """An overflow region, or its twin: they are called in the same way."""
 
-    def __init__(self, kind: type[Any], directory: Path, workload: Workload) -> None:
+    def __init__(self, kind: type[Any], directory: Path, workload: Workload, **options: Any) -> None:
         self.region = kind.open(
-            directory / f"{kind.__name__}.region",
+            directory / "-".join([kind.__name__, *options]),
             initial_capacity=workload.total,
             max_capacity=2 * workload.total,
+            **options,
         )
         self.data = random.Random(0).randbytes(workload.size)
         self.values = workload.values
@@ -165,7 +166,8 @@ class MmapSubject:
 
 
 RIVALS: dict[str, Callable[[Path, Workload], Subject]] = {
-    "region": lambda directory, workload: RegionSubject(OverflowRegion, directory, workload),
+    "region": lambda directory, workload: RegionSubject(OverflowRegion, directory, workload, cache_limit=None),
+    "limited": lambda directory, workload: RegionSubject(OverflowRegion, directory, workload),
     "twin": lambda directory, workload: RegionSubject(TwinRegion, directory, workload),
     "mmap": MmapSubject,
 }

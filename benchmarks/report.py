@@ -158,6 +158,7 @@ def table(results: list[Cell], facts: dict[str, str], rounds: int) -> str:
         *_aligned([header, *rows]),
         "",
         *(f"- {operation.label}: {operation.meaning}" for operation in OPERATIONS),
+        "- region: `cache_limit=None`, as the others have no limit; limited: the default of 256 MiB",
         "- twin: `benchmarks/twin.py`, the same promises in pure Python; mmap: slices of a mapping, no promises",
         "",
     ]

@@ -34,6 +34,11 @@
  * dropped is known, and fetched in one go whatever its size.) */
 #define FETCH_FROM ((uint64_t)64 << 10)
 
+/* A store to a page that is mapped read-only takes 3.2 us, to one that is not mapped 0.25, to a writable one nothing. So
+ * what pwrite has written, and a view may have mapped, is unmapped before a large value is stored there: 1 MiB then takes
+ * 65 us instead of 780. */
+#define UNMAP_FROM PWRITE_FROM
+
 static uint64_t min(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 /* The grains that [start, end) touches are [start / GRAIN, end_of(end)). */
@@ -288,6 +293,7 @@ static int store_directly(ndm_i_grains *grains, uint64_t offset, const uint8_t *
         const bool to_end = min((grain + 1) * GRAIN, capacity) <= end;
         const uint8_t state = state_of(grains, grain);
         const bool keeps = grains->file->keeps_blocks;
+        atomic_fetch_or(&grains->marks[grain], NDM_I_DIRECT);
         /* Values come in order more often than not: one that ends a begun grain has filled it. */
         if (keeps && to_end && (grain * GRAIN >= offset || state == NDM_I_BEGUN))
             set_state(grains, grain, NDM_I_READY);
@@ -299,6 +305,17 @@ static int store_directly(ndm_i_grains *grains, uint64_t offset, const uint8_t *
     ndm_i_cache_unlock(&grains->cache);
     ndm_i_cache_admit(grains, offset / GRAIN, end_of(end));
     return NDM_OK;
+}
+
+static void unmap_direct(ndm_i_grains *grains, uint64_t offset, uint64_t end)
+{
+    for (uint64_t grain = offset / GRAIN; grain < end_of(end); grain++) {
+        if (!(atomic_load_explicit(&grains->marks[grain], memory_order_relaxed) & NDM_I_DIRECT))
+            continue;
+        atomic_fetch_and(&grains->marks[grain], (uint8_t)~NDM_I_DIRECT);
+        const uint64_t start = grain * GRAIN;
+        ndm_i_mapping_forget(grains->file->mapping->base + start, min(GRAIN, grains->file->capacity - start));
+    }
 }
 
 /* Of a file that may be written to `offset` + `size`. */
@@ -313,6 +330,8 @@ static int put(ndm_i_grains *grains, uint64_t offset, const void *data, uint64_t
             return store_directly(grains, offset, data, size);
         ndm_i_cache_admit(grains, offset / GRAIN, end_of(end));
     }
+    if (size >= UNMAP_FROM)
+        unmap_direct(grains, offset, end);
     ndm_i_copy(grains->file->mapping->base + offset, data, size);
     return NDM_OK;
 }
@@ -388,8 +407,7 @@ int ndm_i_grains_load(ndm_i_grains *grains, uint64_t offset, void *buffer, uint6
         memmove(buffer, grains->file->mapping->base + offset, size);
         return NDM_OK;
     }
-    /* pread maps no page: nothing is added to RSS, and a later memcpy there meets no page mapped read-only, which would
-     * fault on its own (measured 3.2 us per 4 KiB, against 0.25 for one that is not mapped). */
+    /* pread maps no page: nothing is added to RSS, and a later memcpy there meets no page that is mapped read-only. */
     int status = ndm_i_backing_load(grains->file, offset, buffer, size);
     if (status == NDM_OK)
         ndm_i_cache_admit(grains, offset / GRAIN, end_of(offset + size));

@@ -33,7 +33,8 @@ enum { NDM_I_EMPTY, NDM_I_HOLE, NDM_I_PARTIAL, NDM_I_READY, NDM_I_BEGUN, NDM_I_D
 /* What a grain is to the cache. */
 enum {
     NDM_I_QUEUED = 1, /* some of it may be in RAM; it stands in the queue */
-    NDM_I_RECENT = 2  /* read since it was queued: it gets a second round */
+    NDM_I_RECENT = 2, /* read since it was queued: it gets a second round */
+    NDM_I_DIRECT = 4  /* pwrite has written to it: where its pages are mapped, it is by views, and read-only */
 };
 
 typedef struct {

@@ -50,7 +50,7 @@ _STAMPS = lib.NDM_STAMPS
 _NUMBER = (1 << 63) - 1  # without the bit of a value that was dropped from RAM
 _WORTH_KEEPING = lib.NDM_STAMP_WORTH  # a value with a higher stamp has a number
 _LARGE = 64 << 10  # values from this size on are copied out by the system, which maps no page
-_SCRATCH = 4096  # values up to this many bytes become `bytes` by way of a reused buffer
+_SCRATCH = 64 << 10  # values up to this many bytes become `bytes` by way of a reused buffer
 
 
 class _Owned(threading.local):
