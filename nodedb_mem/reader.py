@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
+_buffer = ffi.buffer
+_gc = ffi.gc
+_read = lib.ndm_reader_read
+_release = lib.ndm_view_release
+
 _COPY_AT_ONCE = 4096
 
 
@@ -135,7 +140,7 @@ class OverflowReader:
         `source` is a reference into a region that has been opened anew, or closed, since.
     """
 
-    __slots__ = ("__weakref__", "_handle", "_incarnation", "_path")
+    __slots__ = ("__weakref__", "_handle", "_incarnation", "_path", "_values")
 
     def __init__(self, source: str | os.PathLike[str] | SlotRef) -> None:
         if isinstance(source, SlotRef):
@@ -152,6 +157,7 @@ class OverflowReader:
             self._raise(lib.ndm_last_error().status)
         self._handle = _gc(handle, lib.ndm_reader_destroy)
         self._incarnation = self.stats().incarnation
+        self._values = [_new_value()]  # taken while in use: another thread that reads meanwhile makes a new one
         if isinstance(source, SlotRef):
             self._check_ref(source)
 
@@ -170,7 +176,17 @@ class OverflowReader:
         StaleSlotError
             A reference's value is gone, or the region has been opened anew.
         """
-        return self._view(slot)[0]
+        number, generation = self._name(slot)
+        try:
+            value = self._values.pop()
+        except IndexError:
+            value = _new_value()
+        view = _read(self._handle, number, generation, value)
+        if not view:
+            self._raise(lib.ndm_last_error().status, number)
+        size = value.size
+        self._values.append(value)
+        return memoryview(_buffer(_gc(view, _release), size)).toreadonly()
 
     def read_bytes(self, slot: int | SlotRef) -> bytes:
         """Copy a value, never torn. Raises as `read` does."""
@@ -212,7 +228,7 @@ class OverflowReader:
             As `read`.
         """
         number, generation = self._name(slot)
-        view, value = ffi.new("const char **"), ffi.new("ndm_value *")
+        view, value = ffi.new("const char **"), _new_value()
         lease = self._check(lib.ndm_reader_lease(self._handle, number, generation, view, value), number)
         return Lease(self, lease, _as_view(view[0], value.size))
 
@@ -220,7 +236,7 @@ class OverflowReader:
         """Tell whether a reference's value is still there."""
         try:
             self._check_ref(ref)
-            value = ffi.new("ndm_value *")
+            value = _new_value()
             self._check(lib.ndm_reader_find(self._handle, ref.slot, ref.generation, value), ref.slot)
         except StaleSlotError:
             return False
@@ -229,7 +245,7 @@ class OverflowReader:
     def slots(self) -> list[ReaderSlot]:
         """List the live slots. Linear in the slot table."""
         found: list[ReaderSlot] = []
-        value = ffi.new("ndm_value *")
+        value = _new_value()
         while (status := lib.ndm_reader_next(self._handle, found[-1].slot + 1 if found else 0, value)) >= 0:
             engine = KNOWN_ENGINES.get(value.engine, value.engine)
             found.append(ReaderSlot(value.slot, value.offset, value.size, engine, value.generation))
@@ -278,7 +294,8 @@ class OverflowReader:
     def _name(self, slot: int | SlotRef) -> tuple[int, int]:
         """Slot number and generation, -1 for any."""
         if isinstance(slot, SlotRef):
-            self._check_ref(slot)
+            if slot.incarnation != self._incarnation:
+                self._raise_foreign(slot)
             return slot.slot, slot.generation
         number = index(slot)
         return (number if 0 <= number < 1 << 62 else -1), -1
@@ -287,12 +304,15 @@ class OverflowReader:
         if not isinstance(ref, SlotRef):
             raise TypeError(f"a SlotRef is needed, not {type(ref).__name__!r}")
         if ref.incarnation != self._incarnation:
-            raise StaleSlotError(f"{self._path}: slot {ref.slot} belongs to another region, or to an earlier opening")
+            self._raise_foreign(ref)
+
+    def _raise_foreign(self, ref: SlotRef) -> NoReturn:
+        raise StaleSlotError(f"{self._path}: slot {ref.slot} belongs to another region, or to an earlier opening")
 
     def _view(self, slot: int | SlotRef) -> tuple[memoryview, Any]:
         number, generation = self._name(slot)
-        value = ffi.new("ndm_value *")
-        view = lib.ndm_reader_read(self._handle, number, generation, value)
+        value = _new_value()
+        view = _read(self._handle, number, generation, value)
         if not view:
             self._raise(lib.ndm_last_error().status, number)
         return _as_view(view, value.size), value
@@ -313,8 +333,10 @@ class OverflowReader:
         raise_status(status, path=self._path, slot=slot)
 
 
+def _new_value() -> Any:
+    return ffi.new("ndm_value *")
+
+
 def _as_view(address: Any, size: int) -> memoryview:
-    return memoryview(ffi.buffer(_gc(address, lib.ndm_view_release), size)).toreadonly()
+    return memoryview(_buffer(_gc(address, _release), size)).toreadonly()
 
-
-_gc = ffi.gc
