@@ -339,4 +339,3 @@ def _new_value() -> Any:
 
 def _as_view(address: Any, size: int) -> memoryview:
     return memoryview(_buffer(_gc(address, _release), size)).toreadonly()
-
