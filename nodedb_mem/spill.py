@@ -4,7 +4,8 @@ Each thread owns one temporary region and an equal share of the budget. It takes
 keeps it in an LRU mapping of its share, and spills what falls out. When no piece is left it reads its own
 buffers back in random order, the spilled ones through zero-copy views, and compares their digests with those
 of the source bytes. Nothing is pulled back into the LRU, so the budget holds to the end: the buffers in RAM
-are at most the budget and a chunk a thread. The bookkeeping, some hundred bytes a chunk, comes on top.
+are at most the budget and a chunk a thread. Of what is spilled as much again may stay in RAM (`cache_limit`), and
+the bookkeeping, some hundred bytes a chunk, comes on top.
 
 With readers, processes of their own check each spilled buffer too, as soon as it is spilled and while the owners
 write on: a reference goes over, a zero-copy view is digested there.
@@ -24,7 +25,6 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, 
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, fields
 from hashlib import blake2b
-from resource import RUSAGE_SELF, getrusage
 from time import perf_counter
 from typing import NamedTuple, Protocol
 
@@ -277,7 +277,7 @@ class _Job:
             growths=total.growths,
             write_bytes_per_s=_rate(total.bytes_spilled, total.write_seconds),
             read_bytes_per_s=_rate(total.bytes_in, total.read_seconds),
-            peak_rss_bytes=getrusage(RUSAGE_SELF).ru_maxrss * 1024,
+            peak_rss_bytes=_peak_rss(),
             verified_chunks=total.verified,
             mismatched_chunks=total.mismatched,
             seconds=perf_counter() - start,
@@ -288,13 +288,14 @@ class _Job:
         """One thread's part; the thread owns its region from open to close."""
         tally = _Tally()
         initial = min(_INITIAL_CAPACITY, self.max_capacity)
+        share = self.options.budget // self.threads
         with OverflowRegion.temporary(
-            self.options.directory, initial_capacity=initial, max_capacity=self.max_capacity
+            self.options.directory, initial_capacity=initial, max_capacity=self.max_capacity, cache_limit=share
         ) as region:
             sources: list[tuple[Piece, bytes]] = []
             spilled = _Spilled(region, tally, sources, self.readers)
             held: zict.LRU[int, bytes] = zict.LRU(
-                self.options.budget // self.threads,
+                share,
                 {},
                 on_evict=spilled.put,
                 weight=lambda key, data: len(data),
@@ -353,6 +354,12 @@ class _Job:
 
 def _digest(data: bytes | memoryview) -> bytes:
     return blake2b(data, digest_size=32).digest()
+
+
+def _peak_rss() -> int:
+    # Not getrusage: its figure begins with what the process that started this one had.
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
 
 
 def _rate(amount: int, seconds: float) -> float:

@@ -59,8 +59,11 @@ class MemoryRegion:
         self.opened.append(self)
 
     @classmethod
-    def temporary(cls, directory: str | None, *, initial_capacity: int, max_capacity: int) -> MemoryRegion:
+    def temporary(
+        cls, directory: str | None, *, initial_capacity: int, max_capacity: int, cache_limit: int
+    ) -> MemoryRegion:
         assert 0 < initial_capacity <= max_capacity
+        assert cache_limit >= 0
         return cls()
 
     def __enter__(self) -> MemoryRegion:
@@ -173,6 +176,16 @@ def test_no_more_is_spilled_than_the_budget_demands(run: Run, tree: Path) -> Non
     got = figures(run("spill", tree, "--json", "--budget", budget, "--chunk", CHUNK)[1])
     held = TOTAL - got["bytes_spilled"]
     assert budget - CHUNK < held <= budget
+
+
+def test_spilled_bytes_leave_ram(tmp_path: Path) -> None:
+    budget, total = 8 << 20, 160 << 20
+    peaks = []
+    for name, size in (("little", CHUNK), ("much", total)):
+        (tmp_path / name).write_bytes(random.Random(3).randbytes(1 << 20) * (size >> 20) or b"little")
+        command = ("spill", tmp_path / name, "--json", "--budget", budget, "--chunk", CHUNK, "--directory", tmp_path)
+        peaks.append(figures(start(*command).stdout)["peak_rss_bytes"])
+    assert peaks[1] - peaks[0] < 2 * budget + (24 << 20)  # the budget in buffers, as much of the file, bookkeeping
 
 
 def test_growths_of_all_regions_are_counted(run: Run, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
