@@ -178,6 +178,7 @@ def test_no_more_is_spilled_than_the_budget_demands(run: Run, tree: Path) -> Non
     assert budget - CHUNK < held <= budget
 
 
+@pytest.mark.skipif("NODEDB_MEM_SANITIZE" in os.environ, reason="sanitizers keep freed memory for a while")
 def test_spilled_bytes_leave_ram(tmp_path: Path) -> None:
     budget, total = 8 << 20, 160 << 20
     peaks = []
