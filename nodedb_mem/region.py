@@ -43,7 +43,6 @@ _release = lib.ndm_view_release
 
 _NO_LIMIT = (1 << 63) - 1
 _UNLIMITED = (1 << 64) - 1
-_ONLY_BYTES = {bytes}
 _INT64 = frozenset({"q", "l", "<q", "<l"})  # ctypes names the byte order
 _JOIN = 4096  # values of up to this many bytes on average are joined for a batch
 _STAMPS = lib.NDM_STAMPS
@@ -378,10 +377,9 @@ class OverflowRegion:
         values: list[Any] = list(buffers)  # type: ignore[arg-type]
         count = len(values)
         slots = ffi.new("int64_t[]", count)
-        # Joining small values costs less than taking the address of each. Only of bytes, whose lengths cannot change.
-        if set(map(type, values)) == _ONLY_BYTES and (total := sum(sizes := list(map(len, values)))) <= count * _JOIN:
-            data = b"".join(values)
-            status = lib.ndm_region_write_packed(self._handle, data, total, sizes, count, engine, slots)
+        if joined := _joined(values):
+            data, sizes = joined
+            status = lib.ndm_region_write_packed(self._handle, data, len(data), sizes, count, engine, slots)
         else:
             sources = _exported_all(values)
             status = lib.ndm_region_write_many(self._handle, sources, list(map(len, sources)), count, engine, slots)
@@ -950,6 +948,23 @@ def _exported_all(buffers: Iterable[Buffer]) -> list[Any]:
     if not sources:
         raise ValueError("no buffers given")
     return sources
+
+
+def _joined(values: list[Any]) -> tuple[bytes, Any] | None:
+    """Small values in one piece, and their sizes: that costs less than taking the address of each.
+
+    None where some are not `bytes`, whose sizes cannot change, or all are too large.
+    """
+    try:
+        sizes = list(map(bytes.__len__, values))
+    except TypeError:
+        return None
+    count = len(sizes)
+    if not sizes or sum(sizes) > count * _JOIN:
+        return None
+    if sizes.count(sizes[0]) == count:  # an array of one number costs less than converting a list
+        return b"".join(values), _from_buffer("int64_t[]", sizes[0].to_bytes(8, sys.byteorder) * count)
+    return b"".join(values), sizes
 
 
 def _int64_array(data: Buffer) -> Any:
