@@ -14,7 +14,8 @@
  *    extent and keeps the mapping, and so the file's lock, until the process ends.
  *  - In a forked child the views taken before the fork stay readable, but nothing pins them for the child: once
  *    the parent has freed and released a slot, the child sees what the parent writes there next, and touching it
- *    is SIGBUS once the parent has trimmed the file to less.
+ *    is SIGBUS once the parent has trimmed the file to less. A store of the child's through a view of
+ *    ndm_region_allocate() would then hit another value.
  *  - If another program shortens the file, touching a lost page is SIGBUS. Growing and preparing space notice a
  *    short file and return NDM_ERR_IO with EIO; reading cannot notice.
  *  - Link with -pthread. Linux only.
