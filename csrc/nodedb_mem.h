@@ -341,17 +341,31 @@ int ndm_reader_next(ndm_reader *reader, int64_t from, ndm_value *out);
 
 typedef struct {
     uint64_t incarnation;
-    uint64_t capacity, max_capacity, used_bytes, live_bytes, slot_count, alignment, resident_bytes, leases;
+    uint64_t capacity, max_capacity, used_bytes, live_bytes, slot_count, alignment, resident_bytes;
+    uint64_t pinned_bytes; /* freed, but waiting for a view of the owner's or a lease to end */
+    uint64_t leases; /* held by living processes; UINT64_MAX: their file may not be read, or is none */
     uint64_t owner; /* process id of a living owner, 0 if there is none */
 } ndm_reader_figures;
 
 /* Figures, as the owner last published them. */
 int ndm_reader_stats(ndm_reader *reader, ndm_reader_figures *out);
 
-/* Keep a value where it is, through the owner's free and compact, until ndm_reader_release() or the end of this process.
- * Returns the lease's number, and a view. NDM_ERR_IO with ENOENT if the owner has not allowed leases. */
+/* Keep a value where it is, until ndm_reader_release() or the end of this process: through the owner's free and compact,
+ * and through its death, if the next owner recovers the file. A next owner that starts afresh ends the value, not its
+ * bytes: the verbs tell NDM_ERR_STALE, the view stays good until the release. Returns the lease's number, and a view.
+ * NDM_ERR_IO with ENOENT if the owner has not allowed leases, EAGAIN if all are taken. */
 int64_t ndm_reader_lease(ndm_reader *reader, int64_t slot, int64_t generation, const char **view, ndm_value *out);
 int ndm_reader_release(ndm_reader *reader, int64_t lease);
+
+enum { NDM_MOST_LEASES = 2000 }; /* of one region at a time */
+
+typedef struct {
+    uint64_t offset, size; /* of a value in the file, live or freed */
+} ndm_leased;
+
+/* How many leases living processes hold, by this reader and others, and what the first `capacity` of them keep, each
+ * lease for itself. Reads the leases file, no more; 0 if there is none. */
+int64_t ndm_reader_leases(ndm_reader *reader, ndm_leased *places, uint64_t capacity);
 
 /* ---- Pins: views for native code ----
  *

@@ -375,6 +375,7 @@ int ndm_reader_stats(ndm_reader *reader, ndm_reader_figures *out)
         return status;
     const ndm_i_header *header = header_of(reader);
     uint64_t resident, unwritten;
+    const int64_t leases = ndm_i_leases_look(reader->leases_path, NULL);
     reader->data.capacity = ndm_i_backing_size(&reader->data);
     if ((status = ndm_i_backing_residency(&reader->data, &resident, &unwritten)) == NDM_OK)
         *out = (ndm_reader_figures){.incarnation = reader->incarnation,
@@ -385,7 +386,8 @@ int ndm_reader_stats(ndm_reader *reader, ndm_reader_figures *out)
                                     .slot_count = acquire(&header->count),
                                     .alignment = header->alignment,
                                     .owner = ndm_i_backing_is_byte_locked(&reader->slots, 0) ? acquire(&header->owner) : 0,
-                                    .leases = ndm_i_leases_count(&reader->leases),
+                                    .pinned_bytes = acquire(&header->pinned_bytes),
+                                    .leases = leases < 0 ? UINT64_MAX : (uint64_t)leases,
                                     .resident_bytes = resident};
     pthread_mutex_unlock(&reader->lock);
     return status;
@@ -393,49 +395,80 @@ int ndm_reader_stats(ndm_reader *reader, ndm_reader_figures *out)
 
 /* ---- leases --------------------------------------------------------------------------------------------- */
 
+/* Claim a lease of a value with the place where it is. What is found afterwards counts: only then the owner is sure to
+ * see the lease. An entry that names another place than that would not keep the value past the owner's death. */
+static int64_t claim_in_place(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out)
+{
+    for (int tries = 0; tries < RETRIES; tries++) {
+        ndm_value before;
+        int status = look_up(reader, slot, generation, &before);
+        if (status != NDM_OK)
+            return status;
+        const ndm_i_span place = {before.offset, before.size};
+        const int64_t entry = ndm_i_leases_claim(&reader->leases, (uint32_t)slot, before.generation, place);
+        if (entry < 0)
+            return entry;
+        status = look_up(reader, slot, before.generation, out);
+        if (status == NDM_OK)
+            status = check_incarnation(reader);
+        if (status == NDM_OK && out->place == before.place)
+            return entry;
+        ndm_i_leases_release(&reader->leases, (uint64_t)entry);
+        if (status != NDM_OK)
+            return status;
+    }
+    return ndm_i_fail(NDM_ERR_STALE, "the value keeps moving");
+}
+
 int64_t ndm_reader_lease(ndm_reader *reader, int64_t slot, int64_t generation, const char **view, ndm_value *out)
 {
-    ndm_value value, again;
-    int64_t entry = -1;
-    int status = enter(reader);
+    ndm_value value;
+    int64_t status = enter(reader);
     if (status != NDM_OK)
         return status;
-    if (!reader->leases.table)
+    if (!reader->leases.table) {
         status = ndm_i_leases_join(&reader->leases, reader->leases_path);
-    if (status == NDM_OK)
-        status = look_up(reader, slot, generation, &value);
-    if (status == NDM_OK && (entry = ndm_i_leases_claim(&reader->leases, (uint32_t)slot, value.generation)) < 0)
-        status = (int)entry;
-    if (status != NDM_OK)
-        goto end;
-    /* From here on the owner sees the lease; was the value still there? */
-    status = look_up(reader, slot, value.generation, &again);
-    if (status == NDM_OK)
-        status = check_incarnation(reader);
-    const char *address = status == NDM_OK ? view_of(reader, &again) : NULL;
-    if (status == NDM_OK && !address)
-        status = ndm_last_error()->status;
-    if (status != NDM_OK) {
-        ndm_i_leases_release(&reader->leases, (uint64_t)entry);
-        goto end;
+        reader->leases.incarnation = reader->incarnation;
     }
-    *view = address;
-    *out = again;
-
-end:
+    const int64_t entry = status == NDM_OK ? claim_in_place(reader, slot, generation, &value) : status;
+    const char *address = entry >= 0 ? view_of(reader, &value) : NULL;
+    if (address) {
+        *view = address;
+        *out = value;
+        status = entry;
+    } else {
+        status = ndm_last_error()->status;
+        if (entry >= 0)
+            ndm_i_leases_release(&reader->leases, (uint64_t)entry);
+    }
     pthread_mutex_unlock(&reader->lock);
-    return status == NDM_OK ? entry : status;
+    return status;
 }
 
 int ndm_reader_release(ndm_reader *reader, int64_t lease)
 {
-    int status = enter(reader);
-    if (status == NDM_ERR_STALE || status == NDM_ERR_CLOSED)
-        return NDM_OK; /* it went with the files */
-    if (status != NDM_OK)
-        return status;
-    if (lease >= 0 && lease < NDM_I_LEASES && reader->leases.table)
+    if (!reader)
+        return NDM_OK;
+    if (!ndm_i_is_process(reader->process))
+        return ndm_i_fail(NDM_ERR_WRONG_THREAD, "the reader belongs to the process that opened it");
+    pthread_mutex_lock(&reader->lock);
+    if (lease >= 0 && lease < NDM_I_LEASES && reader->leases.table) /* else it went with the files */
         ndm_i_leases_release(&reader->leases, (uint64_t)lease);
     pthread_mutex_unlock(&reader->lock);
     return NDM_OK;
+}
+
+int64_t ndm_reader_leases(ndm_reader *reader, ndm_leased *places, uint64_t capacity)
+{
+    int64_t status = enter(reader);
+    if (status != NDM_OK)
+        return status;
+    ndm_i_span *found = malloc(NDM_I_LEASES * sizeof *found);
+    status = found ? ndm_i_leases_look(reader->leases_path, found)
+                   : ndm_i_fail(NDM_ERR_MEMORY, "no memory to look at the leases");
+    for (int64_t i = 0; i < status && (uint64_t)i < capacity; i++)
+        places[i] = (ndm_leased){found[i].offset, found[i].size};
+    free(found);
+    pthread_mutex_unlock(&reader->lock);
+    return status;
 }

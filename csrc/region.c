@@ -47,14 +47,21 @@ static int check_options(const ndm_options *options)
     return NDM_OK;
 }
 
-/* Empty the data file. Where readers have it mapped it keeps its size, and becomes one hole: a page that is cut off
- * under a view would be SIGBUS. */
-static int empty_data(ndm_region *region, uint64_t capacity, uint64_t ceiling)
+/* Empty the data file. Where readers have it mapped it keeps its size, and becomes one hole but for what they lease: a
+ * page that is cut off under a view would be SIGBUS. */
+static int empty_data(ndm_region *region, uint64_t capacity, uint64_t ceiling, const ndm_i_span *leased,
+                      uint64_t *leased_count)
 {
     const bool alone = ndm_i_slots_bar_readers(&region->slots);
     int status = ndm_i_backing_start(&region->data, capacity, ceiling, !alone);
-    if (status == NDM_OK && !alone && !ndm_i_backing_punch(&region->data, 0, capacity))
-        status = ndm_i_fail(NDM_ERR_BUSY, "readers have the old file open, and the file system punches no holes");
+    if (alone)
+        *leased_count = 0; /* nobody is there who could hold a lease */
+    for (uint64_t i = 0, start = 0; i <= *leased_count && status == NDM_OK && !alone; i++) {
+        const uint64_t end = i < *leased_count ? leased[i].offset : capacity;
+        if (end > start && !ndm_i_backing_punch(&region->data, start, end))
+            status = ndm_i_fail(NDM_ERR_BUSY, "readers have the old file open, and the file system punches no holes");
+        start = i < *leased_count ? end + leased[i].size : end;
+    }
     return status;
 }
 
@@ -64,12 +71,20 @@ static int start_anew(ndm_region *region, const ndm_options *options)
     /* In this order: readers learn that the values are gone, then they go. A file with data and without its mark would be
      * taken for somebody else's, so the table is emptied last. */
     ndm_i_slots_invalidate(&region->slots);
-    int status = empty_data(region, found ? found : options->initial_capacity, ndm_i_ceiling(options->max_capacity));
+    uint64_t count;
+    ndm_i_span *leased = ndm_i_leased_before(region, &count);
+    int status = empty_data(region, found ? found : options->initial_capacity, ndm_i_ceiling(options->max_capacity),
+                            leased, &count);
     if (status == NDM_OK)
         status = ndm_i_slots_start(&region->slots, &region->data, options->alignment);
     if (status == NDM_OK)
         status = ndm_i_grains_init(&region->grains, &region->data, options->cache_limit);
+    if (status == NDM_OK && count > 0)
+        status = ndm_i_keep_places(region, leased, count);
+    if (status == NDM_OK)
+        region->leases.incarnation = ndm_i_word(&ndm_i_slots_header(&region->slots)->incarnation);
     ndm_i_slots_let_readers(&region->slots);
+    free(leased);
     return status;
 }
 
@@ -173,7 +188,7 @@ static void shut(ndm_region *region)
 {
     atomic_store(&region->owner.thread, 0);
     ndm_i_stamps_clear(&region->stamps);
-    ndm_i_leases_forget(region);
+    ndm_i_leased_forget(region);
     ndm_i_leases_close(&region->leases);
     ndm_i_slots_close(&region->slots, NULL);
     ndm_i_extents_fini(&region->extents);
@@ -233,7 +248,7 @@ int ndm_i_enter(ndm_region *region)
     uint32_t extent;
     while (ndm_i_views_collect(&region->home, &extent))
         ndm_i_orphan_returns(region, extent);
-    ndm_i_leases_collect(region, false);
+    ndm_i_leased_collect(region, false);
     return NDM_OK;
 }
 
@@ -331,7 +346,9 @@ int ndm_region_allow_leases(ndm_region *region)
     int status = ndm_i_enter(region);
     if (status != NDM_OK || region->leases.table)
         return status;
-    return ndm_i_leases_start(&region->leases, region->leases_path);
+    if ((status = ndm_i_leases_start(&region->leases, region->leases_path)) == NDM_OK)
+        region->leases.incarnation = ndm_i_word(&ndm_i_slots_header(&region->slots)->incarnation);
+    return status;
 }
 
 int ndm_region_share(ndm_region *region, int64_t slot, ndm_shared *out)

@@ -2,6 +2,7 @@
  *
  *   region.c  open, close, figures, the checker       values.c  one value: write, read, free, ...
  *   batch.c   many values in one call                 space.c   trim, compact, evict
+ *   leased.c  freed values that are still in use      recover.c what an earlier owner left
  */
 #ifndef NDM_REGION_H
 #define NDM_REGION_H
@@ -72,17 +73,28 @@ uint64_t ndm_i_vacant(const ndm_region *region, ndm_i_place place);
 /* Tell readers the figures that they may see. */
 void ndm_i_publish(ndm_region *region);
 
-/* A freed extent that nothing keeps any more. */
+/* A freed extent that something keeps; that nothing keeps any more. */
+void ndm_i_orphan_leaves(ndm_region *region, uint32_t extent);
 void ndm_i_orphan_returns(ndm_region *region, uint32_t extent);
 
+/* Note that leases of that value keep the freed extent; NDM_I_NO_SLOT: any lease of its bytes. false: no memory. */
+bool ndm_i_leased_keep(ndm_region *region, uint32_t extent, uint32_t slot, uint32_t generation);
+
 /* Let freed extents come home whose leases have ended: those released, and if `reap` those of dead processes. */
-void ndm_i_leases_collect(ndm_region *region, bool reap);
+void ndm_i_leased_collect(ndm_region *region, bool reap);
 
 /* Forget the extents that leases keep: the region is closing. */
-void ndm_i_leases_forget(ndm_region *region);
+void ndm_i_leased_forget(ndm_region *region);
 
-/* Take over the values of a table that was adopted. NDM_ERR_IO with EUCLEAN if it is torn. */
+/* Take over the values of a table that was adopted, and what leases keep. NDM_ERR_IO with EUCLEAN if it is torn. */
 int ndm_i_recover(ndm_region *region);
+
+/* The places that living readers of an earlier opening lease, in whole units within the file, in order and apart; to be
+ * freed. NULL if there are none. */
+ndm_i_span *ndm_i_leased_before(ndm_region *region, uint64_t *count);
+
+/* Take extents for these places, in an empty region. */
+int ndm_i_keep_places(ndm_region *region, const ndm_i_span *places, uint64_t count);
 
 /* Count a value among the figures. */
 void ndm_i_count_value(ndm_region *region, uint64_t offset, uint64_t size, uint8_t engine);

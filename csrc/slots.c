@@ -17,7 +17,7 @@
 
 static const char magic[8] = {'N', 'D', 'M', 'S', 'L', 'O', 'T', 'S'};
 static const char foreign_data[] = "the file holds data that no overflow region wrote";
-enum { VERSION = 1, BYTE_ORDER_MARK = 0x01020304 };
+enum { VERSION = 2, BYTE_ORDER_MARK = 0x01020304 };
 
 _Static_assert(sizeof(ndm_i_header) <= NDM_I_HEADER_ROOM, "the header fits its page");
 _Static_assert(sizeof(ndm_i_record) == 24, "24 bytes a slot");
@@ -61,12 +61,16 @@ int ndm_i_header_check(const ndm_i_header *header, uint64_t inode, uint64_t born
 static int recognise(const ndm_i_slots *slots, const ndm_i_backing *data)
 {
     ndm_i_header found;
-    if (slots->table.capacity == 0)
+    const uint64_t there = slots->table.capacity < sizeof found ? slots->table.capacity : sizeof found;
+    if (there == 0)
         return 0;
-    const bool readable = slots->table.capacity >= sizeof found &&
-                          ndm_i_backing_load(&slots->table, 0, &found, sizeof found) == NDM_OK;
-    if (!readable || memcmp(found.magic, magic, sizeof magic) != 0)
+    if (ndm_i_backing_load(&slots->table, 0, &found, there) != NDM_OK ||
+        memcmp(found.magic, magic, there < sizeof magic ? there : sizeof magic) != 0)
         return ndm_i_fail_io(EEXIST, "a file stands where the slot table belongs, and it is none");
+    if (there < sizeof found)
+        return ndm_i_fail_io(EUCLEAN, "the slot table is cut short");
+    if (found.byte_order == BYTE_ORDER_MARK && found.version > VERSION)
+        return ndm_i_fail_io(EINVAL, "the slot table has a version that this library does not know");
     return found.inode == data->inode && found.born == data->born;
 }
 

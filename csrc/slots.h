@@ -35,7 +35,12 @@ typedef struct {
     _Atomic uint64_t place, shape, life;
 } ndm_i_record;
 
-/* The table's first page. All but the atomic fields stay as they are while the incarnation does. */
+/* The table's first page. All but the atomic fields stay as they are while the incarnation does. Up to `incarnation` it
+ * is the same in every version.
+ *
+ * A table of another version is never read. An owner that starts afresh replaces an older one: this library knows
+ * that all of it may go. A newer one it refuses, untouched: what that version keeps in its files besides, and who may
+ * be relying on it, this library cannot know. */
 typedef struct {
     char magic[8];
     uint32_t version;
@@ -52,6 +57,7 @@ typedef struct {
     /* A move under way: the first `moved` bytes of the value are at `move_to` already. */
     _Atomic uint64_t move_slot; /* plus 1; 0: none */
     _Atomic uint64_t move_from, move_to, moved;
+    _Atomic uint64_t pinned_bytes; /* of the region, as those above */
 } ndm_i_header;
 
 typedef struct {
@@ -87,7 +93,8 @@ static inline bool ndm_i_record_is_live(const ndm_i_record *record)
 }
 
 /* Open the table of the data file at `path`. `path` NULL: in memory. NDM_ERR_IO with EEXIST if the file there, or a
- * data file that has data, is not ours; then nothing has been touched. Leaves the data file alone. */
+ * data file that has data, is not ours, with EUCLEAN if it is cut off within the header, with EINVAL if it is of a newer
+ * version; then nothing has been touched. Leaves the data file alone. */
 int ndm_i_slots_open(ndm_i_slots *slots, const char *path, const ndm_i_backing *data);
 
 /* Tell readers that the values are gone. */

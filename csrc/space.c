@@ -39,7 +39,7 @@ int64_t ndm_region_trim(ndm_region *region)
     if (status != NDM_OK)
         return status;
 
-    ndm_i_leases_collect(region, true);
+    ndm_i_leased_collect(region, true);
     lower_mark(region);
     const bool stored_to = ndm_i_views_writable(&region->home);
     const uint64_t used = region->used_bytes;
@@ -280,7 +280,7 @@ int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out)
     int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
-    ndm_i_leases_collect(region, true);
+    ndm_i_leased_collect(region, true);
     uint64_t left = budget;
     uint32_t hole = NDM_I_NONE;
     bool stopped = false;

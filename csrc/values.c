@@ -21,7 +21,7 @@ int ndm_i_reach(ndm_region *region, uint64_t end)
     const uint64_t ceiling = ndm_i_ceiling(region->max_capacity);
     if (end > ceiling)
         return ndm_i_fail_capacity(end, ceiling);
-    ndm_i_leases_collect(region, true); /* for the next time: growing is when space is short */
+    ndm_i_leased_collect(region, true); /* for the next time: growing is when space is short */
     uint64_t wanted = region->data.capacity * 2;
     if (wanted < end)
         wanted = end;
@@ -71,6 +71,7 @@ void ndm_i_publish(ndm_region *region)
     atomic_store_explicit(&header->max_capacity, region->max_capacity, memory_order_relaxed);
     atomic_store_explicit(&header->used_bytes, region->used_bytes, memory_order_relaxed);
     atomic_store_explicit(&header->live_bytes, region->live_bytes, memory_order_relaxed);
+    atomic_store_explicit(&header->pinned_bytes, region->pinned_bytes, memory_order_relaxed);
 }
 
 void ndm_i_count_value(ndm_region *region, uint64_t offset, uint64_t size, uint8_t engine)
@@ -102,58 +103,6 @@ static uint32_t settle(ndm_region *region, const ndm_i_spot *spot, uint8_t engin
     return ndm_i_enter_value(region, spot->offset, spot->size, extent, engine, NDM_I_LIVE);
 }
 
-/* A freed extent that a lease keeps. */
-struct ndm_i_leased {
-    struct ndm_i_leased *next;
-    uint32_t extent, slot, generation;
-};
-
-/* false: no memory to note it. Then the extent is kept by nobody but its slot number; better to lose its space until the
- * region is closed than to let a reader see other bytes. */
-static bool keep_leased(ndm_region *region, uint32_t extent, uint32_t slot, uint32_t generation)
-{
-    struct ndm_i_leased *leased = malloc(sizeof *leased);
-    if (leased) {
-        *leased = (struct ndm_i_leased){region->leased, extent, slot, generation};
-        region->leased = leased;
-    }
-    return true;
-}
-
-void ndm_i_orphan_returns(ndm_region *region, uint32_t extent)
-{
-    region->pinned_bytes -= ndm_i_extents_length(&region->extents, extent) << region->unit_shift;
-    ndm_i_extents_release(&region->extents, extent);
-}
-
-void ndm_i_leases_collect(ndm_region *region, bool reap)
-{
-    if (reap)
-        ndm_i_leases_reap(&region->leases);
-    if (!region->leased || !ndm_i_leases_news(&region->leases))
-        return;
-    for (struct ndm_i_leased **link = &region->leased; *link;) {
-        struct ndm_i_leased *leased = *link;
-        if (ndm_i_leases_has(&region->leases, leased->slot, leased->generation)) {
-            link = &leased->next;
-            continue;
-        }
-        *link = leased->next;
-        if (!ndm_i_views_orphan(&region->home, leased->extent)) /* the owner's own views keep it, too */
-            ndm_i_orphan_returns(region, leased->extent);
-        free(leased);
-    }
-}
-
-void ndm_i_leases_forget(ndm_region *region)
-{
-    while (region->leased) {
-        struct ndm_i_leased *leased = region->leased;
-        region->leased = leased->next;
-        free(leased);
-    }
-}
-
 uint64_t ndm_i_remove_value(ndm_region *region, uint32_t slot)
 {
     const ndm_i_record *record = ndm_i_slots_record(&region->slots, slot);
@@ -167,11 +116,13 @@ uint64_t ndm_i_remove_value(ndm_region *region, uint32_t slot)
     ndm_i_slots_remove(&region->slots, slot);
     if (extent == NDM_I_NONE)
         return number;
-    const bool leased = ndm_i_leases_has(&region->leases, slot, generation) &&
-                        keep_leased(region, extent, slot, generation);
-    if (leased || ndm_i_views_orphan(&region->home, extent)) {
-        ndm_i_extents_set_tag(&region->extents, extent, NDM_I_NONE);
-        region->pinned_bytes += ndm_i_extents_length(&region->extents, extent) << region->unit_shift;
+    if (ndm_i_leases_has(&region->leases, slot, generation)) {
+        /* Without memory to note it, nobody gives the extent back until the region is closed: better to lose its space
+         * than to let a reader see other bytes. */
+        ndm_i_leased_keep(region, extent, slot, generation);
+        ndm_i_orphan_leaves(region, extent);
+    } else if (ndm_i_views_orphan(&region->home, extent)) {
+        ndm_i_orphan_leaves(region, extent);
     } else {
         ndm_i_extents_release(&region->extents, extent);
     }

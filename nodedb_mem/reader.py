@@ -22,6 +22,7 @@ _read = lib.ndm_reader_read
 _release = lib.ndm_view_release
 
 _COPY_AT_ONCE = 4096
+_UNKNOWN = (1 << 64) - 1
 
 
 class SlotRef(NamedTuple):
@@ -65,8 +66,9 @@ class ReaderSlot:
 class ReaderStats:
     """Figures of a region as its owner last published them; sizes in bytes.
 
-    `owner` is the process id of a living owner, None if there is none. `resident_bytes` counts the file's bytes in
-    RAM; `leases` those that this reader's process can see.
+    `owner` is the process id of a living owner, None if there is none. `pinned_bytes` are freed, but wait for a view of
+    the owner's or a lease to end. `resident_bytes` counts the file's bytes in RAM. `leases` counts those that living
+    processes hold, this one and others; None where the leases file may not be read.
     """
 
     incarnation: int
@@ -77,12 +79,18 @@ class ReaderStats:
     slot_count: int
     alignment: int
     resident_bytes: int
-    leases: int
+    pinned_bytes: int
+    leases: int | None
     owner: int | None
 
 
 class Lease:
-    """A value that stays where it is until `release`, or until this process ends; also after the owner's free.
+    """A value that stays where it is until `release`, or until this process ends.
+
+    The owner's free does not end that, nor its death: whoever takes the file over with ``recover=True`` keeps what is
+    leased. A default open of the path (``recover=False``) starts empty: it ends every value, so that from then on
+    `OverflowReader.read`, `read_bytes`, `borrow` and `lease` raise `StaleSlotError`, through the reader that holds the
+    lease as through others; but the bytes under `view` stay, and are pinned for the new owner, until `release`.
 
     `view` is the value, zero-copy and read-only. Works as a context manager.
     """
@@ -216,7 +224,7 @@ class OverflowReader:
             raise StaleSlotError(f"{self._path}: slot {value.slot} was freed or moved while it was borrowed")
 
     def lease(self, slot: int | SlotRef) -> Lease:
-        """Keep a value in place, through the owner's `free` and `compact`.
+        """Keep a value in place, through the owner's `free` and `compact`, and through its death: see `Lease`.
 
         Needs write access to the leases file, which the owner makes with its first `share`.
 
@@ -253,6 +261,18 @@ class OverflowReader:
             self._raise(status)
         return found
 
+    def leased(self) -> list[tuple[int, int]]:
+        """Offset and size of what living processes lease, live or freed; a value that is leased twice comes twice.
+
+        Raises
+        ------
+        RegionIOError
+            The leases file may not be read, or is none.
+        """
+        places = ffi.new("ndm_leased[]", lib.NDM_MOST_LEASES)
+        count = self._check(lib.ndm_reader_leases(self._handle, places, lib.NDM_MOST_LEASES))
+        return [(place.offset, place.size) for place in places[0:count]]
+
     # -- the reader -----------------------------------------------------------------------------------------------
 
     def stats(self) -> ReaderStats:
@@ -260,7 +280,8 @@ class OverflowReader:
         out = ffi.new("ndm_reader_figures *")
         self._check(lib.ndm_reader_stats(self._handle, out))
         figures = {name: getattr(out, name) for name in ReaderStats.__dataclass_fields__}
-        return ReaderStats(**(figures | {"owner": out.owner or None}))
+        leases = None if out.leases == _UNKNOWN else out.leases
+        return ReaderStats(**(figures | {"owner": out.owner or None, "leases": leases}))
 
     def close(self) -> None:
         """Close the reader, ending its leases; closing again does nothing. Views stay readable."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -355,3 +356,98 @@ def test_leases_come_and_go_at_random(new_region: NewRegion, check: Callable[[Ov
     del held, lease
     assert region.stats().pinned_bytes == 0
     assert lib.ndm_region_check(region._handle) == 0
+
+
+# ---- the owner dies -------------------------------------------------------------------------------------------
+
+# Writes what `blob` gives, then frees the slots that it is told of; it ends by being killed.
+_OWNER = """
+import random, sys
+from nodedb_mem import OverflowRegion
+path, count, recover = sys.argv[1], int(sys.argv[2]), len(sys.argv) > 3
+region = OverflowRegion(path, initial_capacity=1 << 16, max_capacity=1 << 24, recover=recover)
+for seed in range(count):
+    region.share(region.write(random.Random(seed).randbytes(100_000), 0))
+print("ready", flush=True)
+for line in sys.stdin:
+    region.free(int(line))
+    print("freed", flush=True)
+"""
+
+
+def killed_after_freeing(owner: Any, *slots: int) -> None:
+    for slot in slots:
+        owner.stdin.write(f"{slot}\n")
+        owner.stdin.flush()
+        assert owner.stdout.readline() == "freed\n"
+    owner.kill()
+    owner.wait()
+
+
+def entry_words(path: Path) -> list[list[int]]:
+    words = struct.unpack(f"={(os.stat(path).st_size - 32) // 8}Q", path.read_bytes()[32:])
+    return [list(words[i : i + 4]) for i in range(0, len(words), 4)]
+
+
+def patch_entry(path: Path, number: int, *words: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(32 + 32 * number)
+        file.write(struct.pack(f"={len(words)}Q", *words))
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["killed once", "killed twice"])
+def test_recovery_keeps_what_was_freed_but_leased(
+    new_region: NewRegion, start_python: StartPython, tmp_path: Path, check: Callable[[OverflowRegion], None], again: bool
+) -> None:
+    owner = start_python(_OWNER, tmp_path / "region", 4)
+    assert owner.stdout.readline() == "ready\n"
+    with OverflowReader(tmp_path / "region") as reader, OverflowReader(tmp_path / "region") as other:
+        lease, twice, last = reader.lease(1), other.lease(1), reader.lease(3)
+        killed_after_freeing(owner, 1, 3)
+        if again:
+            owner = start_python(_OWNER, tmp_path / "region", 0, "recover")
+            assert owner.stdout.readline() == "ready\n"
+            killed_after_freeing(owner, 0)
+        region = new_region(recover=True)
+        check(region)
+        assert region.stats().pinned_bytes >= 2 * SIZE and region.used_bytes >= 4 * SIZE
+        slots = [region.write(b"\xff" * SIZE, 0) for _ in range(8)]
+        assert {1, 3} <= set(slots)  # the numbers are used again, the bytes are not
+        for slot in slots:
+            region.free(slot)
+        churn(region)
+        region.compact()
+        check(region)
+        for view in (lease.view, twice.view):
+            assert bytes(view) == blob(1)
+        assert bytes(last.view) == blob(3)
+        assert region.read_bytes(2) == blob(2)
+        lease.release()
+        last.release()
+        assert region.stats().pinned_bytes < 2 * SIZE
+        churn(region)
+        assert bytes(twice.view) == blob(1)
+        twice.release()
+        assert region.stats().pinned_bytes == 0
+        region.compact()
+        assert region.slot(2).offset <= region.slot(2).size * 2
+        check(region)
+
+
+def test_recovery_leaves_what_the_dead_had_leased(
+    new_region: NewRegion, start_python: StartPython, tmp_path: Path
+) -> None:
+    owner = start_python(_OWNER, tmp_path / "region", 3)
+    assert owner.stdout.readline() == "ready\n"
+    holder = start_python(_HOLDER, tmp_path / "region", 1)
+    assert holder.stdout.readline().strip() == blob(1)[:4].hex()
+    killed_after_freeing(owner, 1)
+    region = new_region(recover=True)
+    assert region.stats().pinned_bytes >= SIZE
+    holder.kill()
+    holder.wait()
+    region.trim()
+    assert region.stats().pinned_bytes == 0
+    region.close()
+    region = new_region(recover=True)
+    assert region.stats().pinned_bytes == 0

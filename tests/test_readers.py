@@ -461,7 +461,8 @@ HEADER = {"magic": 0, "version": 8, "byte_order": 12, "page_size": 16, "record_s
     ("field", "value", "message"),
     [
         ("magic", b"NOTSLOTS", "mark is missing"),
-        ("version", struct.pack("=I", 2), "version"),
+        ("version", struct.pack("=I", 1), "version"),  # an older one
+        ("version", struct.pack("=I", 77), "version"),
         ("byte_order", struct.pack(">I" if struct.pack("=H", 1) == b"\1\0" else "<I", 0x01020304), "byte order"),
         ("page_size", struct.pack("=I", 3 * mmap.PAGESIZE), "page size"),
         ("record_size", struct.pack("=I", 32), "version"),
