@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import mmap
 import os
 import stat
-import struct
 import time
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nodedb_mem.engine import EngineId
-from nodedb_mem.errors import StaleSlotError
+from nodedb_mem.errors import RegionIOError, StaleSlotError
 from nodedb_mem.reader import OverflowReader, ReaderSlot
 
 if TYPE_CHECKING:
@@ -28,9 +27,6 @@ if TYPE_CHECKING:
 
 _ATTEMPTS, _PAUSE = 20, 0.05  # while an owner is opening the region anew
 _CACHESTAT = 451  # the number is the same on every architecture
-_GET_LOCK = 36  # F_OFD_GETLK
-_LOCK = "hhqqi4x"  # struct flock
-_LEASES_START = 24  # bytes before the entries, of 8 bytes each
 
 # The colour of each engine, in a terminal and in a picture.
 _COLOURS: dict[int, str] = {
@@ -42,21 +38,25 @@ _COLOURS: dict[int, str] = {
     EngineId.WAL: "#c9b23f",
     EngineId.BRIDGE: "#58b8b0",
 }
-_OTHER, _FREE, _BEYOND = "#999999", "#d0d0d0", "#f6f6f6"
+_OTHER, _LEASED, _FREE, _BEYOND = "#999999", "#6b5b4b", "#d0d0d0", "#f6f6f6"
 
 
 @dataclass
 class Cell:
-    """A part of the file: bytes of live values by engine, whether any are below the high-water mark, bytes in RAM."""
+    """A part of the file: bytes of live values by engine, bytes of freed ones that leases keep, bytes in RAM.
+
+    `is_used`: whether any of it is below the high-water mark.
+    """
 
     size: int
     is_used: bool
     engines: dict[int, int] = field(default_factory=dict)
+    kept_bytes: int = 0
     resident_bytes: int | None = None
 
     @property
     def engine(self) -> int | None:
-        """The engine that has the most of it; None: it is free."""
+        """The engine that has the most of it; None: no value lives there."""
         return max(self.engines, key=self.engines.__getitem__) if self.engines else None
 
     @property
@@ -70,9 +70,10 @@ class Snapshot:
     """A region at about one moment; sizes in bytes.
 
     `owner` is the process id of a living owner, None where the region is closed or its owner is dead.
-    `free_or_pinned_bytes` is the space below `used_bytes` that no live value takes: of this, the owner alone knows what
-    still waits for a view or a lease to end. `leases` are those held by living processes, None where the leases file
-    may not be read.
+    Below `used_bytes` the file is live, pinned or free. `pinned_bytes` are freed, but wait for a view of the owner's or a
+    lease to end: as the owner last published them, and without an owner what leases keep. `leases` are those held by
+    living processes, `leased_bytes` the values that they keep, live or freed; None where the leases file may not be read.
+    `kept` lists the freed ones among these, offset and size.
     """
 
     path: str
@@ -85,15 +86,18 @@ class Snapshot:
     live_bytes: int
     live_slots: int
     slot_count: int
-    free_or_pinned_bytes: int
+    free_bytes: int
+    pinned_bytes: int
     leases: int | None
+    leased_bytes: int | None
     resident_bytes: int
     engines: dict[str, dict[str, int]]
     slots: list[ReaderSlot]
+    kept: list[tuple[int, int]]
 
     def as_json(self) -> dict[str, Any]:
-        """Everything but the single slots."""
-        return {name: value for name, value in vars(self).items() if name != "slots"}
+        """Everything but the single slots and places."""
+        return {name: value for name, value in vars(self).items() if name not in ("slots", "kept")}
 
     def cells(self, count: int) -> list[Cell]:
         """Cut the file into at most `count` parts of equal size, whole pages."""
@@ -102,14 +106,23 @@ class Snapshot:
         starts = range(0, self.capacity, step) if step else range(0)
         cells = [Cell(min(step, self.capacity - start), start < self.used_bytes) for start in starts]
         for slot in self.slots:
-            at, end, engine = slot.offset, min(slot.offset + slot.size, self.capacity), int(slot.engine)
-            while at < end:
-                cell, upto = cells[at // step], min(end, (at // step + 1) * step)
-                cell.engines[engine] = cell.engines.get(engine, 0) + upto - at
-                at = upto
+            engine = int(slot.engine)
+            for number, size in self._parts(slot.offset, slot.size, step):
+                cells[number].engines[engine] = cells[number].engines.get(engine, 0) + size
+        for offset, length in self.kept:
+            for number, size in self._parts(offset, length, step):
+                cells[number].kept_bytes += size
         for cell, resident in zip(cells, _residency(self.path, starts, step), strict=False):
             cell.resident_bytes = resident
         return cells
+
+    def _parts(self, offset: int, size: int, step: int) -> Iterator[tuple[int, int]]:
+        """Cut a range of the file: number of a part, and the bytes there."""
+        end = min(offset + size, self.capacity)
+        while offset < end:
+            upto = min(end, (offset // step + 1) * step)
+            yield offset // step, upto - offset
+            offset = upto
 
 
 def look(path: str) -> Snapshot:
@@ -143,6 +156,13 @@ def _look(path: str, reader: OverflowReader) -> Snapshot:
         usage[0] += slot.size
         usage[1] += 1
     taken = sum(-(-slot.size // stats.alignment) * stats.alignment for slot in slots)
+    try:
+        leased = reader.leased()
+    except RegionIOError:
+        leased = None
+    live = [(slot.offset, slot.size) for slot in slots]
+    kept = _without(_union(leased or []), _union(live))
+    pinned = stats.pinned_bytes if stats.owner is not None else sum(size for _, size in kept)
     return Snapshot(
         path=path,
         owner=stats.owner,
@@ -154,14 +174,17 @@ def _look(path: str, reader: OverflowReader) -> Snapshot:
         live_bytes=sum(slot.size for slot in slots),
         live_slots=len(slots),
         slot_count=stats.slot_count,
-        free_or_pinned_bytes=max(0, stats.used_bytes - taken),
-        leases=_count_leases(path + ".leases"),
+        free_bytes=max(0, stats.used_bytes - taken - pinned),
+        pinned_bytes=pinned,
+        leases=None if leased is None else len(leased),
+        leased_bytes=None if leased is None else sum(size for _, size in _union(leased)),
         resident_bytes=stats.resident_bytes,
         engines={
             name_of(engine): {"live_bytes": size, "live_slots": count}
             for engine, (size, count) in sorted(engines.items())
         },
         slots=slots,
+        kept=kept,
     )
 
 
@@ -173,22 +196,26 @@ def name_of(engine: int) -> str:
         return str(engine)
 
 
-def _count_leases(path: str) -> int | None:
-    """Count the entries that a living process has locked; what a dead one left does not count."""
-    try:
-        with open(path, "rb") as file:
-            entries = file.read()[_LEASES_START:]
-            held = [n for n, (entry,) in enumerate(struct.iter_unpack("=Q", entries[: len(entries) & ~7])) if entry]
-            return sum(_is_locked(file.fileno(), number) for number in held)
-    except FileNotFoundError:  # made by the first `share`
-        return 0
-    except OSError:
-        return None
+def _union(places: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Places in order, those that overlap joined."""
+    union: list[tuple[int, int]] = []
+    for offset, size in sorted(places):
+        if union and offset < (end := sum(union[-1])):
+            union[-1] = (union[-1][0], max(end, offset + size) - union[-1][0])
+        elif size:
+            union.append((offset, size))
+    return union
 
 
-def _is_locked(fd: int, byte: int) -> bool:
-    query = struct.pack(_LOCK, fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
-    return struct.unpack(_LOCK, fcntl.fcntl(fd, _GET_LOCK, query))[0] != fcntl.F_UNLCK  # type: ignore[no-any-return]
+def _without(places: list[tuple[int, int]], others: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Those places that touch none of the others; both are in order, and apart."""
+    starts = [offset for offset, _ in others]
+    found = []
+    for offset, size in places:
+        before = bisect_left(starts, offset + size)
+        if before == 0 or sum(others[before - 1]) <= offset:
+            found.append((offset, size))
+    return found
 
 
 def _residency(path: str, starts: range, step: int) -> Iterator[int]:
@@ -231,12 +258,21 @@ def _figures(shot: Snapshot) -> RenderableType:
         ("capacity", f"{decimal(shot.capacity)} of {decimal(shot.max_capacity)}"),
         ("used", decimal(shot.used_bytes)),
         ("live", f"{decimal(shot.live_bytes)} in {shot.live_slots} slots"),
-        ("free or pinned", decimal(shot.free_or_pinned_bytes)),
-        ("leased", "unknown" if shot.leases is None else f"{shot.leases} leases"),
+        ("free", decimal(shot.free_bytes)),
+        ("pinned", decimal(shot.pinned_bytes)),
+        ("leased", _leased(shot)),
         ("resident", decimal(shot.resident_bytes)),
     ):
         table.add_row(label, value)
     return table
+
+
+def _leased(shot: Snapshot) -> str:
+    from rich.filesize import decimal
+
+    if shot.leases is None or shot.leased_bytes is None:
+        return "unknown: the leases file may not be read"
+    return f"{decimal(shot.leased_bytes)} in {shot.leases} leases"
 
 
 def _bars(shot: Snapshot, width: int) -> RenderableType:
@@ -286,6 +322,8 @@ def _map(shot: Snapshot, width: int, height: int) -> Iterator[RenderableType]:
     signs = [known] if known else []
     if any(engine not in _COLOURS for cell in cells for engine in cell.engines):
         signs.append("x other engine")
+    if any(cell.engine is None and cell.kept_bytes for cell in cells):
+        signs.append("# freed but leased")
     signs += ["capital: in RAM", ". free", ": free and in RAM", "blank: never used"]
     yield Text(", ".join(signs))
     if cells and cells[0].resident_bytes is None:
@@ -305,6 +343,8 @@ def _symbol(cell: Cell) -> tuple[str, str]:
     if (engine := cell.engine) is not None:
         letter = _letter(engine)
         return letter.upper() if cell.is_resident else letter, f"black on {_colour_of(engine)}"
+    if cell.kept_bytes:
+        return "#", "dim"
     if cell.is_resident:
         return ":", "dim"
     return "." if cell.is_used else " ", "dim"
@@ -346,7 +386,7 @@ def plot(shot: Snapshot, target: str) -> None:
         panel.imshow([values[i * columns : (i + 1) * columns] for i in range(lines)], aspect="auto")
         panel.set(xticks=[], yticks=[], title=title)
     legend = [Patch(color=palette.get(name, _OTHER), label=name) for name in names]
-    legend += [Patch(color=_FREE, label="free"), Patch(color=_BEYOND, label="never used")]
+    legend += [Patch(color=_LEASED, label="freed, leased"), Patch(color=_FREE, label="free"), Patch(color=_BEYOND, label="never used")]
     used.legend(handles=legend, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(target, format="png", dpi=100)
 
@@ -354,4 +394,6 @@ def plot(shot: Snapshot, target: str) -> None:
 def _colour(cell: Cell) -> str:
     if (engine := cell.engine) is not None:
         return _colour_of(engine)
+    if cell.kept_bytes:
+        return _LEASED
     return _FREE if cell.is_used else _BEYOND

@@ -96,9 +96,72 @@ def test_json_tells_what_the_owner_knows(run: Run, path: Path) -> None:
         "crdt": {"live_bytes": 100_000, "live_slots": 1},
         "77": {"live_bytes": 100_000, "live_slots": 1},
     }
-    assert abs(got["free_or_pinned_bytes"] - 100_000) <= 3 * 64
+    assert abs(got["free_bytes"] - 100_000) <= 3 * 64
     assert got["resident_bytes"] >= 300_000
-    assert got["leases"] == 0
+    assert (got["pinned_bytes"], got["leases"], got["leased_bytes"]) == (0, 0, 0)
+
+
+def test_free_pinned_and_leased_bytes_are_told_apart(run: Run, path: Path) -> None:
+    def told(*names: str) -> list[int]:
+        got = json.loads(run("inspect", path, "--json")[1])
+        assert got["live_bytes"] + got["pinned_bytes"] + got["free_bytes"] <= got["used_bytes"]
+        return [got[name] for name in names]
+
+    names = ("pinned_bytes", "leased_bytes", "leases")
+    with OverflowRegion(path, initial_capacity=1 << 20) as region, OverflowReader(path) as reader:
+        freed, live, viewed = (region.write(bytes(64_000), EngineId.WAL) for _ in range(3))
+        region.share(live)
+        leases = [reader.lease(live), reader.lease(freed), reader.lease(freed)]
+        assert told(*names) == [0, 128_000, 3]
+        view = region.read(viewed)
+        region.free(viewed)
+        assert told(*names) == [64_000, 128_000, 3]
+        region.free(freed)
+        assert told(*names, "free_bytes") == [128_000, 128_000, 3, 0]
+        out = run("inspect", path)[1]
+        assert "###" in out and "# freed but leased" in out and "128.0 kB in 3 leases" in out
+        shot = inspect.look(str(path))
+        assert shot.kept == [(0, 64_000)] and sum(cell.kept_bytes for cell in shot.cells(77)) == 64_000
+        del view
+        leases.pop(1).release()
+        region.slot_count  # noqa: B018  (the owner's next call notices)
+        assert told(*names, "free_bytes") == [64_000, 128_000, 2, 64_000]
+        leases.pop().release()
+        region.slot_count  # noqa: B018
+        assert told(*names, "free_bytes") == [0, 64_000, 1, 128_000]
+        leases.clear()
+
+
+def test_what_leases_keep_of_a_dead_owners_is_pinned(
+    run: Run, path: Path, start_python: Callable[..., subprocess.Popen[str]]
+) -> None:
+    owner = start_python(
+        """
+        import sys
+        from nodedb_mem import OverflowRegion
+        region = OverflowRegion(sys.argv[1])
+        slots = [region.write(bytes(64_000), 0) for _ in range(3)]
+        region.share(0)
+        view = region.read(2)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        region.free(1)
+        region.free(2)
+        print("freed", flush=True)
+        sys.stdin.read()
+        """,
+        path,
+    )
+    assert owner.stdin and owner.stdout and owner.stdout.readline() == "ready\n"
+    with OverflowReader(path) as reader, reader.lease(1):
+        owner.stdin.write("free\n")
+        owner.stdin.flush()
+        owner.stdout.readline()
+        assert json.loads(run("inspect", path, "--json")[1])["pinned_bytes"] == reader.stats().pinned_bytes == 128_000
+        owner.kill()
+        owner.wait()
+        got = json.loads(run("inspect", path, "--json")[1])
+        assert (got["owner"], got["pinned_bytes"], got["free_bytes"]) == (None, 64_000, 64_000)
 
 
 def test_the_text_has_figures_bars_and_a_map(run: Run, path: Path) -> None:
@@ -106,7 +169,7 @@ def test_the_text_has_figures_bars_and_a_map(run: Run, path: Path) -> None:
         fill(region)
         status, out, err = run("inspect", path)
     assert (status, err) == (0, "")
-    for word in ("capacity", "used", "live", "free or pinned", "leased", "resident", "vector", "crdt", "77", "map"):
+    for word in ("capacity", "used", "live", "free", "pinned", "leased", "resident", "vector", "crdt", "77", "map"):
         assert word in out
     assert f"alive, process {os.getpid()}" in out
     assert "v vector" in out and "x other engine" in out
