@@ -218,9 +218,7 @@ uint64_t ndm_i_leases_places(const ndm_i_leases *leases, ndm_i_span *places)
 
 void ndm_i_leases_reap(ndm_i_leases *leases)
 {
-    if (!leases->table || atomic_load(&leases->table->held) == 0)
-        return;
-    for (uint64_t entry = 0; entry < NDM_I_LEASES; entry++) {
+    for (uint64_t entry = 0; entry < NDM_I_LEASES && leases->table; entry++) {
         if (is_mine(leases, entry) || key_of(&leases->table->entries[entry]) == 0 ||
             !ndm_i_backing_lock_byte(&leases->file, entry, true))
             continue;

@@ -7,8 +7,8 @@
  * an entry without a lock is nobody's. Only the lock's holder stores more than a key of 0.
  *
  * Memory order: the reader stores the place, the key (release), then a seq_cst fence, then checks that the value is
- * still live, and where it was. The owner withdraws the value, then a seq_cst fence, then looks for a key. One of them
- * sees the other.
+ * still live, and where it was, and that the incarnation stands. The owner withdraws the value, or the incarnation, then
+ * a seq_cst fence, then looks for a key. One of them sees the other.
  *
  * Readers are other processes: the owner takes nothing in the file for true that could hurt a value.
  */

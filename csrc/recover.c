@@ -218,6 +218,7 @@ ndm_i_span *ndm_i_leased_before(ndm_region *region, uint64_t *count)
     *count = 0;
     if (!region->leases_path || ndm_i_leases_join(&region->leases, region->leases_path) != NDM_OK)
         return NULL;
+    atomic_thread_fence(memory_order_seq_cst); /* the incarnation has been taken back: see leases.h */
     ndm_i_leases_reap(&region->leases);
     ndm_i_span *places = malloc(NDM_I_LEASES * sizeof *places);
     if (places)

@@ -70,10 +70,10 @@ class Snapshot:
     """A region at about one moment; sizes in bytes.
 
     `owner` is the process id of a living owner, None where the region is closed or its owner is dead.
-    Below `used_bytes` the file is live, pinned or free. `pinned_bytes` are freed, but wait for a view of the owner's or a
-    lease to end: as the owner last published them, and without an owner what leases keep. `leases` are those held by
-    living processes, `leased_bytes` the values that they keep, live or freed; None where the leases file may not be read.
-    `kept` lists the freed ones among these, offset and size.
+    Below `used_bytes` the file is live, pinned or free. `pinned_bytes` are freed, but wait for a view of the owner's or
+    a lease to end: as the owner last published them, and without an owner what leases keep. `leases` are those held by
+    living processes, `leased_bytes` the values that they keep, live or freed; None where the leases file may not be
+    read. `kept` lists the freed ones among these, offset and size.
     """
 
     path: str
@@ -386,7 +386,8 @@ def plot(shot: Snapshot, target: str) -> None:
         panel.imshow([values[i * columns : (i + 1) * columns] for i in range(lines)], aspect="auto")
         panel.set(xticks=[], yticks=[], title=title)
     legend = [Patch(color=palette.get(name, _OTHER), label=name) for name in names]
-    legend += [Patch(color=_LEASED, label="freed, leased"), Patch(color=_FREE, label="free"), Patch(color=_BEYOND, label="never used")]
+    states = {"freed, leased": _LEASED, "free": _FREE, "never used": _BEYOND}
+    legend += [Patch(color=colour, label=state) for state, colour in states.items()]
     used.legend(handles=legend, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(target, format="png", dpi=100)
 

@@ -384,9 +384,11 @@ def killed_after_freeing(owner: Any, *slots: int) -> None:
     owner.wait()
 
 
-def entry_words(path: Path) -> list[list[int]]:
-    words = struct.unpack(f"={(os.stat(path).st_size - 32) // 8}Q", path.read_bytes()[32:])
-    return [list(words[i : i + 4]) for i in range(0, len(words), 4)]
+def fields(region: OverflowRegion, which: str = "slots", offset: int = 48, count: int = 1) -> tuple[int, ...]:
+    """Words of a file; of the slot table's, the incarnation."""
+    with open(f"{region.path}.{which}", "rb") as file:
+        file.seek(offset)
+        return struct.unpack(f"={count}Q", file.read(8 * count))
 
 
 def patch_entry(path: Path, number: int, *words: int) -> None:
@@ -397,7 +399,11 @@ def patch_entry(path: Path, number: int, *words: int) -> None:
 
 @pytest.mark.parametrize("again", [False, True], ids=["killed once", "killed twice"])
 def test_recovery_keeps_what_was_freed_but_leased(
-    new_region: NewRegion, start_python: StartPython, tmp_path: Path, check: Callable[[OverflowRegion], None], again: bool
+    new_region: NewRegion,
+    start_python: StartPython,
+    tmp_path: Path,
+    check: Callable[[OverflowRegion], None],
+    again: bool,
 ) -> None:
     owner = start_python(_OWNER, tmp_path / "region", 4)
     assert owner.stdout.readline() == "ready\n"
@@ -451,3 +457,216 @@ def test_recovery_leaves_what_the_dead_had_leased(
     region.close()
     region = new_region(recover=True)
     assert region.stats().pinned_bytes == 0
+
+
+def test_a_move_that_had_not_begun_when_the_value_was_leased(
+    new_region: NewRegion, check: Callable[[OverflowRegion], None]
+) -> None:
+    """The owner says that it moves the value, sees the lease, and dies before it says that it does not."""
+    region, slots = shared_region(new_region)
+    with OverflowReader(region.path) as reader, reader.lease(slots[1]) as view:
+        place = region.slot(slots[1]).offset
+        region.free(slots[0])
+        region.close()
+        with open(f"{region.path}.slots", "r+b") as table:
+            table.seek(4096 + 24 * slots[1] + 15)
+            table.write(b"\4")  # MOVING
+            table.seek(104)
+            table.write(struct.pack("=4Q", slots[1] + 1, place, 0, 0))
+        region = new_region(recover=True)
+        check(region)
+        assert region.slot(slots[1]).offset == place
+        churn(region)
+        assert bytes(view) == region.read_bytes(slots[1]) == blob(1)
+
+
+LIES: dict[str, tuple[int, int]] = {
+    "past the end": (1 << 40, 64),
+    "longer than the file": (0, 1 << 63),
+    "wrapping": ((1 << 64) - 64, 128),
+    "wrapping to 0": (64, (1 << 64) - 64),
+    "a live value's bytes": (200_064 + 64, 64),
+    "all": (0, 1 << 19),
+    "the end of a live value": (300_000, 4096),
+    "crooked": (100_131, 3),
+    "the last byte of the file": ((1 << 19) - 1, 1),
+    "around the leased": (90_000, 110_000),
+}
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES.keys())
+def test_recovery_believes_no_entry_at_the_cost_of_a_value(
+    new_region: NewRegion, tmp_path: Path, check: Callable[[OverflowRegion], None], lie: tuple[int, int]
+) -> None:
+    region, slots = shared_region(new_region, count=4)
+    with OverflowReader(region.path) as honest, OverflowReader(region.path) as liar:
+        lease, lying, lying_too = honest.lease(slots[1]), liar.lease(slots[3]), liar.lease(slots[3])
+        patch_entry(tmp_path / "region.leases", 1, 4, 99, *lie)
+        patch_entry(tmp_path / "region.leases", 2, (1 << 64) - 1, 0, *lie)
+        region.free(slots[0])
+        region.free(slots[1])
+        assert region.capacity == 1 << 19
+        region.close()
+        region = new_region(recover=True)
+        check(region)
+        assert region.read_bytes(slots[2]) == blob(2) and region.read_bytes(slots[3]) == blob(3)
+        churn(region)
+        region.compact()
+        region.trim()
+        check(region)
+        assert region.read_bytes(slots[2]) == blob(2) and region.read_bytes(slots[3]) == blob(3)
+        assert bytes(lease.view) == blob(1)
+        lying.release()
+        lying_too.release()
+        assert bytes(lease.view) == blob(1)
+        lease.release()
+        assert region.stats().pinned_bytes == 0
+        check(region)
+
+
+def test_entries_of_nobody_keep_nothing(new_region: NewRegion, tmp_path: Path) -> None:
+    region, slots = shared_region(new_region)
+    place = region.slot(slots[1]).offset
+    region.free(slots[1])
+    region.close()
+    patch_entry(tmp_path / "region.leases", 5, 2, fields(region)[0], place, SIZE)
+    region = new_region(recover=True)
+    assert region.stats().pinned_bytes == 0
+    assert fields(region, "leases", 32 + 5 * 32) == (0,)
+
+
+# ---- a default open ends the values ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("freed", [False, True], ids=["live", "freed"])
+@pytest.mark.parametrize("alignment", [1, 64, 4096])
+def test_a_default_open_ends_a_lease_but_not_its_bytes(
+    new_region: NewRegion, check: Callable[[OverflowRegion], None], freed: bool, alignment: int
+) -> None:
+    region, slots = shared_region(new_region, alignment=16)
+    ref, other = region.share(slots[1]), region.share(slots[2])
+    with OverflowReader(ref) as reader:
+        lease, second = reader.lease(ref), reader.lease(other)
+        if freed:
+            region.free(slots[1])
+        region.close()
+        region = new_region(alignment=alignment)
+        check(region)
+        assert len(region) == 0 and region.live_bytes == 0 and region.stats().pinned_bytes >= 2 * SIZE
+        for verb in (reader.read, reader.read_bytes, reader.lease):
+            with pytest.raises(StaleSlotError):
+                verb(ref)
+        with pytest.raises(StaleSlotError), reader.borrow(ref):
+            pass
+        slots = [region.write(b"\xff" * SIZE, 0) for _ in range(6)]
+        region.share(slots[0])
+        for slot in slots:
+            region.free(slot)
+        churn(region)
+        assert bytes(lease.view) == blob(1) and bytes(second.view) == blob(2)
+        region.close()
+        region = new_region(recover=True)
+        check(region)
+        churn(region)
+        assert bytes(lease.view) == blob(1) and bytes(second.view) == blob(2)
+        lease.release()
+        assert region.stats().pinned_bytes > 0
+        second.release()
+        assert region.stats().pinned_bytes == 0
+    with OverflowReader(region.path) as reader:
+        assert reader.stats().leases == 0
+
+
+def test_a_default_open_finds_no_lease_of_the_same_number(new_region: NewRegion) -> None:
+    region, slots = shared_region(new_region)
+    with OverflowReader(region.path) as reader:
+        lease = reader.lease(slots[0])
+        region.close()
+        region, slots = shared_region(new_region)
+        pinned = region.stats().pinned_bytes
+        region.free(slots[0])  # the same number and generation, but nobody's lease
+        assert region.stats().pinned_bytes == pinned > 0
+        assert bytes(lease.view) == blob(0)
+        lease.release()
+
+
+def test_a_default_open_without_leases_is_empty_to_the_last_byte(new_region: NewRegion) -> None:
+    region, slots = shared_region(new_region)
+    with OverflowReader(region.path) as reader:
+        reader.lease(slots[1]).release()
+        region.close()
+        region = new_region()
+        assert (region.used_bytes, region.stats().pinned_bytes) == (0, 0)
+
+
+# ---- the file -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recover", [False, True])
+@pytest.mark.parametrize("kind", ["first version", "later version"])
+def test_a_leases_file_of_another_version_makes_room(
+    new_region: NewRegion, tmp_path: Path, recover: bool, kind: str
+) -> None:
+    region, slots = shared_region(new_region)
+    region.close()
+    file = tmp_path / "region.leases"
+    if kind == "first version":
+        file.write_bytes(b"NDMLEASE" + struct.pack("=2Q", 1, 0) + bytes(16_000))
+    else:
+        file.write_bytes(b"NDMLEASE" + struct.pack("=Q", 77) + file.read_bytes()[16:])
+    before = file.read_bytes()
+    with open(file, "rb") as old:
+        region = new_region(recover=recover)
+        slot = slots[1] if recover else region.write(blob(1), 0)
+        with OverflowReader(region.path) as reader:
+            with pytest.raises(RegionIOError, match="version") as caught:
+                reader.lease(slot)
+            assert caught.value.filename == region.path and reader.stats().leases is None
+            region.share(slot)
+            with reader.lease(slot) as view:
+                region.free(slot)
+                churn(region)
+                assert bytes(view) == blob(1)
+                assert reader.stats().leases == 1
+        assert old.read() == before  # for those who still have it open
+
+
+def test_readers_count_leases_with_read_permission_alone(
+    new_region: NewRegion, start_python: StartPython, tmp_path: Path
+) -> None:
+    region, slots = shared_region(new_region)
+    with OverflowReader(region.path) as one, OverflowReader(region.path) as two:
+        assert two.stats().leases == 0 and two.leased() == []
+        first, second = one.lease(slots[1]), one.lease(slots[1])
+        place = region.slot(slots[1]).offset
+        assert one.stats().leases == two.stats().leases == 2  # though `two` has never leased
+        assert two.leased() == [(place, SIZE)] * 2
+        child = start_python(_HOLDER, region.path, slots[2])
+        child.stdout.readline()
+        assert two.stats().leases == 3
+        child.kill()
+        child.wait()
+        assert two.stats().leases == 2  # before anybody has reaped
+        if os.geteuid() == 0:
+            for folder in (tmp_path, *tmp_path.parents[:2]):
+                folder.chmod(0o755)
+            for name in ("region", "region.slots", "region.leases"):
+                (tmp_path / name).chmod(0o644)
+            script = """
+                import os, sys
+                from nodedb_mem import OverflowReader, RegionIOError
+                os.setgid(65534)
+                os.setuid(65534)
+                with OverflowReader(sys.argv[1]) as reader:
+                    try:
+                        count = len(reader.leased())
+                    except RegionIOError as error:
+                        count = error.errno
+                    print(reader.stats().leases, count)
+                """
+            assert start_python(script, region.path).stdout.read() == "2 2\n"
+            (tmp_path / "region.leases").chmod(0o600)
+            assert start_python(script, region.path).stdout.read() == "None 13\n"
+        first.release()
+        second.release()
+        assert two.stats().leases == 0

@@ -395,17 +395,72 @@ def test_torn_tables_are_refused(new_region: NewRegion, tear: Callable[[Overflow
     assert len(again) == 0 and again.read_bytes(again.write(b"value", 0)) == b"value"
 
 
-@pytest.mark.parametrize("what", ["version", "page size"])
-def test_tables_of_another_version(new_region: NewRegion, what: str) -> None:
+@pytest.mark.parametrize("size", [1, 7, 8, 12, 103, 143])
+def test_a_table_cut_off_within_its_header(new_region: NewRegion, tmp_path: Path, size: int) -> None:
     region = new_region()
     region.write(b"value", 0)
     region.close()
+    os.truncate(f"{region.path}.slots", size)
+    table = Path(f"{region.path}.slots").read_bytes()
+    for recover in (True, False):  # what is left does not tell whose the data is
+        with pytest.raises(RegionIOError, match="slot table is cut short") as caught:
+            new_region(recover=recover)
+        assert caught.value.errno == errno.EUCLEAN and caught.value.filename == region.path
+    assert (tmp_path / "region").read_bytes()[:5] == b"value"
+    assert (tmp_path / "region.slots").read_bytes() == table
+
+
+@pytest.mark.parametrize("recover", [False, True])
+@pytest.mark.parametrize("table", [b"", b"N0", b"NDMSLOTZ", b"something else, and long enough" * 10])
+def test_data_beside_a_table_that_is_none(new_region: NewRegion, tmp_path: Path, recover: bool, table: bytes) -> None:
+    region = new_region()
+    region.write(b"value", 0)
+    region.close()
+    (tmp_path / "region.slots").write_bytes(table)
+    with pytest.raises(RegionIOError) as caught:
+        new_region(recover=recover)
+    assert caught.value.errno == errno.EEXIST and caught.value.filename == region.path
+    assert (tmp_path / "region").read_bytes()[:5] == b"value"
+    assert (tmp_path / "region.slots").read_bytes() == table
+
+
+def _stamp(region: OverflowRegion, what: str, value: int) -> bytes:
     with open(f"{region.path}.slots", "r+b") as file:
         file.seek({"version": 8, "page size": 16}[what])
-        file.write(struct.pack("=I", 77))
+        file.write(struct.pack("=I", value))
+        file.seek(0)
+        return file.read()
+
+
+@pytest.mark.parametrize(("what", "value"), [("version", 1), ("version", 77), ("page size", 77)])
+def test_tables_of_another_version_are_not_recovered(
+    new_region: NewRegion, tmp_path: Path, what: str, value: int
+) -> None:
+    region = new_region()
+    region.write(b"value", 0)
+    region.close()
+    table = _stamp(region, what, value)
     with pytest.raises(RegionIOError, match=what) as caught:
         new_region(recover=True)
-    assert caught.value.errno == errno.EINVAL
+    assert caught.value.errno == errno.EINVAL and caught.value.filename == region.path
+    assert (tmp_path / "region.slots").read_bytes() == table
+
+
+def test_a_default_open_replaces_an_older_table_and_leaves_a_newer_one(new_region: NewRegion, tmp_path: Path) -> None:
+    region = new_region()
+    region.write(b"value", 0)
+    region.close()
+    _stamp(region, "version", 1)
+    region = new_region()
+    assert len(region) == 0
+    region.write(b"value", 0)
+    region.close()
+    table = _stamp(region, "version", 77)
+    with pytest.raises(RegionIOError, match="version") as caught:
+        new_region()
+    assert caught.value.errno == errno.EINVAL and caught.value.filename == region.path
+    assert (tmp_path / "region").read_bytes()[:5] == b"value"
+    assert (tmp_path / "region.slots").read_bytes() == table
 
 
 def test_a_table_of_another_file(new_region: NewRegion, tmp_path: Path) -> None:
