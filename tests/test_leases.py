@@ -459,6 +459,70 @@ def test_recovery_leaves_what_the_dead_had_leased(
     assert region.stats().pinned_bytes == 0
 
 
+# Writes, frees and moves values as fast as it can, until it is killed.
+_BUSY_OWNER = """
+import random, sys
+from nodedb_mem import OverflowRegion
+path, turn, recover = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True"
+chance = random.Random(turn)
+region = OverflowRegion(path, initial_capacity=1 << 16, max_capacity=1 << 25, recover=recover)
+live = [slot for slot in range(region.slot_count) if slot in region]
+while len(live) < 30:
+    live.append(region.write(chance.randbytes(chance.choice([100, 5000, 70_000, 300_000])), 0))
+region.share(live[0])
+print("ready", flush=True)
+while True:
+    for _ in range(10):
+        region.free(live.pop(chance.randrange(len(live))))
+    for _ in range(10):
+        live.append(region.write(chance.randbytes(chance.choice([100, 5000, 70_000, 300_000])), 0))
+    region.compact(chance.choice([None, 400_000]))
+"""
+
+
+def test_leases_hold_while_owners_come_and_are_killed(
+    new_region: NewRegion, start_python: StartPython, tmp_path: Path, check: Callable[[OverflowRegion], None]
+) -> None:
+    chance = random.Random(6)
+    held: list[tuple[Any, bytes]] = []
+    path = tmp_path / "region"
+    owner = start_python(_BUSY_OWNER, path, 0, False)
+    assert owner.stdout.readline() == "ready\n"
+    with OverflowReader(path) as one, OverflowReader(path) as two:
+        for turn in range(1, 13):
+            for _ in range(200):
+                try:
+                    lease = chance.choice([one, two]).lease(chance.randrange(30))
+                except (InvalidSlotError, StaleSlotError):
+                    continue
+                held.append((lease, bytes(lease.view)))
+                if len(held) > 12:
+                    lease, value = held.pop(chance.randrange(len(held)))
+                    assert bytes(lease.view) == value
+                    lease.release()
+            owner.kill()
+            owner.wait()
+            if turn % 4 == 0:
+                region = new_region(recover=True, max_capacity=1 << 25)
+                check(region)
+                churn(region)
+                check(region)
+                region.close()
+            owner = start_python(_BUSY_OWNER, path, turn, True)
+            assert owner.stdout.readline() == "ready\n"
+            for lease, value in held:
+                assert bytes(lease.view) == value
+        owner.kill()
+        owner.wait()
+        region = new_region(recover=True, max_capacity=1 << 25)
+        check(region)
+        for lease, value in held:
+            assert bytes(lease.view) == value
+            lease.release()
+        assert region.stats().pinned_bytes == 0
+        check(region)
+
+
 def test_a_move_that_had_not_begun_when_the_value_was_leased(
     new_region: NewRegion, check: Callable[[OverflowRegion], None]
 ) -> None:
