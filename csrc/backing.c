@@ -135,9 +135,9 @@ fail:
     return status;
 }
 
-int ndm_i_backing_open_to_read(ndm_i_backing *backing, const char *path)
+static int open_shared(ndm_i_backing *backing, const char *path, int mode)
 {
-    *backing = (ndm_i_backing){.fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY)};
+    *backing = (ndm_i_backing){.fd = open(path, mode | O_CLOEXEC | O_NONBLOCK | O_NOCTTY)};
     if (backing->fd < 0)
         return ndm_i_fail_io(errno, "cannot open the file");
     int status = examine(backing);
@@ -145,6 +145,10 @@ int ndm_i_backing_open_to_read(ndm_i_backing *backing, const char *path)
         ndm_i_backing_close(backing, NULL);
     return status;
 }
+
+int ndm_i_backing_open_to_read(ndm_i_backing *backing, const char *path) { return open_shared(backing, path, O_RDONLY); }
+
+int ndm_i_backing_open_to_lease(ndm_i_backing *backing, const char *path) { return open_shared(backing, path, O_RDWR); }
 
 bool ndm_i_backing_flock(const ndm_i_backing *backing, bool whole)
 {

@@ -56,8 +56,10 @@ bool ndm_i_backing_is_byte_locked(const ndm_i_backing *backing, uint64_t byte);
 /* The file's size now; 0 if it cannot be told. */
 uint64_t ndm_i_backing_size(const ndm_i_backing *backing);
 
-/* Open `path` for reading only. The caller has no lock. */
+/* A reader's: open `path` for reading only, or to write, too. Through symlinks, as those of /proc/<pid>/fd. The caller
+ * has no lock. */
 int ndm_i_backing_open_to_read(ndm_i_backing *backing, const char *path);
+int ndm_i_backing_open_to_lease(ndm_i_backing *backing, const char *path);
 
 /* `whole`: lock the file against readers, false if there are some. Otherwise let them in again. */
 bool ndm_i_backing_flock(const ndm_i_backing *backing, bool whole);

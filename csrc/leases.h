@@ -53,7 +53,7 @@ typedef struct {
 /* The owner's: make or empty the file; one of another version makes room for a new file. The owner's that finds one,
  * and a reader's: open it to read and write; ENOENT if there is none. Then `incarnation` is to be set. */
 int ndm_i_leases_start(ndm_i_leases *leases, const char *path);
-int ndm_i_leases_join(ndm_i_leases *leases, const char *path);
+int ndm_i_leases_join(ndm_i_leases *leases, const char *path, bool as_owner);
 
 /* Close the file; what a reader still holds is released. */
 void ndm_i_leases_close(ndm_i_leases *leases);

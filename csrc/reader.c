@@ -427,7 +427,7 @@ int64_t ndm_reader_lease(ndm_reader *reader, int64_t slot, int64_t generation, c
     if (status != NDM_OK)
         return status;
     if (!reader->leases.table) {
-        status = ndm_i_leases_join(&reader->leases, reader->leases_path);
+        status = ndm_i_leases_join(&reader->leases, reader->leases_path, false);
         reader->leases.incarnation = reader->incarnation;
     }
     const int64_t entry = status == NDM_OK ? claim_in_place(reader, slot, generation, &value) : status;

@@ -135,7 +135,7 @@ static int take_extents(ndm_region *region, const found *values, uint64_t count)
 /* Readers that live keep what they leased. Of a file that is missing or none, the first share() sees to. */
 static void resume_leases(ndm_region *region)
 {
-    if (!region->leases_path || ndm_i_leases_join(&region->leases, region->leases_path) != NDM_OK)
+    if (!region->leases_path || ndm_i_leases_join(&region->leases, region->leases_path, true) != NDM_OK)
         return;
     region->leases.incarnation = ndm_i_word(&ndm_i_slots_header(&region->slots)->incarnation);
     ndm_i_leases_reap(&region->leases);
@@ -216,7 +216,7 @@ static int add_leased(ndm_region *region, found *values, uint64_t *count)
 ndm_i_span *ndm_i_leased_before(ndm_region *region, uint64_t *count)
 {
     *count = 0;
-    if (!region->leases_path || ndm_i_leases_join(&region->leases, region->leases_path) != NDM_OK)
+    if (!region->leases_path || ndm_i_leases_join(&region->leases, region->leases_path, true) != NDM_OK)
         return NULL;
     atomic_thread_fence(memory_order_seq_cst); /* the incarnation has been taken back: see leases.h */
     ndm_i_leases_reap(&region->leases);

@@ -225,6 +225,36 @@ def test_a_fork_does_not_keep_leases_alive(new_region: NewRegion) -> None:
     os.close(go)
 
 
+def test_a_lease_in_a_temporary_region(tmp_path: Path, start_python: StartPython) -> None:
+    with OverflowRegion.temporary(tmp_path, initial_capacity=1 << 16) as region:
+        ref = region.share(region.write(blob(1), 0))
+        child = start_python(
+            """
+            import ast, sys
+            from nodedb_mem import OverflowReader, SlotRef
+            ref = SlotRef(*ast.literal_eval(sys.argv[1]))
+            reader = OverflowReader(ref)
+            lease = reader.lease(ref)
+            print(reader.stats().leases, flush=True)
+            sys.stdin.readline()
+            print(bytes(lease.view[:4]).hex(), flush=True)
+            sys.stdin.read()
+            """,
+            tuple(ref),
+        )
+        assert child.stdout.readline() == "1\n"
+        region.free(ref.slot)
+        churn(region)
+        assert region.stats().pinned_bytes >= SIZE
+        child.stdin.write("\n")
+        child.stdin.flush()
+        assert child.stdout.readline() == blob(1)[:4].hex() + "\n"
+        child.kill()
+        child.wait()
+        region.trim()
+        assert region.stats().pinned_bytes == 0
+
+
 def test_no_leases_before_the_first_share(new_region: NewRegion) -> None:
     region = new_region()
     slot = region.write(b"value", 0)
