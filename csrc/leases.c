@@ -201,8 +201,8 @@ bool ndm_i_leases_touch(const ndm_i_leases *leases, ndm_i_span bytes)
         const ndm_i_span place = place_of(&leases->table->entries[i]);
         if (place.size == 0)
             continue;
-        const uint64_t distance = place.offset > bytes.offset ? place.offset - bytes.offset : bytes.offset - place.offset;
-        if (distance < (place.offset > bytes.offset ? bytes.size : place.size))
+        if (place.offset > bytes.offset ? place.offset - bytes.offset < bytes.size
+                                        : bytes.offset - place.offset < place.size)
             return true;
     }
     return false;

@@ -101,9 +101,11 @@ typedef struct {
 } ndm_options;
 
 /* Create or open the region at `path` (mode 0600), and lock it. The calling thread becomes its owner. The region
- * starts empty. Beside it, `path` + ".slots" holds the slot table. A path that is no regular file, or holds data
- * that no region wrote, is refused untouched. NULL on failure: NDM_ERR_ARGUMENT, NDM_ERR_CAPACITY (the file is
- * larger than max_capacity), NDM_ERR_BUSY, NDM_ERR_IO, NDM_ERR_MEMORY. */
+ * starts empty, but for bytes that a living reader leases (ndm_reader_lease), which are pinned. Beside it, `path` +
+ * ".slots" holds the slot table. A path that is no regular file, or holds data that no region wrote, or has a slot
+ * table of a newer version, is refused untouched. NULL on failure: NDM_ERR_ARGUMENT, NDM_ERR_CAPACITY (the file is
+ * larger than max_capacity), NDM_ERR_BUSY (also: readers have the old file open, and it cannot be punched),
+ * NDM_ERR_IO (EUCLEAN: the slot table is torn), NDM_ERR_MEMORY. */
 ndm_region *ndm_region_open(const char *path, const ndm_options *options);
 
 /* The same on an unnamed file in `directory`, whose blocks return to the file system when the region and its
@@ -220,7 +222,7 @@ typedef struct {
     uint64_t used_bytes;   /* end of the furthest byte ever allocated */
     uint64_t live_bytes;   /* sum of the sizes of live values */
     uint64_t free_bytes;   /* below used_bytes, ready for reuse */
-    uint64_t pinned_bytes; /* freed, but waiting for a view to end */
+    uint64_t pinned_bytes; /* freed, but waiting for a view or a lease to end */
     uint64_t largest_free_bytes; /* the longest free extent */
     uint64_t slot_count;   /* entries of the slot table, live or freed */
     uint64_t live_slots;
@@ -317,7 +319,7 @@ typedef struct {
 } ndm_value;
 
 /* Open the region whose data file, slot table and leases are at these paths. NULL on failure: NDM_ERR_IO (EINVAL: not a
- * region, of another version, or cut short), NDM_ERR_MEMORY. The leases are not opened before they are needed. */
+ * region, of another version, or cut short), NDM_ERR_MEMORY. The leases are opened to write with the first lease. */
 ndm_reader *ndm_reader_open(const char *data_path, const char *slots_path, const char *leases_path);
 
 /* Close: views stay readable, and keep the region's file from being shortened. Leases end. Any thread; twice is fine. */

@@ -32,7 +32,7 @@ struct ndm_region {
     uint64_t max_capacity;
     uint64_t used_bytes;
     uint64_t live_bytes;
-    uint64_t pinned_bytes; /* in extents that are freed and wait for a view */
+    uint64_t pinned_bytes; /* in extents that are freed and wait for a view or a lease */
     uint64_t growths;
     uint64_t moved_bytes;  /* by compact() */
     uint64_t engine_bytes[256]; /* live, by engine */

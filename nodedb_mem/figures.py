@@ -54,7 +54,7 @@ class RegionStats:
     free_bytes
         Space below the high-water mark that is ready for reuse.
     pinned_bytes
-        Space that is freed, but waits for a view to end.
+        Space that is freed, but waits for a view or a lease to end.
     largest_free_bytes
         The longest free extent.
     slot_count, live_slots

@@ -71,7 +71,8 @@ class OverflowRegion:
     ----------
     path
         The file to create or open (mode 0600; symlinks are refused). Beside it, `path` + ".slots" holds the slot
-        table. A file left by an earlier region keeps its size as capacity and starts empty.
+        table. A file left by an earlier region keeps its size as capacity and starts empty; only bytes that a living
+        reader leases stay pinned.
     initial_capacity
         Size of a new file, in bytes.
     max_capacity
@@ -104,7 +105,8 @@ class OverflowRegion:
         The file is already larger than `max_capacity`.
     RegionIOError
         The system refused, or the path is not a regular file (EINVAL), or holds data that no region wrote (EEXIST), or
-        the slot table to recover is torn (EUCLEAN) or of another version (EINVAL).
+        the slot table is cut off or, to be recovered, torn (EUCLEAN), or is of a newer version or, to be recovered, of
+        another one (EINVAL).
     """
 
     __slots__ = (
