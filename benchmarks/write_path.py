@@ -137,16 +137,7 @@ def _figures_of_c(what: str, size: int) -> Figures:
 class SparseSubject(MmapSubject):
     """Slice assignment to a mapping of a file whose blocks come as they are touched."""
 
-    def __init__(self, directory: Path, workload: Workload) -> None:
-        fd = os.open(directory / "sparse", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            os.ftruncate(fd, workload.total)
-            self.mapping = mmap.mmap(fd, workload.total)
-        finally:
-            os.close(fd)
-        self.data = random.Random(0).randbytes(workload.size)
-        self.size = workload.size
-        self.offsets = [i * workload.size for i in range(workload.values)]
+    extend = staticmethod(os.ftruncate)
 
 
 SUBJECTS: dict[str, Callable[[Path, Workload], Any]] = {
