@@ -101,7 +101,7 @@ bench: $(VENV)/.installed $(VENV)/.extra-bench
 bench-quick:
 	$(MAKE) bench QUICK=1
 
-build/bench/%: benchmarks/native/%.c $(CSOURCES) $(CHEADERS)
+build/bench/%: benchmarks/native/%.c $(CSOURCES) $(CHEADERS) $(wildcard benchmarks/native/*.h)
 	@mkdir -p $(@D)
 	$(CC) $(CWARN) -O2 -DNDEBUG -Icsrc -o $@ $< $(if $(filter %/region_writes,$@),$(CSOURCES))
 

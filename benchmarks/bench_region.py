@@ -121,7 +121,7 @@ class MmapSubject:
     def __init__(self, directory: Path, workload: Workload) -> None:
         fd = os.open(directory / "mmap", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            os.posix_fallocate(fd, 0, workload.total)  # faster to fill than a sparse file
+            self.extend(fd, workload.total)
             self.mapping = mmap.mmap(fd, workload.total)
         finally:
             os.close(fd)
@@ -130,6 +130,10 @@ class MmapSubject:
         self.offsets = [i * workload.size for i in range(workload.values)]
         self.view_order = workload.order(workload.views)
         self.copy_order = workload.order(workload.copies)
+
+    @staticmethod
+    def extend(fd: int, size: int) -> None:
+        os.posix_fallocate(fd, 0, size)  # faster to fill than a sparse file
 
     def write(self) -> None:
         mapping, data, size = self.mapping, self.data, self.size

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pages import empty_directory
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,6 +29,5 @@ def quick(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="session")
 def bench_directory(request: pytest.FixtureRequest) -> Iterator[Path]:
     """An empty directory on the file system to measure."""
-    parent: Path = request.config.getoption("--directory")
-    with tempfile.TemporaryDirectory(dir=parent.resolve(), prefix=".bench-") as path:
-        yield Path(path)
+    with empty_directory(request.config.getoption("--directory")) as path:
+        yield path

@@ -19,7 +19,6 @@ import argparse
 import itertools
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -29,6 +28,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pages import RESULTS, bullets, kernel, save, table
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -134,20 +135,7 @@ def pair_costs(program: Path, holes: tuple[int, ...]) -> Iterator[dict[str, Any]
 # ---- tables and plot -------------------------------------------------------------------------------------------
 
 
-def _markdown(rows: list[list[str]]) -> list[str]:
-    """Lay rows out as a table, the first one its header; figures to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| "
-        + " | ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
-        + " |"
-        for row in rows
-    ]
-    rule = "| " + " | ".join(["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]) + " |"
-    return [lines[0], rule, *lines[1:]]
-
-
-def peak_table(records: list[dict[str, Any]], rivals: list[Allocator], live: int, alignment: int) -> list[str]:
+def peak_table(records: list[dict[str, Any]], rivals: list[Allocator], live: int, alignment: int) -> str:
     """Peak of the space in units of the live bytes."""
     rows = [["workload", "floor", *(rival.name for rival in rivals), "moved/written", "metadata"]]
     for workload in WORKLOADS:
@@ -158,19 +146,19 @@ def peak_table(records: list[dict[str, Any]], rivals: list[Allocator], live: int
         rows.append(
             [str(workload), f"{mine['floor'] / live:.2f}", *peaks, f"{moved:.2f}", f"{mine['metadata'] / live:.2f}"]
         )
-    return _markdown(rows)
+    return table(rows)
 
 
-def span_table(records: list[dict[str, Any]], rivals: list[Allocator], live: int) -> list[str]:
+def span_table(records: list[dict[str, Any]], rivals: list[Allocator], live: int) -> str:
     names = [rival.name for rival in rivals if rival.mode == "malloc"]
     rows = [["workload", *(f"{name}, {a}" for a in ALIGNMENTS for name in names)]]
     for workload in WORKLOADS:
         by = {(r["allocator"], r["alignment"]): r for r in records if r["workload"] == workload.name}
         rows.append([workload.name, *(f"{by[name, a]['span'] / live:.2f}" for a in ALIGNMENTS for name in names)])
-    return _markdown(rows)
+    return table(rows)
 
 
-def pair_table(costs: list[dict[str, Any]]) -> list[str]:
+def pair_table(costs: list[dict[str, Any]]) -> str:
     rows = [
         ["sizes, alignment", "free extents", "pair", "p10", "p90", "of it copying", "of it bookkeeping", "one read"]
     ]
@@ -179,7 +167,7 @@ def pair_table(costs: list[dict[str, Any]]) -> list[str]:
             f"{cost[key]:.0f} ns" for key in ("pair_ns", "pair_p10_ns", "pair_p90_ns", "copy_ns", "book_ns", "read_ns")
         ]
         rows.append([f"{cost['sizes']} B, {cost['alignment']}", f"{cost['holes']:,}", *figures])
-    return _markdown(rows)
+    return table(rows)
 
 
 def _met(reached: bool) -> str:
@@ -239,66 +227,68 @@ def goals(records: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def report(figures: dict[str, Any], rivals: list[Allocator], note: str) -> str:
+# The kinds of space, by the names of the tables.
+LEGEND = bullets(
+    {
+        "region, naive slots": (
+            "`used_bytes`, the end of the furthest byte ever used. malloc: growth of the process's resident memory,"
+            " every byte written, transparent huge pages off."
+        ),
+        "floor": (
+            "the live values, each rounded up to the alignment. At alignment 64 all use `aligned_alloc(64, ...)`."
+        ),
+        "compact": (
+            "`ndm_region_compact()` after each 64 KiB written, its budget the bytes written since; moved/written is"
+            " what it used of that."
+        ),
+        "metadata": (
+            "what the region keeps in RAM beside the file, 24 bytes a slot and 40 an extent, not part of its peak. The"
+            " mallocs' own (headers, bitmaps) is part of theirs. It matters for values of 100 bytes."
+        ),
+        "jemalloc": "gives pages back by a clock (10 s), `no decay` at once, with one arena: its best for space.",
+    }
+)
+
+
+def page(figures: dict[str, Any], rivals: list[Allocator], note: str) -> list[str]:
     """Lay everything out in Markdown."""
     live, records = figures["live_bytes"], figures["peaks"]
     phases = "5 L in each phase" if figures["as_published"] else "5 L in all"
-    lines = [
+    reached = goals(records)
+    if figures["pairs"]:
+        reached += pair_goals(figures["pairs"])
+    if note:
+        reached.append(f"- {note}")
+    parts = [
         "# Fragmentation",
-        "",
         (
             f"Workloads of Rumble et al., FAST '14, Table 1: sizes before (bytes), share deleted, sizes after. L = "
             f"{live // MIB} MiB live, {phases}, seed {SEED}. {figures['kernel']}."
         ),
-        "",
-        *goals(records),
-        *(pair_goals(figures["pairs"]) if figures["pairs"] else []),
-        *([f"- {note}"] if note else []),
+        "\n".join(reached),
     ]
     for alignment in ALIGNMENTS:
-        lines += ["", f"## Peak space / L, alignment {alignment}", "", *peak_table(records, rivals, live, alignment)]
-    lines += [
-        "",
-        (
-            "- region, naive slots: `used_bytes`, the end of the furthest byte ever used. malloc: growth of the"
-            " process's resident memory, every byte written, transparent huge pages off."
-        ),
-        "- floor: the live values, each rounded up to the alignment. At alignment 64 all use `aligned_alloc(64, ...)`.",
-        (
-            "- compact: `ndm_region_compact()` after each 64 KiB written, its budget the bytes written since;"
-            " moved/written is what it used of that."
-        ),
-        (
-            "- metadata: what the region keeps in RAM beside the file, 24 bytes a slot and 40 an extent, not part of"
-            " its peak. The mallocs' own (headers, bitmaps) is part of theirs. It matters for values of 100 bytes."
-        ),
-        "- jemalloc gives pages back by a clock (10 s), `no decay` at once, with one arena: its best for space.",
-        "",
+        parts += [f"## Peak space / L, alignment {alignment}", peak_table(records, rivals, live, alignment)]
+    parts += [
+        LEGEND,
         "## Address space that malloc held at its peak / L, at alignment 1 and 64",
-        "",
-        *span_table(records, rivals, live),
-        "",
+        span_table(records, rivals, live),
         "glibc: `arena + hblkhd` of `mallinfo2()`; jemalloc: `stats.mapped`.",
-        "",
     ]
     if figures["pairs"]:
-        lines += [
+        parts += [
             "## A free + write pair in the C core",
-            "",
             (
                 f"Load average of the machine when it began: {figures['load']}, on {os.cpu_count()} CPUs. One read: a"
                 " dependent read at random among as many cache lines as there are free extents, at the same time."
             ),
-            "",
-            *pair_table(figures["pairs"]),
-            "",
+            pair_table(figures["pairs"]),
             (
                 "Medians over batches of 500 pairs, region in memory. Copying: the same sizes, to random values,"
                 " through pointers. See `benchmarks/native/bench_free_write.c`."
             ),
-            "",
         ]
-    return "\n".join(lines)
+    return parts
 
 
 def plot(figures: dict[str, Any], rivals: list[Allocator], path: Path) -> None:
@@ -341,7 +331,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="16 MiB live instead of 64, no million free extents")
     parser.add_argument("--as-published", action="store_true", help="write 5 L in each phase, as the paper does")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="replays that run at once")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
     options = parser.parse_args()
     if shutil.which(os.environ.get("CC", "gcc")) is None:
         parser.error("a C compiler is needed (CC)")
@@ -354,19 +344,16 @@ def main() -> int:
         load = os.getloadavg()[0]
         pairs = [] if options.as_published else list(pair_costs(build("bench_free_write", Path(name)), holes))
     figures = {
-        "kernel": f"{platform.system()} {platform.release()}",
+        "kernel": kernel(),
         "live_bytes": live,
         "as_published": options.as_published,
         "load": round(load, 1),
         "peaks": peaks,
         "pairs": pairs,
     }
-    text = report(figures, rivals, note)
-    options.output.mkdir(parents=True, exist_ok=True)
-    stem = "fragmentation" + ("-as-published" if options.as_published else "") + ("-quick" if options.quick else "")
-    (options.output / f"{stem}.md").write_text(text)
-    (options.output / f"{stem}.json").write_text(json.dumps(figures, indent=1) + "\n")
-    plot(figures, rivals, options.output / f"{stem}.svg")
+    name = "fragmentation" + ("-as-published" if options.as_published else "") + ("-quick" if options.quick else "")
+    text = save(options.output / name, page(figures, rivals, note), figures)
+    plot(figures, rivals, options.output / f"{name}.svg")
     print(text)
     return 0
 

@@ -16,7 +16,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process with threads doe
 
 import argparse
 import gc
-import json
 import pickle
 import statistics
 import sys
@@ -26,12 +25,11 @@ import traceback
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from report import environment
+from pages import bullets, empty_directory, environment, hundredths, median_ratio, parse, save, table, versions
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rivals import (
@@ -49,7 +47,6 @@ from rivals import (
     shuffled,
 )
 
-ROUNDS, ROUNDS_QUICK = 3, 1
 SIZES = {"64 B": 64, "4 KiB": 4 * KIB, "64 KiB": 64 * KIB, "1 MiB": MIB, "64 MiB": 64 * MIB}
 COUNTS = {64: 200_000, 4 * KIB: 50_000, 64 * KIB: 8_000, MIB: 1_000, 64 * MIB: 16}
 WORDS = np.dtype(np.uint64)
@@ -67,7 +64,7 @@ file of that size just before, because a virtual machine may get pages from its 
 what that process had when the values were made, and includes mapped pages of files, which the kernel can drop;
 anonymous is the part that it cannot. Nobody syncs: the files are in the page cache, but for what `region, 256 MiB` has
 dropped. Disk is taken when all is stored. Where fewer values are given than for the others, the full number would take
-minutes: compare the rates.""".splitlines()
+minutes: compare the rates."""
 OURS = (Region.name, RegionBatched.name, RegionLimited.name)
 
 
@@ -96,7 +93,7 @@ class Row:
 
     def ratio(self, other: Row, phase: str) -> float:
         """Time of one operation in units of the other's: below 1 this one is faster."""
-        return statistics.median(a / b for a, b in zip(self._each(phase), other._each(phase), strict=True))
+        return median_ratio(self._each(phase), other._each(phase))
 
     def _each(self, phase: str) -> list[float]:
         return [run.seconds[phase] / self.case.count for run in self.runs]
@@ -286,7 +283,7 @@ def best(rows: Iterable[Row], phase: str) -> Row:
     return min(rows, key=lambda row: row.seconds(phase))
 
 
-def short_table(rows: list[Row]) -> list[str]:
+def short_table(rows: list[Row]) -> Iterator[str]:
     """The region against the best rival of each discipline."""
     header = ["size", "", "", "region", "batched", "best rival", "", "region/rival", "batched/rival"]
     body = []
@@ -306,10 +303,11 @@ def short_table(rows: list[Row]) -> list[str]:
                     *(speed(row, phase) for row in ours),
                     rival.subject,
                     speed(rival, phase),
-                    *(_emphasis(_ratio(row.ratio(rival, phase)), row.ratio(rival, phase) < 1) for row in ours),
+                    *(_emphasis(hundredths(row.ratio(rival, phase)), row.ratio(rival, phase) < 1) for row in ours),
                 ]
             )
-    return aligned([header, *body], left=(0, 1, 2, 5)) if body else []
+    if body:
+        yield table([header, *body], left=(0, 1, 2, 5))
 
 
 def full_tables(rows: list[Row]) -> Iterator[str]:
@@ -329,7 +327,7 @@ def full_tables(rows: list[Row]) -> Iterator[str]:
                 line.append(_gigabytes(operations * size))
             line += [_mebibytes(row.median("peak_rss")), _mebibytes(row.median("anonymous"))]
             body.append([*line, f"{row.disk_per_byte:.2f}"])
-        yield from (f"### {label(size)}, {FORMS[form]}", "", *aligned([header, *body], left=(0,)), "")
+        yield from (f"### {label(size)}, {FORMS[form]}", table([header, *body]))
 
 
 def grouped(rows: list[Row]) -> Iterator[tuple[int, str, list[Row]]]:
@@ -361,28 +359,8 @@ def _mebibytes(size: float) -> str:
     return f"{max(size, 0.0) / MIB:.0f}"
 
 
-def _ratio(ratio: float) -> str:
-    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
-
-
 def _emphasis(text: str, when: bool) -> str:
     return f"**{text}**" if when else text
-
-
-def aligned(rows: list[list[str]], left: tuple[int, ...]) -> list[str]:
-    """Rows of a Markdown table, the first one its header; figures to the right."""
-    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for number, row in enumerate(rows):
-        cells = [
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-        if number == 0:
-            rules = ["-" * width if i in left else "-" * (width - 1) + ":" for i, width in enumerate(widths)]
-            lines.append(f"| {' | '.join(rules)} |")
-    return lines
 
 
 def facts_of(directory: Path) -> dict[str, str]:
@@ -390,38 +368,28 @@ def facts_of(directory: Path) -> dict[str, str]:
     import sqlite3
 
     facts = environment(directory)
-    facts["packages"] = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
+    facts["packages"] = versions(*PACKAGES)
     facts["standard library"] = f"SQLite {sqlite3.sqlite_version}, shelve over {dbm_module()}"
     facts["RAM"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / (1 << 30):.0f} GiB"
     return facts
 
 
-def document(rows: list[Row], facts: dict[str, str], rounds: str) -> str:
+def document(rows: list[Row], facts: dict[str, str], rounds: str) -> list[str]:
     """Lay everything out in Markdown."""
     measured = {row.subject for row in rows}
-    lines = [
+    kinds = [f"- {kind.name}: {' '.join((kind.__doc__ or '').split())}" for kind in SUBJECTS if kind.name in measured]
+    return [
         "# The league table",
-        "",
-        *(f"- {name}: {fact}" for name, fact in facts.items()),
-        f"- rounds: {rounds}, interleaved; medians",
-        "",
+        bullets(facts | {"rounds": f"{rounds}, interleaved; medians"}),
         "## In short",
-        "",
         "The fastest rival of each discipline beside the region. A ratio of times below 1: the region is faster.",
-        "",
         *short_table(rows),
-        "",
         "## How it is measured",
-        "",
-        *METHOD,
-        "",
-        *(f"- {kind.name}: {' '.join((kind.__doc__ or '').split())}" for kind in SUBJECTS if kind.name in measured),
-        "",
+        METHOD,
+        "\n".join(kinds),
         "## All figures",
-        "",
         *full_tables(rows),
     ]
-    return "\n".join(lines)
 
 
 # --- the plots -------------------------------------------------------------------------------------------------------
@@ -468,50 +436,30 @@ def plot(rows: list[Row], form: str, path: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Compare the region with what one would otherwise pick.")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the values, or less, once")
-    parser.add_argument("--rounds", type=int, help=f"rounds to take the medians of (default: {ROUNDS})")
+    parser = argparse.ArgumentParser(
+        description="Compare the region with what one would otherwise pick. The short form has a tenth of the values."
+    )
     parser.add_argument("--only", action="append", metavar="NAME", help="this subject (may be repeated)")
     parser.add_argument("--sizes", action="append", metavar="LABEL", help="this size, like '4 KiB' (may be repeated)")
-    parser.add_argument(
-        "--directory",
-        type=Path,
-        default=Path(),
-        help="where the files are made: its file system is what is measured (default: the current directory)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path(__file__).parent / "results",
-        help="folder for the tables (Markdown), the figures (JSON) and the plots (SVG)",
-    )
-    options = parser.parse_args()
-    rounds = options.rounds or (ROUNDS_QUICK if options.quick else ROUNDS)
+    options = parse(parser, "league", rounds=3, quick=1)
     names = [kind.name for kind in SUBJECTS]
-    if rounds < 1:
-        parser.error("--rounds must be positive")
-    if not options.directory.is_dir():
-        parser.error(f"--directory: {options.directory} is not a directory")
     if unknown := set(options.only or ()) - set(names):
         parser.error(f"--only: no {sorted(unknown)}; there are {names}")
     if unknown := set(options.sizes or ()) - set(SIZES):
         parser.error(f"--sizes: no {sorted(unknown)}; there are {list(SIZES)}")
     sizes = [size for name, size in SIZES.items() if not options.sizes or name in options.sizes]
 
-    options.output.mkdir(parents=True, exist_ok=True)
-    stem = "league-quick" if options.quick else "league"
+    rounds, stem = options.rounds, options.stem
     text = ""
-    with tempfile.TemporaryDirectory(dir=options.directory.resolve(), prefix=".bench-") as name:
-        facts = facts_of(Path(name))
+    with empty_directory(options.directory) as directory:
+        facts = facts_of(directory)
         divisor = QUICK if options.quick else 1
-        for done, rows in play(options.only or names, sizes, rounds, divisor, Path(name)):
+        for done, rows in play(options.only or names, sizes, rounds, divisor, directory):
             # Written after each round: a long run that is stopped leaves what it has, and says how much that is.
-            text = document(rows, facts, f"{done}" if done == rounds else f"{done} of {rounds}")
             figures = {"environment": facts, "rounds": done, "rows": [row.as_json() for row in rows]}
-            (options.output / f"{stem}.md").write_text(text)
-            (options.output / f"{stem}.json").write_text(json.dumps(figures, indent=1) + "\n")
+            text = save(stem, document(rows, facts, f"{done}" if done == rounds else f"{done} of {rounds}"), figures)
             for form in FORMS:
-                plot(rows, form, options.output / f"{stem}-{form}.svg")
+                plot(rows, form, stem.with_name(f"{stem.name}-{form}.svg"))
     print(text)
     return 0
 

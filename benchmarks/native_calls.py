@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import random
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,14 +20,13 @@ from typing import Any
 
 import numba
 import numpy as np
-from report import environment
+from pages import bullets, empty_directory, environment, parse, save, table
 
 import nodedb_mem
 from nodedb_mem import OverflowRegion
 from nodedb_mem import numba as spill
 from nodedb_mem._core import ffi, lib
 
-ROUNDS, ROUNDS_QUICK = 31, 7
 CALLS = 2000
 SIZES = {64: "64 B", 4096: "4 KiB"}
 VERBS = {
@@ -196,49 +193,36 @@ def measure(rounds: int, directory: Path) -> list[dict[str, Any]]:
     return cells
 
 
-def table(cells: list[dict[str, Any]], facts: dict[str, str], rounds: int) -> str:
-    """Return the Markdown page."""
-    names = list(cells[0]["ns_per_call"])
-    lines = [
-        "# Calls from native code and from Python",
-        "",
-        f"Nanoseconds a call: medians of {rounds} interleaved rounds of {CALLS} calls each.",
-        "",
-        *(f"- {name}: {fact}" for name, fact in facts.items()),
-        "",
-        f"| call | {' | '.join(names)} |",
-        f"| --- | {' | '.join('---:' for _ in names)} |",
+def page(cells: list[dict[str, Any]], facts: dict[str, str], rounds: int) -> list[str]:
+    """Lay everything out in Markdown."""
+    rows = [
+        ["call", *cells[0]["ns_per_call"]],
         *(
-            f"| {cell['verb']}, {SIZES[cell['bytes']]} | "
-            f"{' | '.join(f'{nanoseconds:.0f}' for nanoseconds in cell['ns_per_call'].values())} |"
+            [f"{cell['verb']}, {SIZES[cell['bytes']]}", *(f"{figure:.0f}" for figure in cell["ns_per_call"].values())]
             for cell in cells
         ),
-        "",
-        *(f"- {verb}: {meaning}" for verb, meaning in VERBS.items()),
-        "- by handle: `ndm_h_*`, which check that the region still lives; numba always does; the others have a pointer",
-        "- cffi: the same C functions from a Python loop; Python: the methods of `OverflowRegion`",
-        "",
     ]
-    return "\n".join(lines)
+    notes = VERBS | {
+        "by handle": "`ndm_h_*`, which check that the region still lives; numba always does; the others have a pointer",
+        "cffi": "the same C functions from a Python loop; Python: the methods of `OverflowRegion`",
+    }
+    return [
+        "# Calls from native code and from Python",
+        f"Nanoseconds a call: medians of {rounds} interleaved rounds of {CALLS} calls each.",
+        bullets(facts),
+        table(rows),
+        bullets(notes),
+    ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="What one call costs from C, C++, numba, cffi and Python.")
-    parser.add_argument("--quick", action="store_true", help=f"{ROUNDS_QUICK} rounds instead of {ROUNDS}")
-    parser.add_argument("--directory", type=Path, default=Path(), help="where the region's file is made")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
-    options = parser.parse_args()
-    rounds = ROUNDS_QUICK if options.quick else ROUNDS
-    with tempfile.TemporaryDirectory(dir=options.directory.resolve(), prefix=".bench-") as name:
-        facts = environment(Path(name))
-        cells = measure(rounds, Path(name))
-    text = table(cells, facts, rounds)
-    options.output.mkdir(parents=True, exist_ok=True)
-    stem = options.output / ("native-calls-quick" if options.quick else "native-calls")
-    stem.with_suffix(".md").write_text(text)
-    figures = {"environment": facts, "rounds": rounds, "calls_per_round": CALLS, "cells": cells}
-    stem.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
-    print(text)
+    options = parse(parser, "native-calls", rounds=31, quick=7)
+    with empty_directory(options.directory) as directory:
+        facts = environment(directory)
+        cells = measure(options.rounds, directory)
+    figures = {"environment": facts, "rounds": options.rounds, "calls_per_round": CALLS, "cells": cells}
+    print(save(options.stem, page(cells, facts, options.rounds), figures))
     return 0
 
 

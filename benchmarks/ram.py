@@ -11,6 +11,7 @@ each round. Needs Linux 6.5 (cachestat).
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import mmap
@@ -19,7 +20,6 @@ import random
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 from bench_region import MIB, clean
-from report import environment
-from write_path import Figures, parse, table, warm_up
+from pages import bullets, empty_directory, environment, median_ratio, parse, save, table, verdict
+from write_path import Figures, warm_up
 
 from nodedb_mem import EngineId, OverflowRegion
 
@@ -238,12 +238,8 @@ def restores(directory: Path, rounds: int) -> Figures:
 # ---- the report --------------------------------------------------------------------------------------------------
 
 
-def _verdict(text: str, goal: str, met: bool) -> str:
-    return f"{text} (goal {goal}{'' if met else ', MISSED'})"
-
-
 def _speed_ratio(mine: list[Spill], theirs: list[Spill]) -> float:
-    return statistics.median(b.seconds / a.seconds for a, b in zip(mine, theirs, strict=True))
+    return median_ratio((each.seconds for each in theirs), (each.seconds for each in mine))
 
 
 def spill_rows(results: dict[str, list[Spill]]) -> list[list[str]]:
@@ -257,9 +253,9 @@ def spill_rows(results: dict[str, list[Spill]]) -> list[list[str]]:
         ratio = _speed_ratio(runs, results[UNLIMITED])
         share = f"{ratio:.2f}"
         if way == LIMITED:
-            peak = _verdict(peak, "128", max(peaks) <= 128)
-            longest = _verdict(longest, "50", max(worst) < 50)
-            share = _verdict(share, "at least 0.6", ratio >= 0.6)
+            peak = verdict(peak, "128", max(peaks) <= 128)
+            longest = verdict(longest, "50", max(worst) < 50)
+            share = verdict(share, "at least 0.6", ratio >= 0.6)
         rows.append([way, f"{speed:.0f}", peak, longest, share])
     return rows
 
@@ -278,9 +274,9 @@ def group_rows(results: dict[str, list[Spill]]) -> list[list[str]]:
         worst = [each.worst for each in done]
         share = "" if not pairs else f"{(ratio := _speed_ratio(*map(list, zip(*pairs, strict=True)))):.2f}"
         if way == LIMITED:
-            killed = _verdict(killed, "0", len(done) == len(runs))
+            killed = verdict(killed, "0", len(done) == len(runs))
             if pairs:
-                share = _verdict(share, "at least 1.3", ratio >= 1.3)
+                share = verdict(share, "at least 1.3", ratio >= 1.3)
         rows.append([way, killed, f"{speed:.0f}", f"{statistics.median(worst):.1f}, {max(worst):.1f}", share])
     return rows
 
@@ -311,14 +307,13 @@ def main() -> int:
         way, path, group = sys.argv[2:]
         spill(way, Path(path), group)
         return 0
-    options = parse("Measure RAM.", rounds=15, quick=5).parse_args()
-    rounds = options.rounds or (5 if options.quick else 15)
+    options = parse(argparse.ArgumentParser(description="Measure RAM."), "ram", rounds=15, quick=5)
+    rounds = options.rounds
 
     warm_up()
     group: dict[str, list[Spill]] = {}
     reason = ""
-    with tempfile.TemporaryDirectory(dir=options.directory.resolve(), prefix=".bench-") as name:
-        directory = Path(name)
+    with empty_directory(options.directory) as directory:
         facts = environment(directory)
         back = restores(directory, rounds)
         free = spills(directory, rounds)
@@ -327,22 +322,17 @@ def main() -> int:
         except OSError as error:
             reason = str(error)
 
-    text = "\n\n".join(
-        [
-            "# RAM",
-            f"Medians of {rounds} interleaved rounds; `benchmarks/ram.py`.",
-            "\n".join(f"- {name}: {fact}" for name, fact in facts.items()),
-            "## Spilling 2 GiB in values of 1 MiB",
-            table(spill_rows(free)),
-            "## The same in a memory cgroup of 384 MiB, beside slices of a mapping of a sparse file",
-            table(group_rows(group)) if group else f"Skipped: {reason}.",
-            "## Cold values back into RAM",
-            table([back.header(), back.cells()]),
-        ]
-    )
-    options.output.mkdir(parents=True, exist_ok=True)
-    stem = options.output / ("ram-quick" if options.quick else "ram")
-    stem.with_suffix(".md").write_text(text + "\n")
+    parts = [
+        "# RAM",
+        f"Medians of {rounds} interleaved rounds; `benchmarks/ram.py`.",
+        bullets(facts),
+        "## Spilling 2 GiB in values of 1 MiB",
+        table(spill_rows(free)),
+        "## The same in a memory cgroup of 384 MiB, beside slices of a mapping of a sparse file",
+        table(group_rows(group)) if group else f"Skipped: {reason}.",
+        "## Cold values back into RAM",
+        table([back.header(), back.cells()]),
+    ]
     figures = {
         "environment": facts,
         "rounds": rounds,
@@ -350,8 +340,8 @@ def main() -> int:
         "cgroup": {way: [_as_json(each) for each in runs] for way, runs in group.items()} or f"skipped: {reason}",
         "restore": back.as_json(),
     }
-    stem.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
-    plot(free, stem.with_suffix(".png"))
+    text = save(options.stem, parts, figures)
+    plot(free, options.stem.with_suffix(".png"))
     print(text)
     return 0
 

@@ -10,14 +10,13 @@ ratios within each round, in units of the region's time: above 1 the region is f
 
 from __future__ import annotations
 
-import json
+import argparse
 import multiprocessing
 import os
 import random
 import signal
 import statistics
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -30,8 +29,7 @@ import lmdb
 import numpy as np
 import pyarrow as pa
 from bench_region import KIB, MIB
-from report import environment
-from write_path import digits, parse, table
+from pages import bullets, digits, empty_directory, environment, median_ratio, parse, save, table, verdict
 
 from nodedb_mem import EngineId, OverflowReader, OverflowRegion, SlotRef
 
@@ -284,15 +282,11 @@ SECTIONS = {
 }
 
 
-def ratio(theirs: list[float], mine: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(theirs, mine, strict=True))
-
-
 def read_rows(cells: dict[int, dict[str, list[float]]]) -> list[list[str]]:
     others = RIVALS[1:]
     rows = [["µs", *RIVALS, *(f"{rival}/region" for rival in others)]]
     for size, samples in cells.items():
-        ratios = (digits(ratio(samples[rival], samples[UNDER_TEST])) for rival in others)
+        ratios = (digits(median_ratio(samples[rival], samples[UNDER_TEST])) for rival in others)
         rows.append([SIZES[size], *(digits(statistics.median(samples[rival])) for rival in RIVALS), *ratios])
     return rows
 
@@ -302,56 +296,49 @@ def write_rows(clock: Write, cpu: Write) -> list[list[str]]:
     rows = [["MiB/s", *names, f"{names[1]}/none", f"{names[1]}/others"]]
     for what, figures in (("of the clock", clock), ("of the owner's CPU time", cpu)):
         for size, samples in figures.items():
-            against = (f"{ratio(samples[names[1]], samples[other]):.2f}" for other in (names[0], names[2]))
+            against = (f"{median_ratio(samples[names[1]], samples[other]):.2f}" for other in (names[0], names[2]))
             medians = (digits(statistics.median(samples[name])) for name in names)
             rows.append([f"{SIZES[size]}, {what}", *medians, *against])
     return rows
 
 
-def page(reads: Samples, clock: Write, cpu: Write, facts: dict[str, str], rounds: int) -> str:
+def page(reads: Samples, clock: Write, cpu: Write, facts: dict[str, str], rounds: int) -> list[str]:
     """Lay everything out in Markdown."""
     cores = len(os.sched_getaffinity(0))
-    against = {name: ratio(cells[64 * MIB]["queue"], cells[64 * MIB][UNDER_TEST]) for name, cells in reads.items()}
+    against = {
+        name: median_ratio(cells[64 * MIB]["queue"], cells[64 * MIB][UNDER_TEST]) for name, cells in reads.items()
+    }
     view, touched, handed_over = (digits(against[name]) for name in SECTIONS)
-    missed = "" if against["view"] >= 100 else ", MISSED"
+    fast = verdict(f"{view} times as fast", 100, against["view"] >= 100)
     told = (
         f"Medians of {rounds} interleaved rounds; `benchmarks/readers.py`. A ratio is the rival's time in units of the "
         "region's: above 1 the region is faster. All run in one more process, which keeps open what it has opened."
     )
     large = (
-        f"64 MiB beside the queue: the view {view} times as fast (goal 100{missed}), with every byte read {touched} "
-        f"times, handed over {handed_over} times."
+        f"64 MiB beside the queue: the view {fast}, with every byte read {touched} times, handed over {handed_over} "
+        "times."
     )
     busy_ones = (
         f"The readers read {LIVE} MiB of the region over and over; the other busy processes as much memory of their "
         f"own. {READERS + 1} processes share {cores} cores: where these are fewer, the clock shows the scheduler's "
         "share, the CPU time what the readers cost. The goal is 0.9 of the speed without readers."
     )
-    parts = [
-        "# Readers in another process",
-        told,
-        "\n".join(f"- {name}: {fact}" for name, fact in facts.items()),
-    ]
+    parts = ["# Readers in another process", told, bullets(facts)]
     for name, title in SECTIONS.items():
         parts += [f"## {title}", table(read_rows(reads[name]))]
     heading = f"## The owner writes and frees, beside {READERS} busy readers, on {cores} cores"
-    parts += [large, heading, table(write_rows(clock, cpu)), busy_ones]
-    return "\n\n".join(parts) + "\n"
+    return [*parts, large, heading, table(write_rows(clock, cpu)), busy_ones]
 
 
 def main() -> int:
-    options = parse("Measure reading in another process.", rounds=21, quick=7).parse_args()
-    rounds = options.rounds or (7 if options.quick else 21)
-    with tempfile.TemporaryDirectory(dir=options.directory.resolve(), prefix=".bench-") as name:
-        directory = Path(name)
+    parser = argparse.ArgumentParser(description="Measure reading in another process.")
+    options = parse(parser, "readers", rounds=21, quick=7)
+    rounds = options.rounds
+    with empty_directory(options.directory) as directory:
         facts = environment(directory)
         facts["rivals"] = f"pyarrow {pa.__version__}, lmdb {lmdb.__version__}"
         reads = measure_reads(directory, rounds)
         clock, cpu = measure_writes(directory, rounds)
-    options.output.mkdir(parents=True, exist_ok=True)
-    stem = options.output / ("readers-quick" if options.quick else "readers")
-    text = page(reads, clock, cpu, facts, rounds)
-    stem.with_suffix(".md").write_text(text)
 
     def as_json(samples: dict[int, dict[str, list[float]]]) -> dict[str, Any]:
         return {
@@ -366,8 +353,7 @@ def main() -> int:
         "owner_MiB_per_s": as_json(clock),
         "owner_MiB_per_cpu_s": as_json(cpu),
     }
-    stem.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
-    print(text)
+    print(save(options.stem, page(reads, clock, cpu, facts, rounds), figures))
     return 0
 
 

@@ -10,24 +10,19 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
-import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from bench_region import OPERATIONS, RIVALS, WORKLOADS, Operation, Workload, cells, clean, start
+from pages import bullets, empty_directory, environment, hundredths, median_ratio, parse, save, table
 from rich.console import Console
 from rich.progress import track
 
-ROUNDS, ROUNDS_QUICK = 45, 9
 UNDER_TEST = "region"
 
 
@@ -45,8 +40,7 @@ class Cell:
 
     def ratio(self, rival: str) -> float:
         """Time of the region in units of the rival's: below 1 the region is faster."""
-        pairs = zip(self.rounds[UNDER_TEST], self.rounds[rival], strict=True)
-        return statistics.median(mine / theirs for mine, theirs in pairs)
+        return median_ratio(self.rounds[UNDER_TEST], self.rounds[rival])
 
     def as_json(self) -> dict[str, Any]:
         """Return the cell as the JSON file has it."""
@@ -105,37 +99,7 @@ def _progress(rounds: Iterable[int]) -> Iterable[int]:
     return track(rounds, "rounds", console=console) if console.is_terminal else rounds
 
 
-def environment(directory: Path) -> dict[str, str]:
-    """What the figures depend on."""
-    packages = ", ".join(f"{name} {metadata.version(name)}" for name in ("nodedb-mem", "cffi"))
-    return {
-        "kernel": f"{platform.system()} {platform.release()}",
-        "file system": _file_system(directory),
-        "CPU": f"{_processor()}, {len(os.sched_getaffinity(0))} usable",
-        "Python": f"{platform.python_implementation()} {platform.python_version()}",
-        "packages": packages,
-    }
-
-
-def _file_system(directory: Path) -> str:
-    """Type of the file system that holds a directory."""
-    best = ("", "unknown")
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        where, _, what = line.partition(" - ")
-        point = where.split()[4]
-        if directory.resolve().is_relative_to(point) and len(point) >= len(best[0]):
-            best = (point, what.split()[0])
-    return best[1]
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def table(results: list[Cell], facts: dict[str, str], rounds: int) -> str:
+def page(results: list[Cell], facts: dict[str, str], rounds: int) -> list[str]:
     """Lay the figures out in Markdown."""
     others = [rival for rival in RIVALS if rival != UNDER_TEST]
     header = ["operation", "size", *RIVALS, *(f"{UNDER_TEST}/{rival}" for rival in others)]
@@ -144,25 +108,22 @@ def table(results: list[Cell], facts: dict[str, str], rounds: int) -> str:
             cell.operation.label,
             cell.workload.label,
             *(_figure(cell, rival) for rival in RIVALS),
-            *(_ratio(cell.ratio(rival)) for rival in others),
+            *(hundredths(cell.ratio(rival)) for rival in others),
         ]
         for cell in results
     ]
-    lines = [
-        "# Region, twin and bare mmap",
-        "",
-        f"Time per operation, medians of {rounds} interleaved rounds. A ratio below 1: the region is faster.",
-        "",
-        *(f"- {name}: {fact}" for name, fact in facts.items()),
-        "",
-        *_aligned([header, *rows]),
-        "",
+    notes = [
         *(f"- {operation.label}: {operation.meaning}" for operation in OPERATIONS),
         "- region: `cache_limit=None`, as the others have no limit; limited: the default of 256 MiB",
         "- twin: `benchmarks/twin.py`, the same promises in pure Python; mmap: slices of a mapping, no promises",
-        "",
     ]
-    return "\n".join(lines)
+    return [
+        "# Region, twin and bare mmap",
+        f"Time per operation, medians of {rounds} interleaved rounds. A ratio below 1: the region is faster.",
+        bullets(facts),
+        table([header, *rows]),
+        "\n".join(notes),
+    ]
 
 
 def _figure(cell: Cell, rival: str) -> str:
@@ -177,59 +138,14 @@ def _figure(cell: Cell, rival: str) -> str:
     return text
 
 
-def _ratio(ratio: float) -> str:
-    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
-
-
-def _aligned(rows: list[list[str]]) -> Iterator[str]:
-    """Rows of a Markdown table, the first one its header; figures to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for number, row in enumerate(rows):
-        padded = [
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        yield f"| {' | '.join(padded)} |"
-        if number == 0:
-            rules = ("-" * width if column == 0 else "-" * (width - 1) + ":" for column, width in enumerate(widths))
-            yield f"| {' | '.join(rules)} |"
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compare the region with a pure-Python twin and with bare mmap.")
-    parser.add_argument("--quick", action="store_true", help=f"{ROUNDS_QUICK} rounds instead of {ROUNDS}")
-    parser.add_argument("--rounds", type=int, help="rounds to take the medians of")
-    parser.add_argument(
-        "--directory",
-        type=Path,
-        default=Path(),
-        help="where the files are made: its file system is what is measured (default: the current directory)",
-    )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=Path(__file__).parent / "results",
-        help="folder for the table (Markdown) and the figures (JSON)",
-    )
-    options = parser.parse_args()
-    rounds = options.rounds or (ROUNDS_QUICK if options.quick else ROUNDS)
-    if rounds < 1:
-        parser.error("--rounds must be positive")
-    if not options.directory.is_dir():
-        parser.error(f"--directory: {options.directory} is not a directory")
-
-    with tempfile.TemporaryDirectory(dir=options.directory.resolve(), prefix=".bench-") as name:
-        directory = Path(name)
+    options = parse(parser, "region", rounds=45, quick=9)
+    with empty_directory(options.directory) as directory:
         facts = environment(directory)
-        results = measure(rounds, directory)
-    text = table(results, facts, rounds)
-    figures = {"environment": facts, "rounds": rounds, "cells": [cell.as_json() for cell in results]}
-
-    options.output.mkdir(parents=True, exist_ok=True)
-    stem = options.output / ("region-quick" if options.quick else "region")
-    stem.with_suffix(".md").write_text(text)
-    stem.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
-    print(text)
+        results = measure(options.rounds, directory)
+    figures = {"environment": facts, "rounds": options.rounds, "cells": [cell.as_json() for cell in results]}
+    print(save(options.stem, page(results, facts, options.rounds), figures))
     return 0
 
 

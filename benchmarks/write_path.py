@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import mmap
 import os
 import random
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -27,13 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from bench_region import KIB, MIB, MmapSubject, RegionSubject, Workload, clean
-from report import environment
+from pages import bullets, digits, empty_directory, environment, median_ratio, parse, save, table, verdict
 from twin import TwinRegion
 
 from nodedb_mem import OverflowRegion
 
-HERE = Path(__file__).parent
-PROGRAM = HERE.parent / "build" / "bench" / "region_writes"
+PROGRAM = Path(__file__).parent.parent / "build" / "bench" / "region_writes"
 WARM_UP = 6 << 30  # bytes
 
 WORKLOADS = tuple(
@@ -65,8 +62,7 @@ class Figures:
 
     def ratio(self, rival: str) -> float:
         """Time of the subject in units of the rival's: below 1 it is faster."""
-        pairs = zip(self.samples[self.under_test], self.samples[rival], strict=True)
-        return statistics.median(mine / theirs for mine, theirs in pairs)
+        return median_ratio(self.samples[self.under_test], self.samples[rival])
 
     @property
     def rivals(self) -> list[str]:
@@ -88,25 +84,13 @@ class Figures:
         for rival in self.rivals:
             text = f"{self.ratio(rival):.2f}"
             if rival in self.goals:
-                met = self.ratio(rival) <= self.goals[rival]
-                text += f" (goal {self.goals[rival]:g}{'' if met else ', MISSED'})"
+                text = verdict(text, f"{self.goals[rival]:g}", self.ratio(rival) <= self.goals[rival])
             ratios.append(text)
         return [self.title, *(digits(self.median(name)) for name in (self.under_test, *self.rivals)), *ratios]
 
     def header(self) -> list[str]:
         names = (self.under_test, *self.rivals)
         return ["", *(f"{name}, {self.unit}" for name in names), *(f"{self.under_test}/{r}" for r in self.rivals)]
-
-
-def digits(figure: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{figure:.0f}" if figure >= 100 else f"{figure:.3g}"
-
-
-def table(rows: list[list[str]]) -> str:
-    """Lay rows out in Markdown, the first one as header; figures to the right."""
-    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], rule, *rows[1:]])
 
 
 def warm_up() -> None:
@@ -153,16 +137,7 @@ def _figures_of_c(what: str, size: int) -> Figures:
 class SparseSubject(MmapSubject):
     """Slice assignment to a mapping of a file whose blocks come as they are touched."""
 
-    def __init__(self, directory: Path, workload: Workload) -> None:
-        fd = os.open(directory / "sparse", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            os.ftruncate(fd, workload.total)
-            self.mapping = mmap.mmap(fd, workload.total)
-        finally:
-            os.close(fd)
-        self.data = random.Random(0).randbytes(workload.size)
-        self.size = workload.size
-        self.offsets = [i * workload.size for i in range(workload.values)]
+    extend = staticmethod(os.ftruncate)
 
 
 SUBJECTS: dict[str, Callable[[Path, Workload], Any]] = {
@@ -237,17 +212,17 @@ SECTIONS = {
 }
 
 
-def page(results: dict[str, list[Figures]], facts: dict[str, str], rounds: int) -> str:
+def page(results: dict[str, list[Figures]], facts: dict[str, str], rounds: int) -> list[str]:
     """Lay everything out in Markdown."""
     parts = [
         "# The write path",
         f"Medians of {rounds} interleaved rounds; `benchmarks/write_path.py`. A ratio below 1: the region is faster.",
-        "\n".join(f"- {name}: {fact}" for name, fact in facts.items()),
+        bullets(facts),
     ]
     for key, title in SECTIONS.items():
         rows = [results[key][0].header(), *(figures.cells() for figures in results[key])]
         parts += [f"## {title}", table(rows)]
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
 def plot(results: dict[str, list[Figures]], path: Path) -> None:
@@ -270,39 +245,22 @@ def plot(results: dict[str, list[Figures]], path: Path) -> None:
     plt.close(figure)
 
 
-def parse(description: str, rounds: int, quick: int) -> argparse.ArgumentParser:
-    """Return a parser of the options that this file and `ram.py` share."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help=f"{quick} rounds instead of {rounds}")
-    parser.add_argument("--rounds", type=int, help="rounds to take the medians of")
-    parser.add_argument("--directory", type=Path, default=Path(), help="its file system is what is measured")
-    parser.add_argument("--output", type=Path, default=HERE / "results", help="folder for table, figures and plot")
-    return parser
-
-
 def main() -> int:
-    parser = parse("Measure the ways into a region.", rounds=31, quick=9)
+    parser = argparse.ArgumentParser(description="Measure the ways into a region.")
     parser.add_argument("--native", type=Path, default=PROGRAM, help="the C program (default: %(default)s)")
-    options = parser.parse_args()
-    rounds = options.rounds or (9 if options.quick else 31)
+    options = parse(parser, "write-path", rounds=31, quick=9)
+    rounds = options.rounds
 
     warm_up()
-    with tempfile.TemporaryDirectory(dir=options.directory.resolve(), prefix=".bench-") as name:
-        directory = Path(name)
+    with empty_directory(options.directory) as directory:
         facts = environment(directory)
         results = from_c(options.native, directory, rounds)
         results["python"] = from_python(directory, rounds)
         results["python price"] = prices(directory, rounds)
 
-    options.output.mkdir(parents=True, exist_ok=True)
-    stem = options.output / ("write-path-quick" if options.quick else "write-path")
-    text = page(results, facts, rounds)
-    stem.with_suffix(".md").write_text(text)
     figures = {key: [each.as_json() for each in results[key]] for key in SECTIONS}
-    stem.with_suffix(".json").write_text(
-        json.dumps({"environment": facts, "rounds": rounds} | figures, indent=1) + "\n"
-    )
-    plot(results, stem.with_suffix(".png"))
+    text = save(options.stem, page(results, facts, rounds), {"environment": facts, "rounds": rounds} | figures)
+    plot(results, options.stem.with_suffix(".png"))
     print(text)
     return 0
 

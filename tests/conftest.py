@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pty
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import pyarrow  # noqa: F401
 import pytest
 
 import nodedb_mem
-from nodedb_mem import OverflowRegion
+from nodedb_mem import OverflowRegion, cli
 from nodedb_mem._core import lib
 
 NewRegion = Callable[..., OverflowRegion]
@@ -218,7 +219,7 @@ def new_region(tmp_path: Path, check: Callable[[OverflowRegion], None]) -> Itera
     """Make regions below tmp_path; afterwards check the open ones and close them."""
     made: list[OverflowRegion] = []
 
-    def make(name: str = "region", **options: Any) -> OverflowRegion:
+    def make(name: Path | str = "region", **options: Any) -> OverflowRegion:
         options.setdefault("initial_capacity", 1 << 16)
         options.setdefault("max_capacity", 1 << 24)
         made.append(OverflowRegion.open(tmp_path / name, **options))
@@ -238,6 +239,47 @@ def _environment() -> dict[str, str]:
 
 
 @pytest.fixture
+def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command ``nodedb-mem`` in this process; gives status, standard output, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        try:
+            status = cli.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return status, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def terminal() -> Callable[[], AbstractContextManager[tuple[int, bytearray]]]:
+    """Open a terminal: a descriptor to write to, and what was shown, complete when the block has ended."""
+
+    @contextmanager
+    def opened() -> Iterator[tuple[int, bytearray]]:
+        master, slave = pty.openpty()
+        shown = bytearray()
+
+        def drain() -> None:
+            with suppress(OSError):  # EIO: the other end is closed
+                while part := os.read(master, 65536):
+                    shown.extend(part)
+
+        reader = threading.Thread(target=drain)
+        reader.start()
+        try:
+            yield slave, shown
+        finally:
+            os.close(slave)
+            reader.join()
+            os.close(master)
+
+    return opened
+
+
+@pytest.fixture
 def run_python(tmp_path: Path) -> Callable[..., str]:
     """Run a script in a fresh interpreter; it must exit with 0 and write nothing to stderr. Returns its output."""
 
@@ -253,6 +295,53 @@ def run_python(tmp_path: Path) -> Callable[..., str]:
         )
         assert (done.returncode, done.stderr) == (0, ""), f"status {done.returncode}\n{done.stdout}{done.stderr}"
         return done.stdout
+
+    return run
+
+
+# What the scripts about faults share.
+_PRELUDE = """
+import errno, os, resource, sys
+from nodedb_mem import OverflowRegion, RegionIOError
+from nodedb_mem._core import lib
+
+def value(number, size):
+    return (number.to_bytes(4, "little") * (size // 4 + 1))[:size]
+
+def write_until_refused(region, size, start=0):
+    written = {}
+    for number in range(start, start + 200_000):
+        try:
+            slot = region.write(value(number, size), 0)
+        except RegionIOError as error:
+            return written, error
+        written[slot] = value(number, size)
+    raise AssertionError("never refused")
+
+def assert_intact(region, written):
+    assert lib.ndm_region_check(region._handle) == 0
+    for slot, expected in written.items():
+        assert region.read(slot) == expected, slot
+    assert len(region) == len(written)
+
+def fill_disk(path):
+    with open(path, "wb", buffering=0) as file:
+        for size in (1 << 16, 1 << 12, 1):
+            try:
+                while True:
+                    assert file.write(bytes(size)) > 0
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+        os.fsync(file.fileno())
+"""
+
+
+@pytest.fixture
+def run_to_end(run_python: Callable[..., str]) -> Callable[..., None]:
+    """Run a script about faults after the prelude, in a process of its own: it must get to its end."""
+
+    def run(script: str, *arguments: object) -> None:
+        assert run_python(f"{_PRELUDE}{script}\nprint('done')", *arguments) == "done\n"
 
     return run
 

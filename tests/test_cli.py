@@ -6,7 +6,6 @@ import errno
 import json
 import multiprocessing
 import os
-import pty
 import random
 import signal
 import subprocess
@@ -14,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
@@ -44,6 +43,7 @@ KEYS = {
 
 Figures = dict[str, float]
 Run = Callable[..., tuple[int, str, str]]
+Terminal = Callable[[], AbstractContextManager[tuple[int, bytearray]]]
 
 
 class MemoryRegion:
@@ -101,21 +101,6 @@ def tree(tmp_path: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{number}.bin").write_bytes(source.randbytes(size))
     return root
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process; gives status, standard output, standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        try:
-            status = cli.main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return status, *capfd.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -215,23 +200,9 @@ def test_module_prints_a_table_and_nothing_on_stderr_that_is_no_terminal(tree: P
     assert "\x1b" not in done.stdout
 
 
-def test_progress_bar_is_shown_on_a_terminal(tree: Path) -> None:
-    master, slave = pty.openpty()
-    shown = bytearray()
-
-    def drain() -> None:
-        with suppress(OSError):  # EIO: the other end is closed
-            while part := os.read(master, 65536):
-                shown.extend(part)
-
-    reader = threading.Thread(target=drain)
-    reader.start()
-    try:
-        done = start("spill", tree, "--json", stderr=slave)
-    finally:
-        os.close(slave)
-        reader.join()
-        os.close(master)
+def test_progress_bar_is_shown_on_a_terminal(terminal: Terminal, tree: Path) -> None:
+    with terminal() as (writable, shown):
+        done = start("spill", tree, "--json", stderr=writable)
     assert done.returncode == 0
     assert b"spill" in shown
     assert b"verify" in shown

@@ -22,7 +22,7 @@ from nodedb_mem import OverflowRegion, RegionIOError
 
 NewRegion = Callable[..., OverflowRegion]
 Mount = Callable[[str, int], Path]
-RunPython = Callable[..., str]
+RunToEnd = Callable[..., None]
 
 file_systems = pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 MIBS = {"tmpfs": 4, "ext4": 8}
@@ -32,51 +32,13 @@ def blob(size: int, seed: int = 0) -> bytes:
     return random.Random(seed).randbytes(size)
 
 
-PRELUDE = """
-import errno, os, random, resource, sys
-from nodedb_mem import OverflowRegion, RegionIOError
-from nodedb_mem._core import lib
-
-def value(number, size):
-    return (number.to_bytes(4, "little") * (size // 4 + 1))[:size]
-
-def write_until_refused(region, size, start=0):
-    written = {}
-    for number in range(start, start + 200_000):
-        try:
-            slot = region.write(value(number, size), 0)
-        except RegionIOError as error:
-            return written, error
-        written[slot] = value(number, size)
-    raise AssertionError("never refused")
-
-def assert_intact(region, written):
-    assert lib.ndm_region_check(region._handle) == 0
-    for slot, expected in written.items():
-        assert region.read(slot) == expected, slot
-    assert len(region) == len(written)
-
-def fill_disk(path):
-    with open(path, "wb", buffering=0) as file:
-        for size in (1 << 16, 1 << 12, 1):
-            try:
-                while True:
-                    assert file.write(bytes(size)) > 0
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
-        os.fsync(file.fileno())
-"""
-
-
 # No room
 
 
 @file_systems
 @pytest.mark.parametrize("size", [100, 4096, 5000, 70_000, 1_000_000])
-def test_a_full_disk_is_an_error_and_nothing_is_lost(mount: Mount, run_python: RunPython, kind: str, size: int) -> None:
-    script = (
-        PRELUDE
-        + """
+def test_a_full_disk_is_an_error_and_nothing_is_lost(mount: Mount, run_to_end: RunToEnd, kind: str, size: int) -> None:
+    script = """
 size, room = int(sys.argv[2]), int(sys.argv[3]) << 20
 region = OverflowRegion.open(sys.argv[1], initial_capacity=65536, max_capacity=1 << 30)
 written, error = write_until_refused(region, size)
@@ -122,20 +84,15 @@ region.close()
 with OverflowRegion.open(sys.argv[1]) as region:
     slot = region.write(value(5, size), 0)
     assert region.read(slot) == value(5, size)
-print("done")
 """
-    )
-    directory = mount(kind, MIBS[kind])
-    assert run_python(script, directory / "region", size, MIBS[kind]) == "done\n"
+    run_to_end(script, mount(kind, MIBS[kind]) / "region", size, MIBS[kind])
 
 
 @file_systems
 @pytest.mark.parametrize("size", [16, 1000, 40_000, 300_000])
-def test_space_that_others_took_is_an_error(mount: Mount, run_python: RunPython, kind: str, size: int) -> None:
+def test_space_that_others_took_is_an_error(mount: Mount, run_to_end: RunToEnd, kind: str, size: int) -> None:
     # The file is already long enough: only its blocks are missing.
-    script = (
-        PRELUDE
-        + """
+    script = """
 size, directory = int(sys.argv[2]), os.path.dirname(sys.argv[1])
 region = OverflowRegion.open(sys.argv[1], initial_capacity=3 << 20, max_capacity=1 << 30)
 written = {}
@@ -158,22 +115,18 @@ for number in range(3):
     slot = region.write(value(number + 500, size), 0)
     written[slot] = value(number + 500, size)
 assert_intact(region, written)
-print("done")
 """
-    )
-    assert run_python(script, mount(kind, MIBS[kind]) / "region", size) == "done\n"
+    run_to_end(script, mount(kind, MIBS[kind]) / "region", size)
 
 
 @file_systems
 @pytest.mark.parametrize("size", [100, 3000, 40_000])
 def test_a_full_disk_is_no_danger_after_someone_read_the_file(
-    mount: Mount, run_python: RunPython, kind: str, size: int
+    mount: Mount, run_to_end: RunToEnd, kind: str, size: int
 ) -> None:
     # Read back in large pieces, pages with blocks and pages without may end up in one folio; to touch the former
     # then takes blocks for the latter.
-    script = (
-        PRELUDE
-        + """
+    script = """
 import ctypes
 import numpy as np
 size = int(sys.argv[2])
@@ -201,17 +154,13 @@ for number in range(4):
     assert error.errno == errno.ENOSPC
     written |= more
     assert_intact(region, written)
-print("done")
 """
-    )
-    assert run_python(script, mount(kind, MIBS[kind]) / "region", size) == "done\n"
+    run_to_end(script, mount(kind, MIBS[kind]) / "region", size)
 
 
 @file_systems
-def test_a_full_disk_with_views_and_a_raised_ceiling(mount: Mount, run_python: RunPython, kind: str) -> None:
-    script = (
-        PRELUDE
-        + """
+def test_a_full_disk_with_views_and_a_raised_ceiling(mount: Mount, run_to_end: RunToEnd, kind: str) -> None:
+    script = """
 region = OverflowRegion.open(sys.argv[1], initial_capacity=4096, max_capacity=65536)
 written, views = {}, []
 region.max_capacity = 1 << 30
@@ -239,18 +188,14 @@ assert_intact(region, written)
 assert all(view == expected for view, expected in views)
 region.close()
 assert all(view == expected for view, expected in views)
-print("done")
 """
-    )
-    assert run_python(script, mount(kind, MIBS[kind]) / "region") == "done\n"
+    run_to_end(script, mount(kind, MIBS[kind]) / "region")
 
 
 @file_systems
-def test_a_slot_table_that_cannot_grow_is_an_error(mount: Mount, run_python: RunPython, kind: str) -> None:
+def test_a_slot_table_that_cannot_grow_is_an_error(mount: Mount, run_to_end: RunToEnd, kind: str) -> None:
     # Empty values need no room of their own, but each needs a slot.
-    script = (
-        PRELUDE
-        + """
+    script = """
 region = OverflowRegion.open(sys.argv[1], initial_capacity=4096, max_capacity=1 << 30)
 slot = region.write(b"kept", 0)
 fill_disk(os.path.dirname(sys.argv[1]) + "/filler")
@@ -266,17 +211,13 @@ assert region.read(slot) == b"kept"
 assert lib.ndm_region_check(region._handle) == 0
 region.free(slot)
 assert region.read(region.write(b"more", 0)) == b"more"
-print("done")
 """
-    )
-    assert run_python(script, mount(kind, MIBS[kind]) / "region") == "done\n"
+    run_to_end(script, mount(kind, MIBS[kind]) / "region")
 
 
 @file_systems
-def test_opening_on_a_full_disk_is_an_error_or_works(mount: Mount, run_python: RunPython, kind: str) -> None:
-    script = (
-        PRELUDE
-        + """
+def test_opening_on_a_full_disk_is_an_error_or_works(mount: Mount, run_to_end: RunToEnd, kind: str) -> None:
+    script = """
 directory = os.path.dirname(sys.argv[1])
 fill_disk(directory + "/filler")
 before = sorted(os.listdir(directory))
@@ -294,35 +235,27 @@ for open_one in (lambda: OverflowRegion.open(sys.argv[1]), lambda: OverflowRegio
 os.unlink(directory + "/filler")
 with OverflowRegion.open(sys.argv[1]) as region:
     assert region.read(region.write(value(3, 100_000), 0)) == value(3, 100_000)
-print("done")
 """
-    )
-    assert run_python(script, mount(kind, MIBS[kind]) / "region") == "done\n"
+    run_to_end(script, mount(kind, MIBS[kind]) / "region")
 
 
 @file_systems
-def test_a_temporary_region_on_a_full_disk_is_an_error(mount: Mount, run_python: RunPython, kind: str) -> None:
-    script = (
-        PRELUDE
-        + """
+def test_a_temporary_region_on_a_full_disk_is_an_error(mount: Mount, run_to_end: RunToEnd, kind: str) -> None:
+    script = """
 region = OverflowRegion.temporary(sys.argv[1], initial_capacity=4096, max_capacity=1 << 30)
 written, error = write_until_refused(region, 10_000)
 assert error.errno == errno.ENOSPC, error
 assert_intact(region, written)
-print("done")
 """
-    )
-    assert run_python(script, mount(kind, MIBS[kind])) == "done\n"
+    run_to_end(script, mount(kind, MIBS[kind]))
 
 
 # Limits
 
 
 @pytest.mark.parametrize("size", [100, 5000, 70_000])
-def test_a_file_size_limit_is_an_error_and_nothing_is_lost(run_python: RunPython, tmp_path: Path, size: int) -> None:
-    script = (
-        PRELUDE
-        + """
+def test_a_file_size_limit_is_an_error_and_nothing_is_lost(run_to_end: RunToEnd, tmp_path: Path, size: int) -> None:
+    script = """
 size = int(sys.argv[2])
 region = OverflowRegion.open(sys.argv[1], initial_capacity=4096, max_capacity=1 << 30)
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -351,16 +284,12 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
 slot = region.write(value(8, 1 << 21), 0)
 written[slot] = value(8, 1 << 21)
 assert_intact(region, written)
-print("done")
 """
-    )
-    assert run_python(script, tmp_path / "region", size) == "done\n"
+    run_to_end(script, tmp_path / "region", size)
 
 
-def test_opening_past_the_file_size_limit_leaves_nothing_behind(run_python: RunPython, tmp_path: Path) -> None:
-    script = (
-        PRELUDE
-        + """
+def test_opening_past_the_file_size_limit_leaves_nothing_behind(run_to_end: RunToEnd, tmp_path: Path) -> None:
+    script = """
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
 for _ in range(2):
@@ -379,17 +308,13 @@ for _ in range(2):
     else:
         raise AssertionError("past the limit")
 OverflowRegion.open(sys.argv[1], initial_capacity=1 << 20).close()
-print("done")
 """
-    )
     (tmp_path / "empty").mkdir()
-    assert run_python(script, tmp_path / "empty" / "region") == "done\n"
+    run_to_end(script, tmp_path / "empty" / "region")
 
 
-def test_no_descriptors_left_is_an_error_and_leaves_nothing_behind(run_python: RunPython, tmp_path: Path) -> None:
-    script = (
-        PRELUDE
-        + """
+def test_no_descriptors_left_is_an_error_and_leaves_nothing_behind(run_to_end: RunToEnd, tmp_path: Path) -> None:
+    script = """
 used = len(os.listdir("/proc/self/fd")) - 1
 refused = 0
 for room in range(0, 4):
@@ -405,17 +330,13 @@ for room in range(0, 4):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     assert os.listdir(os.path.dirname(sys.argv[1])) == [], room
 assert refused
-print("done")
 """
-    )
     (tmp_path / "empty").mkdir()
-    assert run_python(script, tmp_path / "empty" / "region") == "done\n"
+    run_to_end(script, tmp_path / "empty" / "region")
 
 
-def test_a_file_cut_short_is_noticed_when_it_grows(run_python: RunPython, tmp_path: Path) -> None:
-    script = (
-        PRELUDE
-        + """
+def test_a_file_cut_short_is_noticed_when_it_grows(run_to_end: RunToEnd, tmp_path: Path) -> None:
+    script = """
 region = OverflowRegion.open(sys.argv[1], initial_capacity=65536, max_capacity=1 << 24)
 region.write(bytes(1000), 0)
 os.truncate(sys.argv[1], 0)
@@ -429,10 +350,8 @@ for size in (100_000, 1_000_000):
         raise AssertionError("a short file went unnoticed")
     assert region.stats() == before
 region.close()
-print("done")
 """
-    )
-    assert run_python(script, tmp_path / "region") == "done\n"
+    run_to_end(script, tmp_path / "region")
 
 
 # Permissions
@@ -449,9 +368,10 @@ def foreign_directory() -> Iterator[Path]:
 
 
 @pytest.fixture
-def run_unprivileged(run_python: RunPython) -> RunPython:
-    """Run a script after the prelude, as nobody where we are root."""
+def run_unprivileged(run_python: Callable[..., str], run_to_end: RunToEnd) -> RunToEnd:
+    """Run a script to its end, as nobody where we are root."""
     step_down = """
+import os, sys
 if os.geteuid() == 0:
     try:
         os.setgroups([])
@@ -461,17 +381,12 @@ if os.geteuid() == 0:
         print("cannot become nobody:", error)
         sys.exit()
 """
-
-    def run(script: str, *arguments: object) -> str:
-        output = run_python(PRELUDE + step_down + script, *arguments)
-        if output.startswith("cannot become nobody"):
-            pytest.skip(output.strip())
-        return output
-
-    return run
+    if refusal := run_python(step_down):
+        pytest.skip(refusal.strip())
+    return lambda script, *arguments: run_to_end(step_down + script, *arguments)
 
 
-def test_a_directory_without_permission_is_an_error(run_unprivileged: RunPython, foreign_directory: Path) -> None:
+def test_a_directory_without_permission_is_an_error(run_unprivileged: RunToEnd, foreign_directory: Path) -> None:
     if os.geteuid() != 0:
         foreign_directory.chmod(0o555)
     script = """
@@ -487,13 +402,12 @@ for open_one, name in (
         assert error.filename == name, error.filename
     else:
         raise AssertionError("opened")
-print("done")
 """
-    assert run_unprivileged(script, foreign_directory) == "done\n"
+    run_unprivileged(script, foreign_directory)
     assert os.listdir(foreign_directory) == []
 
 
-def test_a_region_file_of_someone_else_is_an_error(run_unprivileged: RunPython, foreign_directory: Path) -> None:
+def test_a_region_file_of_someone_else_is_an_error(run_unprivileged: RunToEnd, foreign_directory: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root to be someone else")
     with OverflowRegion.open(foreign_directory / "region", initial_capacity=4096) as region:
@@ -506,13 +420,12 @@ except RegionIOError as error:
     assert error.errno == errno.EACCES, error
 else:
     raise AssertionError("opened")
-print("done")
 """
-    assert run_unprivileged(script, foreign_directory / "region") == "done\n"
+    run_unprivileged(script, foreign_directory / "region")
     assert {name: (foreign_directory / name).read_bytes() for name in os.listdir(foreign_directory)} == before
 
 
-def test_a_region_works_without_privileges(run_unprivileged: RunPython, foreign_directory: Path) -> None:
+def test_a_region_works_without_privileges(run_unprivileged: RunToEnd, foreign_directory: Path) -> None:
     foreign_directory.chmod(0o777)
     script = """
 for _ in range(2):
@@ -523,9 +436,8 @@ for _ in range(2):
             OverflowRegion.open(sys.argv[1])
         except Exception as error:
             assert error.holders == (os.getpid(),), error
-print("done")
 """
-    assert run_unprivileged(script, foreign_directory / "region") == "done\n"
+    run_unprivileged(script, foreign_directory / "region")
 
 
 @file_systems

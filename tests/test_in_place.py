@@ -21,7 +21,7 @@ NewRegion = Callable[..., OverflowRegion]
 Check = Callable[[OverflowRegion], None]
 Unchanged = Callable[[OverflowRegion], AbstractContextManager[None]]
 Mount = Callable[[str, int], Path]
-RunPython = Callable[..., str]
+RunToEnd = Callable[..., None]
 
 sizes = pytest.mark.parametrize("size", [1, 4095, 4096, 100_000, 524_288, 1_700_000])
 file_systems = pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
@@ -302,31 +302,13 @@ def test_committing_again_changes_nothing(new_region: NewRegion, unchanged: Unch
 
 # Full disks: what could end in SIGBUS has a process of its own
 
-PRELUDE = """
-import errno, os, sys
-from nodedb_mem import OverflowRegion, RegionIOError
-from nodedb_mem._core import lib
-
-def fill_disk(path):
-    with open(path, "wb", buffering=0) as file:
-        for size in (1 << 16, 1 << 12, 1):
-            try:
-                while True:
-                    file.write(bytes(size))
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
-        os.fsync(file.fileno())
-"""
-
 
 @file_systems
 @pytest.mark.parametrize("size", [3000, 70_000, 900_000])
 def test_every_byte_of_what_was_given_can_be_stored_on_a_full_disk(
-    mount: Mount, run_python: RunPython, kind: str, size: int
+    mount: Mount, run_to_end: RunToEnd, kind: str, size: int
 ) -> None:
-    script = (
-        PRELUDE
-        + """
+    script = """
 directory, size = sys.argv[1], int(sys.argv[2])
 for initial in (1 << 16, 1 << 26):  # growing, and a file whose blocks are missing
     region = OverflowRegion.open(directory + "/region", initial_capacity=initial, max_capacity=1 << 30)
@@ -356,22 +338,18 @@ for initial in (1 << 16, 1 << 26):  # growing, and a file whose blocks are missi
     region.close()
     os.unlink(directory + "/region")
     os.unlink(directory + "/filler")
-print("done")
 """
-    )
-    assert run_python(script, mount(kind, 10), size) == "done\n"
+    run_to_end(script, mount(kind, 10), size)
 
 
 @file_systems
 @pytest.mark.parametrize("size", [5000, 70_000, 100_000, 600_000])
 @pytest.mark.parametrize("between", ["nothing", "read", "read_bytes", "restore"])
 def test_trim_takes_no_block_that_a_store_would_need(
-    mount: Mount, run_python: RunPython, kind: str, size: int, between: str
+    mount: Mount, run_to_end: RunToEnd, kind: str, size: int, between: str
 ) -> None:
     # A store into a clean page asks for the blocks of its whole folio, which may reach into what was punched.
-    script = (
-        PRELUDE
-        + """
+    script = """
 directory, size, between = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 region = OverflowRegion.open(directory + "/region", initial_capacity=1 << 16, max_capacity=1 << 23)
 front = region.write(os.urandom(200_001), 0)
@@ -400,10 +378,8 @@ before = region.stats().disk_bytes
 region.trim()
 assert region.stats().disk_bytes < before
 assert set(region.read_bytes(slot)) == {1, 2}
-print("done")
 """
-    )
-    assert run_python(script, mount(kind, 16), size, between) == "done\n"
+    run_to_end(script, mount(kind, 16), size, between)
 
 
 @file_systems

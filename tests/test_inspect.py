@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nodedb_mem import EngineId, OverflowReader, OverflowRegion, cli, inspect
+from nodedb_mem import EngineId, OverflowReader, OverflowRegion, inspect
 
 Run = Callable[..., tuple[int, str, str]]
+Terminal = Callable[[], AbstractContextManager[tuple[int, bytearray]]]
 
 OWNER = """
     import sys
@@ -30,21 +29,6 @@ OWNER = """
     print("ready", flush=True)
     sys.stdin.read()
 """
-
-
-@pytest.fixture
-def run(capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process; gives status, standard output, standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        capfd.readouterr()
-        try:
-            status = cli.main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return status, *capfd.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -393,32 +377,17 @@ def test_watch_ends_when_the_file_is_gone(path: Path) -> None:
         assert "No such file or directory" in watcher.stderr.read()
 
 
-def test_watch_draws_on_a_terminal(path: Path) -> None:
-    master, slave = pty.openpty()
-    shown = bytearray()
-
-    def drain() -> None:
-        with suppress(OSError):  # EIO: the other end is closed
-            while part := os.read(master, 65536):
-                shown.extend(part)
-
-    drainer = threading.Thread(target=drain)
-    drainer.start()
-    try:
-        with OverflowRegion(path) as region:
-            region.write(bytes(300_000), EngineId.BRIDGE)
-            with start(path, "--watch", stdout=slave, env=os.environ | {"TERM": "xterm"}) as watcher:
-                while b"resident" not in shown and watcher.poll() is None:
-                    time.sleep(0.01)
-                first = len(shown)
-                while len(shown) == first and watcher.poll() is None:  # it refreshes
-                    time.sleep(0.01)
-                watcher.send_signal(signal.SIGINT)
-                assert watcher.wait() == 0
-    finally:
-        os.close(slave)
-        drainer.join()
-        os.close(master)
+def test_watch_draws_on_a_terminal(terminal: Terminal, path: Path) -> None:
+    with terminal() as (writable, shown), OverflowRegion(path) as region:
+        region.write(bytes(300_000), EngineId.BRIDGE)
+        with start(path, "--watch", stdout=writable, env=os.environ | {"TERM": "xterm"}) as watcher:
+            while b"resident" not in shown and watcher.poll() is None:
+                time.sleep(0.01)
+            first = len(shown)
+            while len(shown) == first and watcher.poll() is None:  # it refreshes
+                time.sleep(0.01)
+            watcher.send_signal(signal.SIGINT)
+            assert watcher.wait() == 0
     assert b"bridge" in shown and b"\x1b" in shown
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import mmap
 import os
 import random
@@ -55,21 +56,15 @@ def disk(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def new(disk: Path, check: Check) -> Iterator[Open]:
+def new(disk: Path, new_region: Open) -> Open:
     """Make regions on a disk; afterwards check the open ones and close them."""
-    made: list[OverflowRegion] = []
+    number = itertools.count()
 
     def make(directory: Path = disk, **options: Any) -> OverflowRegion:
-        options.setdefault("initial_capacity", MIB)
-        options.setdefault("max_capacity", 256 * MIB)
-        made.append(OverflowRegion.open(directory / f"region{len(made)}", **options))
-        return made[-1]
+        options = {"initial_capacity": MIB, "max_capacity": 256 * MIB} | options
+        return new_region(directory / f"region{next(number)}", **options)
 
-    yield make
-    for region in made:
-        if not region.closed:
-            check(region)
-            region.close()
+    return make
 
 
 def writers() -> int:

@@ -16,7 +16,7 @@ from nodedb_mem import EngineId, OverflowRegion, RegionClosedError, WrongThreadE
 NewRegion = Callable[..., OverflowRegion]
 Check = Callable[[OverflowRegion], None]
 Mount = Callable[[str, int], Path]
-RunPython = Callable[..., str]
+RunToEnd = Callable[..., None]
 
 KIB, MIB = 1 << 10, 1 << 20
 file_systems = pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
@@ -163,29 +163,6 @@ def test_a_freed_value_that_is_shown_is_not_trimmed_until_it_is_let_go(new_regio
 
 
 FULL_DISK = """
-import errno, os, sys
-from nodedb_mem import OverflowRegion, RegionIOError
-from nodedb_mem._core import lib
-
-def value(number, size):
-    return (number.to_bytes(4, "little") * (size // 4 + 1))[:size]
-
-def fill_disk(path):
-    with open(path, "wb", buffering=0) as file:
-        for size in (1 << 16, 1 << 12, 1):
-            try:
-                while True:
-                    assert file.write(bytes(size)) > 0
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
-        os.fsync(file.fileno())
-
-def assert_intact(region, written):
-    assert lib.ndm_region_check(region._handle) == 0
-    assert len(region) == len(written)
-    for slot, expected in written.items():
-        assert region.read(slot) == expected, slot
-
 region = OverflowRegion.open(sys.argv[1], initial_capacity=65536, max_capacity=1 << 30)
 filler = os.path.dirname(sys.argv[1]) + "/filler"
 size = int(sys.argv[2])
@@ -201,11 +178,9 @@ view, seen = region.read(count - 1), written[count - 1]
 @file_systems
 @pytest.mark.parametrize("size", [700, 30_000, 300_000])
 def test_punched_space_on_a_full_disk_is_an_error_never_a_crash(
-    mount: Mount, run_python: RunPython, kind: str, size: int
+    mount: Mount, run_to_end: RunToEnd, kind: str, size: int
 ) -> None:
-    script = (
-        FULL_DISK
-        + """
+    script = """
 for slot in range(count // 4, 3 * count // 4):
     region.free(slot)
     del written[slot]
@@ -231,20 +206,16 @@ for number in range(refused):
 assert region.used_bytes == used, "punched space is used again"
 assert_intact(region, written)
 assert view == seen
-print("done")
 """
-    )
-    assert run_python(script, mount(kind, 8) / "region", size) == "done\n"
+    run_to_end(FULL_DISK + script, mount(kind, 8) / "region", size)
 
 
 @file_systems
 @pytest.mark.parametrize("size", [700, 30_000, 300_000])
 def test_a_full_disk_in_the_middle_of_compact_loses_nothing(
-    mount: Mount, run_python: RunPython, kind: str, size: int
+    mount: Mount, run_to_end: RunToEnd, kind: str, size: int
 ) -> None:
-    script = (
-        FULL_DISK
-        + """
+    script = """
 third = count // 3
 for slot in [*range(third // 2, third), *range(third, 2 * third, 2)]:
     region.free(slot)
@@ -270,10 +241,8 @@ del view
 assert region.compact().remaining_bytes == 0
 assert_intact(region, written)
 assert region.used_bytes <= 1.02 * region.live_bytes + 64 * len(region)
-print("done")
 """
-    )
-    assert run_python(script, mount(kind, 8) / "region", size) == "done\n"
+    run_to_end(FULL_DISK + script, mount(kind, 8) / "region", size)
 
 
 # compact

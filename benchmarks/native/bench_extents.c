@@ -9,34 +9,15 @@
  *            go, so holes join and split all the time. Between the batches, untimed, the number of holes is steered
  *            towards N by releasing or taking some more.
  * A batch is 1000 pairs, timed as a whole; the figure is the median over the batches. */
-#define _POSIX_C_SOURCE 200809L
+#define _GNU_SOURCE
 #include "extents.h"
-
-#include <stdio.h>
-#include <stdlib.h>
-#include <time.h>
+#include "timing.h"
 
 enum { BATCH = 1000, BATCHES = 401 };
-
-static uint64_t rng = 0x9E3779B97F4A7C15;
-
-static uint64_t random_below(uint64_t bound)
-{
-    rng ^= rng << 13;
-    rng ^= rng >> 7;
-    rng ^= rng << 17;
-    return (uint64_t)(((unsigned __int128)rng * bound) >> 64);
-}
 
 static uint64_t longest;
 static uint32_t *movable; /* the used extents that may be released */
 static uint64_t movable_count, movable_room;
-
-static void fail(const char *what)
-{
-    fprintf(stderr, "bench_extents: %s\n", what);
-    exit(1);
-}
 
 static uint32_t take(ndm_i_extents *extents, uint64_t length)
 {
@@ -111,11 +92,9 @@ static void measure(uint64_t holes, bool walled)
             keep_count(&extents, holes);
     }
     for (int batch = 0; batch < BATCHES; batch++) {
-        struct timespec start, end;
-        clock_gettime(CLOCK_MONOTONIC, &start);
+        const double begin = now();
         pairs(&extents, BATCH);
-        clock_gettime(CLOCK_MONOTONIC, &end);
-        ns[batch] = ((double)(end.tv_sec - start.tv_sec) * 1e9 + (double)(end.tv_nsec - start.tv_nsec)) / BATCH;
+        ns[batch] = (now() - begin) * 1e3 / BATCH;
         if (!walled)
             keep_count(&extents, holes);
     }

@@ -12,37 +12,19 @@
  * difference, `book_ns`, is the bookkeeping. `read_ns` tells what memory of that size costs: one read in a chain of reads
  * at random among as many cache lines as there are free extents. A batch is 500 pairs; the two kinds of batch take turns; figures are
  * medians over the batches. */
-#define _POSIX_C_SOURCE 200809L
+#define _GNU_SOURCE
 #include "region.h" /* for the number of holes, which is not public */
+#include "timing.h"
 
 #include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
 
 enum { BATCH = 500, BATCHES = 301, LONGEST = 1 << 20 };
 
-static uint64_t rng = 0x9E3779B97F4A7C15;
 static uint64_t from, to;
 static char data[LONGEST];
 static ndm_region *region;
 static int64_t *movable;
 static uint64_t movable_count, movable_room;
-
-static void fail(const char *what)
-{
-    fprintf(stderr, "bench_free_write: %s\n", what);
-    exit(1);
-}
-
-static uint64_t random_below(uint64_t bound)
-{
-    rng ^= rng << 13;
-    rng ^= rng >> 7;
-    rng ^= rng << 17;
-    return (uint64_t)(((unsigned __int128)rng * bound) >> 64);
-}
 
 static uint64_t random_size(void)
 {
@@ -57,13 +39,6 @@ static int64_t write_value(uint64_t size)
     if (slot < 0)
         fail(ndm_last_error()->message);
     return slot;
-}
-
-static double now(void)
-{
-    struct timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (double)time.tv_sec * 1e9 + (double)time.tv_nsec;
 }
 
 static uint64_t hole_count(void) { return region->extents.free_count; }
@@ -91,7 +66,7 @@ static double pairs(void)
         ndm_region_free(region, *victim);
         *victim = write_value(sizes[i]);
     }
-    return (now() - begin) / BATCH;
+    return (now() - begin) * 1e3 / BATCH;
 }
 
 static double copies(void)
@@ -103,7 +78,7 @@ static double copies(void)
     const double begin = now();
     for (int i = 0; i < BATCH; i++)
         memcpy((char *)views[i], data, sizes[i]); /* what is there already */
-    const double spent = (now() - begin) / BATCH;
+    const double spent = (now() - begin) * 1e3 / BATCH;
     for (int i = 0; i < BATCH; i++)
         ndm_view_release(views[i]);
     return spent;
@@ -128,7 +103,7 @@ static double reads(uint64_t count)
     const double begin = now();
     for (int i = 0; i < READS; i++)
         at = lines[at].next;
-    const double spent = (now() - begin) / READS;
+    const double spent = (now() - begin) * 1e3 / READS;
     if (at >= count)
         fail("a chain that leaves its array");
     free(lines);

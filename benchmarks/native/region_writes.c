@@ -10,15 +10,9 @@
  *   price  us: open, the first write of 64 B, close; for a plain file: create + size + map, first store, unmap + close */
 #define _GNU_SOURCE
 #include "nodedb_mem.h"
+#include "timing.h"
 
-#include <errno.h>
 #include <fcntl.h>
-#include <stdbool.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
 #define KIB ((size_t)1 << 10)
@@ -31,28 +25,10 @@ enum { ENGINE = 1, OPENINGS = 10 };
 
 static char path[4096], slots_path[4096 + 8];
 
-static void check(bool good, const char *what)
+static void core(bool good)
 {
-    if (good)
-        return;
-    fprintf(stderr, "region_writes: %s: %s, %s\n", what, strerror(errno), ndm_last_error()->message);
-    exit(1);
-}
-
-static double now(void) /* us */
-{
-    struct timespec at;
-    clock_gettime(CLOCK_MONOTONIC, &at);
-    return (double)at.tv_sec * 1e6 + (double)at.tv_nsec / 1e3;
-}
-
-static uint8_t *memory(size_t size)
-{
-    uint8_t *area = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    check(area != MAP_FAILED, "mmap");
-    for (size_t i = 0; i < size; i += 8)
-        memcpy(area + i, &(uint64_t){i * 0x9E3779B97F4A7C15}, 8);
-    return area;
+    if (!good)
+        fail(ndm_last_error()->message);
 }
 
 static ndm_region *region_open(size_t capacity, size_t most)
@@ -60,7 +36,7 @@ static ndm_region *region_open(size_t capacity, size_t most)
     const ndm_options options = {
         .initial_capacity = capacity, .max_capacity = most, .alignment = 64, .cache_limit = UINT64_MAX};
     ndm_region *region = ndm_region_open(path, &options);
-    check(region != NULL, "ndm_region_open");
+    core(region != NULL);
     return region;
 }
 
@@ -99,7 +75,7 @@ static void cold_region(const uint8_t *source, size_t size)
     ndm_region *region = region_open(COLD, COLD);
     const double begin = now();
     for (size_t done = 0; done < COLD; done += size)
-        check(ndm_region_write(region, source, size, ENGINE) >= 0, "ndm_region_write");
+        core(ndm_region_write(region, source, size, ENGINE) >= 0);
     print("cold", size, "region", (now() - begin) / (COLD / MIB));
     region_close(region);
 }
@@ -124,7 +100,7 @@ static void warm(const uint8_t *source, size_t size, int rounds)
     int64_t *slots = malloc(WARM / size * sizeof *slots);
     check(slots != NULL, "malloc");
     for (size_t i = 0; i < WARM / size; i++)
-        check((slots[i] = ndm_region_write(region, source + i * size, size, ENGINE)) >= 0, "ndm_region_write");
+        core((slots[i] = ndm_region_write(region, source + i * size, size, ENGINE)) >= 0);
     for (int round = -1; round < rounds; round++) { /* the first maps what pwrite left unmapped */
         for (int turn = 0; turn < 2; turn++) {
             const bool ours = turn == (round & 1);
@@ -134,9 +110,9 @@ static void warm(const uint8_t *source, size_t size, int rounds)
                     memcpy(target + i * size, source + i * size, size);
                     continue;
                 }
-                check(ndm_region_free(region, slots[i]) == NDM_OK, "ndm_region_free");
+                core(ndm_region_free(region, slots[i]) == NDM_OK);
                 slots[i] = ndm_region_write(region, source + i * size, size, ENGINE);
-                check(slots[i] >= 0, "ndm_region_write");
+                core(slots[i] >= 0);
             }
             if (round >= 0)
                 print("warm", size, ours ? "region" : "memcpy", (now() - begin) / (WARM / MIB));
@@ -154,9 +130,9 @@ static void price_region(const uint8_t *source)
     const double begin = now();
     ndm_region *region = region_open(64 * MIB, 1024 * MIB);
     const double opened = now();
-    check(ndm_region_write(region, source, 64, ENGINE) >= 0, "ndm_region_write");
+    core(ndm_region_write(region, source, 64, ENGINE) >= 0);
     const double first = now();
-    check(ndm_region_write(region, source, 64, ENGINE) >= 0, "ndm_region_write");
+    core(ndm_region_write(region, source, 64, ENGINE) >= 0);
     const double second = now();
     ndm_region_close(region);
     const double closed = now();

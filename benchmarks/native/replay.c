@@ -21,36 +21,15 @@
  * Values are compared with what was written when they are deleted. */
 #define _GNU_SOURCE
 #include "region.h" /* for the number of extents, which is not public */
+#include "timing.h"
 
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <malloc.h>
-#include <stdbool.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
 #include <sys/prctl.h>
-#include <time.h>
 #include <unistd.h>
 
 enum { STEP = 64 << 10, LONGEST = 1 << 20, EXTENT = 40 };
-
-static void fail(const char *what)
-{
-    fprintf(stderr, "replay: %s\n", what);
-    exit(1);
-}
-
-static uint64_t rng;
-
-static uint64_t random_below(uint64_t bound)
-{
-    rng ^= rng << 13;
-    rng ^= rng >> 7;
-    rng ^= rng << 17;
-    return (uint64_t)(((unsigned __int128)rng * bound) >> 64);
-}
 
 /* Memory that no malloc sees, all of it resident. */
 static void *pages(uint64_t size)
@@ -284,21 +263,19 @@ int main(int argc, char **argv)
         pattern[i] = (uint8_t)random_below(256);
     allocator->start(argc > 12 ? argv[12] : NULL);
 
-    struct timespec begin, end;
-    clock_gettime(CLOCK_MONOTONIC, &begin);
+    const double begin = now();
     write_until(allocator, fill, most, from, to);
     for (uint64_t gone = value_count * share / 100; gone > 0; gone--)
         drop_one(allocator);
     write_until(allocator, total, most, from2, to2);
-    clock_gettime(CLOCK_MONOTONIC, &end);
+    const double end = now();
     if (region && ndm_region_check(region) != 0)
         fail("the region is broken");
     printf("{\"peak\": %llu, \"span\": %llu, \"floor\": %llu, \"metadata\": %llu, \"written\": %llu, \"moved\": %llu, "
            "\"calls\": %llu, \"seconds\": %.3f}\n",
            (unsigned long long)peak, (unsigned long long)span, (unsigned long long)most_padded,
            (unsigned long long)metadata, (unsigned long long)written, (unsigned long long)moved,
-           (unsigned long long)calls,
-           (double)(end.tv_sec - begin.tv_sec) + (double)(end.tv_nsec - begin.tv_nsec) / 1e9);
+           (unsigned long long)calls, (end - begin) / 1e6);
     ndm_region_destroy(region);
     return 0;
 }

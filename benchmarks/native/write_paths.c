@@ -6,14 +6,9 @@
  * whose creation, sizing and mapping are not timed; what a way asks of the file system on the way is. */
 #define _GNU_SOURCE
 #include "copy.c" /* for its streaming loops, each by itself */
+#include "timing.h"
 
-#include <errno.h>
 #include <fcntl.h>
-#include <stdbool.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <sys/mman.h>
-#include <time.h>
 #include <unistd.h>
 
 #define KIB ((size_t)1 << 10)
@@ -32,30 +27,6 @@ typedef struct {
     int fd;
     uint8_t *base;
 } file;
-
-static void check(bool good, const char *what)
-{
-    if (good)
-        return;
-    fprintf(stderr, "write_paths: %s: %s\n", what, strerror(errno));
-    exit(1);
-}
-
-static double now(void) /* us */
-{
-    struct timespec at;
-    clock_gettime(CLOCK_MONOTONIC, &at);
-    return (double)at.tv_sec * 1e6 + (double)at.tv_nsec / 1e3;
-}
-
-static uint8_t *memory(size_t size)
-{
-    uint8_t *area = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    check(area != MAP_FAILED, "mmap");
-    for (size_t i = 0; i < size; i += 8)
-        memcpy(area + i, &(uint64_t){i * 0x9E3779B97F4A7C15}, 8);
-    return area;
-}
 
 /* `advised`: as the core maps it. It matters to faults in holes, which then bring one page, not a large folio. */
 static file fresh(bool advised)
@@ -163,11 +134,9 @@ static void by_odd_pwrite(file f, const uint8_t *value, size_t size)
 static int turn(int i, int count)
 {
     static int order[8];
-    static uint64_t rng = 0x9E3779B97F4A7C15;
     if (i == 0)
         for (int n = 0; n < count; n++) {
-            rng = rng * 6364136223846793005u + 1442695040888963407u;
-            const int other = (int)((rng >> 33) % (unsigned)(n + 1));
+            const int other = (int)random_below((uint64_t)n + 1);
             order[n] = order[other];
             order[other] = n;
         }

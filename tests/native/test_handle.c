@@ -3,24 +3,14 @@
  *   cc -std=c11 -O1 -g -pthread -fsanitize=address,undefined -Icsrc tests/native/test_handle.c csrc/?*.c -o test_handle
  *
  * Prints a line a group; exits 1 at the first thing that is wrong. */
-#include "nodedb_mem.h"
+#include "check.h"
 
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-#define CHECK(condition)                                                       \
-    do {                                                                       \
-        if (!(condition)) {                                                    \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);    \
-            exit(1);                                                           \
-        }                                                                      \
-    } while (0)
 
 static const uint8_t hello[] = "hello";
 

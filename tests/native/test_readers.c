@@ -2,24 +2,12 @@
  * byte. `test_readers [STEPS [SEED]]`; exits 1 at the first thing that is wrong. Half the readers share one ndm_reader,
  * the others have their own. Made for ThreadSanitizer as for AddressSanitizer. */
 #define _GNU_SOURCE
-#include "nodedb_mem.h"
+#include "check.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-
-#define CHECK(condition)                                                                              \
-    do {                                                                                              \
-        if (!(condition)) {                                                                           \
-            fprintf(stderr, "%s:%d: %s (last error: %d, errno %d, %s)\n", __FILE__, __LINE__,         \
-                    #condition, ndm_last_error()->status, ndm_last_error()->os_errno,                 \
-                    ndm_last_error()->message ? ndm_last_error()->message : "none");                  \
-            exit(1);                                                                                  \
-        }                                                                                             \
-    } while (0)
 
 enum { KIB = 1024, MIB = 1024 * 1024, READERS = 4, SLOTS = 40, LARGEST = 200 * KIB };
 

@@ -2,15 +2,13 @@
  * sanitizers by `make test-native` and under valgrind by `make valgrind`. Prints a line a group; exits 1 at the first
  * thing that is wrong. */
 #define _GNU_SOURCE
-#include "nodedb_mem.h"
+#include "check.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>
 #include <pthread.h>
 #include <signal.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/file.h>
 #include <sys/resource.h>
@@ -18,16 +16,6 @@
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-#define CHECK(condition)                                                                              \
-    do {                                                                                              \
-        if (!(condition)) {                                                                           \
-            fprintf(stderr, "%s:%d: %s (last error: %d, errno %d, %s)\n", __FILE__, __LINE__,         \
-                    #condition, ndm_last_error()->status, ndm_last_error()->os_errno,                 \
-                    ndm_last_error()->message ? ndm_last_error()->message : "none");                  \
-            exit(1);                                                                                  \
-        }                                                                                             \
-    } while (0)
 
 #define FAILS(status_, call)                                                        \
     do {                                                                            \
