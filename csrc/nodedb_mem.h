@@ -233,7 +233,8 @@ typedef struct {
     uint64_t engine_slots[256]; /* live slots by engine */
 } ndm_stats;
 
-/* All figures. Constant time, but for resident_bytes and unwritten_bytes: linear in the pages that are in RAM. */
+/* All figures. Constant time, but for resident_bytes and unwritten_bytes: linear in the pages that are in RAM. A
+ * write-back that has failed is told by the next other call, not by this one. */
 int ndm_region_stats(ndm_region *region, ndm_stats *out);
 
 /* Single figures of ndm_stats, for callers that want just one; a negative status on failure. */
