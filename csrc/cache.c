@@ -15,6 +15,10 @@
  * for a kick behind them. */
 enum { KICK = 16, DROP = 4, NEWEST = 2, LEAST = 8, FIRST_QUEUE = 256 };
 
+/* What flush and evict wait for at once, in grains: 256 MiB on ext4 in pieces of 8 MiB 1250 MiB/s, of 32 MiB 1450-1800,
+ * all at once 1600-2000. What is under way when the disk fails may be lost to reclaim. */
+enum { PIECE = 64 };
+
 int ndm_i_cache_init(ndm_i_cache *cache, const ndm_i_backing *file, uint64_t limit)
 {
     if (limit == NDM_I_UNLIMITED || file->in_memory) /* what lives in memory cannot be dropped from it */
@@ -229,8 +233,8 @@ static bool start_thread(ndm_i_grains *grains)
  * the piece that failed begins. */
 static int write_back(const ndm_i_backing *file, uint64_t start, uint64_t end, uint64_t *from)
 {
-    for (; start < end; start = start + KICK * GRAIN < end ? start + KICK * GRAIN : end) {
-        const uint64_t next = start + KICK * GRAIN, after = next + KICK * GRAIN;
+    for (; start < end; start += PIECE * GRAIN) {
+        const uint64_t next = start + PIECE * GRAIN, after = next + PIECE * GRAIN;
         if (next < end)
             ndm_i_backing_write_back(file, next, after < end ? after : end, false);
         int refused = ndm_i_backing_write_back(file, start, next < end ? next : end, true);

@@ -863,6 +863,24 @@ def test_the_writers_error_is_the_owners_next_error(failing_disk: FailingDisk, s
     region.close()
 
 
+def test_looking_at_a_region_does_not_take_its_writers_error(failing_disk: FailingDisk) -> None:
+    with OverflowRegion.open(
+        failing_disk.path / "region", initial_capacity=40 * MIB, max_capacity=40 * MIB, cache_limit=0
+    ) as region:
+        failing_disk.fail()
+        data = blob(16 * MIB)
+        slot = region.write(data, 0)  # waits for the writer, and so until that has failed
+        failing_disk.heal()
+        for _ in range(2):
+            assert repr(region).endswith(f"region: 1 slots, {len(data)} of {40 * MIB} bytes>")
+            assert region.stats().live_slots == 1
+        with pytest.raises(RegionIOError, match="writing spilled values back to disk failed"):
+            region.read(slot)
+        flush_until_well(region)
+        region.evict()
+        assert region.read(slot) == data
+
+
 def test_a_region_closes_though_its_disk_fails(failing_disk: FailingDisk) -> None:
     region = OverflowRegion.open(
         failing_disk.path / "region", initial_capacity=40 * MIB, max_capacity=40 * MIB, cache_limit=0
