@@ -252,7 +252,7 @@ int ndm_i_cache_settle(ndm_i_grains *grains, uint64_t start, uint64_t end, bool 
     uint64_t from = start;
     if (shared)
         pthread_mutex_lock(&cache->disk);
-    int refused = atomic_exchange(&cache->error, 0);
+    int refused = atomic_load(&cache->error); /* it stays until all is rescued, and keeps the thread from its work */
     if (!refused && !cache->suspect)
         refused = write_back(grains->file, start, end, &from);
     if (refused || cache->suspect) {

@@ -790,7 +790,7 @@ class OverflowRegion:
             self._check(lib.ndm_region_evict(self._handle, wanted, len(wanted)))
 
     def flush(self) -> None:
-        """Wait until every value is written back to the disk. Raises `RegionIOError` if that failed."""
+        """Wait until every value is written back to the disk. Raises `RegionIOError` if that failed: call it again."""
         self._check(lib.ndm_region_flush(self._handle))
 
     def close(self) -> None:
