@@ -9,8 +9,9 @@
  *   - If not, it is written from the copy, which makes it dirty; and dirty pages stay.
  *
  * That is done grain by grain, so the copy is small, and again by each flush or eviction until one finds everything. What
- * it cannot help: pages that the kernel failed to write and dropped before we came. That is why ordinary write-back
- * stops at its first failure, and why rescue begins there.
+ * it cannot help: pages that the kernel failed to write and dropped before we came, be it by its own write-back between
+ * two calls, or by ours while the disk still counted as sound. That is why ordinary write-back stops at its first failure,
+ * and why rescue begins there.
  */
 #define _GNU_SOURCE
 #include "grains.h"

@@ -766,7 +766,8 @@ def flush_until_well(region: OverflowRegion) -> None:
 
 @pytest.mark.parametrize("size", [5000, MIB])
 def test_values_survive_a_disk_that_fails_for_a_while(failing_disk: FailingDisk, size: int) -> None:
-    # The kernel takes pages that it could not write for clean ones: they must not be dropped, but written again.
+    # The kernel takes pages that it could not write for clean ones: they must not be dropped, but written again. (One
+    # that writes back by itself within the second, and reclaims all the time, can still win: see rescue.c.)
     with OverflowRegion.open(
         failing_disk.path / "region", initial_capacity=40 * MIB, max_capacity=40 * MIB, cache_limit=None
     ) as region:
