@@ -362,41 +362,7 @@ void ndm_i_backing_drop(const ndm_i_backing *backing, const ndm_i_mapping *mappi
     posix_fadvise(backing->fd, (off_t)start, (off_t)(end - start), POSIX_FADV_DONTNEED);
 }
 
-/* ext4 takes a page whose write failed for one that is on disk, though its blocks still count as never written: such a
- * page has to be dropped before it is written again. Where blocks are not kept it stays, for lack of room could lose it. */
-static int copy_again(const ndm_i_backing *backing, uint64_t start, uint64_t end, const unsigned char *in_core,
-                      uint8_t *buffer)
-{
-    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
-    int refused = 0;
-    for (uint64_t at = start; at < end; at += page)
-        if ((in_core[(at - start) / page] & 1) &&
-            ndm_i_backing_load(backing, at, buffer + (at - start), min(page, end - at)) != NDM_OK)
-            return EIO;
-    if (backing->keeps_blocks)
-        ndm_i_backing_drop(backing, backing->mapping, start, end);
-    for (uint64_t at = start; at < end; at += page) {
-        if (!(in_core[(at - start) / page] & 1))
-            continue;
-        const int failed = ndm_i_backing_write(backing, buffer + (at - start), min(page, end - at), at);
-        refused = refused ? refused : failed;
-    }
-    return refused;
-}
-
-int ndm_i_backing_write_again(const ndm_i_backing *backing, uint64_t start, bool stored_to, uint8_t *buffer)
-{
-    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), end = min(start + NDM_I_GRAIN, backing->capacity);
-    unsigned char in_core[NDM_I_GRAIN / 4096];
-    if (mincore(backing->mapping->base + start, end - start, in_core) != 0)
-        return errno;
-    if (!stored_to)
-        return copy_again(backing, start, end, in_core, buffer);
-    for (uint64_t at = start; at < end; at += page)
-        if (in_core[(at - start) / page] & 1)
-            ndm_i_backing_populate(backing, at, min(at + page, end)); /* for writing: that makes it dirty */
-    return 0;
-}
+int ndm_i_backing_sync(const ndm_i_backing *backing) { return fdatasync(backing->fd) == 0 ? 0 : errno; }
 
 enum { CACHESTAT = 451 }; /* the same number on every architecture; Linux 6.5 */
 
@@ -412,8 +378,7 @@ bool ndm_i_backing_is_cached(const ndm_i_backing *backing, uint64_t start, uint6
     return syscall(CACHESTAT, backing->fd, &range, &counts, 0) == 0 && counts.cached * page >= range.length;
 }
 
-/* Which pages are in core; a reader's file is mapped for the purpose. */
-static bool look_in_core(const ndm_i_backing *backing, uint64_t start, uint64_t length, unsigned char *in_core)
+bool ndm_i_backing_in_core(const ndm_i_backing *backing, uint64_t start, uint64_t length, unsigned char *in_core)
 {
     if (backing->mapping)
         return mincore(backing->mapping->base + start, length, in_core) == 0;
@@ -448,7 +413,7 @@ int ndm_i_backing_residency(const ndm_i_backing *backing, uint64_t *resident, ui
     *resident = *unwritten = 0;
     for (uint64_t start = 0; start < backing->capacity; start += AT_ONCE * page) {
         const uint64_t length = min(AT_ONCE * page, backing->capacity - start);
-        if (!look_in_core(backing, start, length, in_core))
+        if (!ndm_i_backing_in_core(backing, start, length, in_core))
             return ndm_i_fail_io(errno, "cannot ask what is resident");
         for (uint64_t i = 0; i < round_up(length, page) / page; i++)
             *resident += (in_core[i] & 1) * page;

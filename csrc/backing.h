@@ -114,16 +114,18 @@ bool ndm_i_backing_punch(ndm_i_backing *backing, uint64_t start, uint64_t end);
 /* Start writing dirty pages of [start, end) to disk, and wait for them if `wait`. 0 or errno. Any thread. */
 int ndm_i_backing_write_back(const ndm_i_backing *backing, uint64_t start, uint64_t end, bool wait);
 
-/* Write the pages of the grain at `start` that are in RAM once more, as they are: the kernel takes those that it failed
- * to write back for clean. If `stored_to`, somebody may be storing to them, and they are only made dirty, which needs all
- * their blocks. `buffer` has room for a grain. Owner only. 0 or errno. */
-int ndm_i_backing_write_again(const ndm_i_backing *backing, uint64_t start, bool stored_to, uint8_t *buffer);
+/* Have the data on disk, and the file system's own notes of where it is. 0 or errno. */
+int ndm_i_backing_sync(const ndm_i_backing *backing);
 
 /* Drop the clean pages of [start, end) from RAM. Any thread that holds the mapping. */
 void ndm_i_backing_drop(const ndm_i_backing *backing, const ndm_i_mapping *mapping, uint64_t start, uint64_t end);
 
 /* Is all of [start, end) in the page cache? false also where the kernel cannot tell cheaply (before Linux 6.5). */
 bool ndm_i_backing_is_cached(const ndm_i_backing *backing, uint64_t start, uint64_t end);
+
+/* Which pages of [start, start + length) are in RAM: bit 0 of each byte. A reader's file is mapped for the purpose. false
+ * with errno. */
+bool ndm_i_backing_in_core(const ndm_i_backing *backing, uint64_t start, uint64_t length, unsigned char *in_core);
 
 /* Bytes of the file in RAM, and of these not yet on disk (0 where the kernel cannot tell). Linear in the pages. */
 int ndm_i_backing_residency(const ndm_i_backing *backing, uint64_t *resident, uint64_t *unwritten);

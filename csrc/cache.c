@@ -15,6 +15,10 @@
  * for a kick behind them. */
 enum { KICK = 16, DROP = 4, NEWEST = 2, LEAST = 8, FIRST_QUEUE = 256 };
 
+/* What flush and evict wait for at once, in grains: 256 MiB on ext4 in pieces of 8 MiB 1250 MiB/s, of 32 MiB 1450-1800,
+ * all at once 1600-2000. What is under way when the disk fails may be lost to reclaim. */
+enum { PIECE = 64 };
+
 int ndm_i_cache_init(ndm_i_cache *cache, const ndm_i_backing *file, uint64_t limit)
 {
     if (limit == NDM_I_UNLIMITED || file->in_memory) /* what lives in memory cannot be dropped from it */
@@ -225,41 +229,40 @@ static bool start_thread(ndm_i_grains *grains)
 
 /* ---- the owner's side ----------------------------------------------------------------------------------- */
 
-/* After a failure. Gives 0, or the errno for which some of it was not to be had. */
-static int write_again(ndm_i_grains *grains)
+/* In pieces, the next one started while the disk works on one. After a failure nothing else is started: `*from` is where
+ * the piece that failed begins. */
+static int write_back(const ndm_i_backing *file, uint64_t start, uint64_t end, uint64_t *from)
 {
-    const ndm_i_backing *file = grains->file;
-    /* What was not tried yet is tried now, so that all pages are clean and can be dropped. The first call may do no more
-     * than report what failed before. */
-    if (ndm_i_backing_write_back(file, 0, file->capacity, true) != 0)
-        ndm_i_backing_write_back(file, 0, file->capacity, true);
-    uint8_t *buffer = malloc(GRAIN);
-    if (!buffer)
-        return ENOMEM;
-    int refused = 0;
-    for (uint64_t grain = 0; grain * GRAIN < file->capacity; grain++) {
-        /* A writable view lies in grains that have all their blocks. */
-        const bool stored_to = grains->storing && atomic_load(grains->storing) > 0 &&
-                               atomic_load(&grains->states[grain]) >= NDM_I_READY;
-        const int failed = ndm_i_backing_write_again(file, grain * GRAIN, stored_to, buffer);
-        refused = refused ? refused : failed;
+    for (; start < end; start += PIECE * GRAIN) {
+        const uint64_t next = start + PIECE * GRAIN, after = next + PIECE * GRAIN;
+        if (next < end)
+            ndm_i_backing_write_back(file, next, after < end ? after : end, false);
+        int refused = ndm_i_backing_write_back(file, start, next < end ? next : end, true);
+        *from = start;
+        if (refused)
+            return refused;
     }
-    free(buffer);
-    return refused;
+    return 0;
 }
 
 int ndm_i_cache_settle(ndm_i_grains *grains, uint64_t start, uint64_t end, bool drop)
 {
     ndm_i_cache *cache = &grains->cache;
     const bool shared = cache->limit != NDM_I_UNLIMITED;
+    uint64_t from = start;
     if (shared)
         pthread_mutex_lock(&cache->disk);
-    int refused = atomic_exchange(&cache->error, 0);
-    if (!refused)
-        refused = ndm_i_backing_write_back(grains->file, start, end, true);
-    if (refused)
-        atomic_store(&cache->error, write_again(grains)); /* tried again by the next call */
-    else if (drop)
+    int refused = atomic_load(&cache->error); /* it stays until all is rescued, and keeps the thread from its work */
+    if (!refused && !cache->suspect)
+        refused = write_back(grains->file, start, end, &from);
+    if (refused || cache->suspect) {
+        int lost = 0;
+        const int failed = ndm_i_rescue(grains, from, &lost);
+        cache->suspect = failed != 0;
+        refused = refused ? refused : failed;
+        atomic_store(&cache->error, lost); /* the next call says it again */
+    }
+    if (!refused && drop)
         ndm_i_backing_drop(grains->file, grains->file->mapping, start, end);
     if (shared)
         pthread_mutex_unlock(&cache->disk);

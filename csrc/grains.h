@@ -51,6 +51,7 @@ typedef struct {
     uint64_t written_back; /* bytes whose write-back was started */
     _Atomic uint64_t drops; /* from RAM, so far */
     _Atomic int error;     /* errno of a failed write-back, for the owner's next call */
+    bool suspect;          /* one has failed, and what is in RAM was not yet found on disk since. Owner only. */
 } ndm_i_cache;
 
 typedef struct {
@@ -114,11 +115,19 @@ void ndm_i_cache_fini(ndm_i_cache *cache);
 void ndm_i_cache_admit(ndm_i_grains *grains, uint64_t first, uint64_t last);
 
 /* Wait for write-back of [start, end), and drop it from RAM if `drop`. If that fails, or has failed in the background,
- * nothing is dropped, and what is in RAM will be written back again. Owner only. 0 or errno. */
+ * nothing is dropped, and all that is in RAM is rescued; and again by each call, until all of it is found on disk. Owner
+ * only. 0 or errno. */
 int ndm_i_cache_settle(ndm_i_grains *grains, uint64_t start, uint64_t end, bool drop);
 
 /* The grains [first, last) are not in RAM any more. With the lock held. */
 void ndm_i_cache_forget(ndm_i_grains *grains, uint64_t first, uint64_t last);
+
+/* ---- rescue.c ---- */
+
+/* Write-back has failed: have all that is in RAM on disk, or make it dirty again. Begins with the grain of `from`, which
+ * is most in danger. 0 if all of it was found on disk; otherwise errno. `*lost`: errno of what could not be written again
+ * either. Owner only, with `disk` held. */
+int ndm_i_rescue(ndm_i_grains *grains, uint64_t from, int *lost);
 
 static inline void ndm_i_cache_lock(ndm_i_cache *cache)
 {

@@ -238,7 +238,8 @@ typedef struct {
     uint64_t engine_slots[256]; /* live slots by engine */
 } ndm_stats;
 
-/* All figures. Constant time, but for resident_bytes and unwritten_bytes: linear in the pages that are in RAM. */
+/* All figures. Constant time, but for resident_bytes and unwritten_bytes: linear in the pages that are in RAM. A
+ * write-back that has failed is told by the next other call, not by this one. */
 int ndm_region_stats(ndm_region *region, ndm_stats *out);
 
 /* Single figures of ndm_stats, for callers that want just one; a negative status on failure. */
@@ -271,7 +272,12 @@ int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out)
 
 /* Wait until all values are written back, and drop the `count` values in `slots` from RAM; `slots` NULL: all values
  * without a live view. Pages that a value shares with others go with it; a view of them still works, reading from disk
- * when touched. NDM_ERR_NO_SLOT or NDM_ERR_FREED_SLOT before anything is done. */
+ * when touched. NDM_ERR_NO_SLOT or NDM_ERR_FREED_SLOT before anything is done.
+ *
+ * NDM_ERR_IO, here and from ndm_region_flush(), when write-back failed, now or since the last call; nothing is dropped.
+ * All that is in RAM stays there and is tried again by the next of these calls, which takes it for written once it was
+ * read back from the disk and found equal. What the kernel failed to write and dropped before the failure came to light
+ * is lost, and so may be a value dropped earlier, if the file system's own blocks could not be written after it. */
 int ndm_region_evict(ndm_region *region, const int64_t *slots, uint64_t count);
 
 /* Wait until every value is written back to the disk (not for the disk's own cache). */

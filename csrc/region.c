@@ -232,13 +232,14 @@ static void note_drops(ndm_region *region, uint64_t drops)
     }
 }
 
-int ndm_i_enter(ndm_region *region)
+/* `to_look`: a write-back that failed is left for a call that can tell. */
+static int enter(ndm_region *region, bool to_look)
 {
     if (is_closed(region))
         return ndm_i_fail(NDM_ERR_CLOSED, "the region is closed");
     if (!ndm_i_is_owner(&region->owner))
         return ndm_i_fail(NDM_ERR_WRONG_THREAD, "the region belongs to another thread or process");
-    if (atomic_load_explicit(&region->grains.cache.error, memory_order_relaxed)) {
+    if (!to_look && atomic_load_explicit(&region->grains.cache.error, memory_order_relaxed)) {
         const int failed = ndm_i_cache_settle(&region->grains, 0, region->data.capacity, false);
         return ndm_i_fail_io(failed, "writing spilled values back to disk failed");
     }
@@ -251,6 +252,8 @@ int ndm_i_enter(ndm_region *region)
     ndm_i_leased_collect(region, false);
     return NDM_OK;
 }
+
+int ndm_i_enter(ndm_region *region) { return enter(region, false); }
 
 ndm_i_record *ndm_i_live_record(const ndm_region *region, int64_t slot)
 {
@@ -304,7 +307,7 @@ int ndm_region_contains(ndm_region *region, int64_t slot)
 
 int ndm_region_stats(ndm_region *region, ndm_stats *out)
 {
-    int status = ndm_i_enter(region);
+    int status = enter(region, true);
     if (status != NDM_OK)
         return status;
     uint64_t disk_bytes;

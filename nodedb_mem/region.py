@@ -792,7 +792,7 @@ class OverflowRegion:
             self._check(lib.ndm_region_evict(self._handle, wanted, len(wanted)))
 
     def flush(self) -> None:
-        """Wait until every value is written back to the disk. Raises `RegionIOError` if that failed."""
+        """Wait until every value is written back to the disk. Raises `RegionIOError` if that failed: call it again."""
         self._check(lib.ndm_region_flush(self._handle))
 
     def close(self) -> None:
@@ -891,8 +891,8 @@ class OverflowRegion:
         out = ffi.new("ndm_stats *")
         if self.closed:
             state = "closed"
-        elif lib.ndm_region_stats(self._handle, out) < 0:
-            state = "owned by another thread"
+        elif (status := lib.ndm_region_stats(self._handle, out)) < 0:
+            state = "owned by another thread" if status == lib.NDM_ERR_WRONG_THREAD else "its figures cannot be had"
         else:
             state = f"{out.live_slots} slots, {out.live_bytes} of {out.capacity} bytes"
         return f"<{type(self).__name__} {where}: {state}>"
