@@ -126,7 +126,7 @@ def _parser() -> _Parser:
         "inspect",
         help="show a region, with or without a living owner",
         description="Show what is in a region's file: figures, bytes of each engine, a map. Reads only; the owner is "
-        "not disturbed. What the owner still holds back for its views is not published, and counts as free here.",
+        "not disturbed. In the map, what the owner still holds back for its views looks free.",
     )
     add = inspect.add_argument
     add("path", metavar="PATH", help="the region's file")

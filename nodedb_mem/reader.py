@@ -85,7 +85,7 @@ class ReaderStats:
 
 
 class Lease:
-    """A value that stays where it is until `release`, or until this process ends.
+    """A value that stays where it is until `release`, or until this object is collected or this process ends.
 
     The owner's free does not end that, nor its death: whoever takes the file over with ``recover=True`` keeps what is
     leased. A default open of the path (``recover=False``) starts empty: it ends every value, so that from then on

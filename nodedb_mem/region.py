@@ -731,8 +731,9 @@ class OverflowRegion:
     def trim(self) -> int:
         """Give unused space back to the file system.
 
-        Lowers `used_bytes` past free space at the end, shrinks the file to it (not below its size when opened), and
-        punches holes into free extents of 64 KiB and more. Linear in the number of values.
+        Lowers `used_bytes` past free space at the end, shrinks the file to it (not below its size when opened; while
+        readers are there the end becomes a hole instead), and punches holes into free extents of 64 KiB and more.
+        Linear in the number of values.
 
         Returns
         -------
