@@ -364,7 +364,7 @@ void ndm_i_backing_drop(const ndm_i_backing *backing, const ndm_i_mapping *mappi
 
 int ndm_i_backing_sync(const ndm_i_backing *backing) { return fdatasync(backing->fd) == 0 ? 0 : errno; }
 
-enum { CACHESTAT = 451 }; /* the same number on every architecture; Linux 6.5 */
+enum { FACCESSAT2 = 439, CACHESTAT = 451 }; /* the same numbers on every architecture; Linux 5.8, 6.5 */
 
 bool ndm_i_backing_is_cached(const ndm_i_backing *backing, uint64_t start, uint64_t end)
 {
@@ -392,8 +392,20 @@ bool ndm_i_backing_in_core(const ndm_i_backing *backing, uint64_t start, uint64_
     return done;
 }
 
-/* The kernel's own count (Linux 6.5); only the resident pages, by mincore(), where it is missing, or not for those who
- * may not write to the file. */
+/* Does mincore() tell the truth? To those who neither own the file nor may write to it, it shows every page as resident.
+ * O_NOATIME is for owners, in the sense of the kernel (CAP_FOWNER), and does nothing else for a file that is mapped. */
+static bool may_see_residency(const ndm_i_backing *backing)
+{
+    const int flags = fcntl(backing->fd, F_GETFL);
+    if (flags >= 0 && fcntl(backing->fd, F_SETFL, flags | O_NOATIME) == 0) {
+        fcntl(backing->fd, F_SETFL, flags);
+        return true;
+    }
+    return syscall(FACCESSAT2, backing->fd, "", W_OK, AT_EACCESS | AT_EMPTY_PATH) == 0;
+}
+
+/* The kernel's own count (Linux 6.5); only the resident pages, by mincore(), where it is missing. Neither is for those who
+ * may not write to the file (cachestat: in newer kernels). */
 int ndm_i_backing_residency(const ndm_i_backing *backing, uint64_t *resident, uint64_t *unwritten)
 {
     const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
@@ -411,6 +423,10 @@ int ndm_i_backing_residency(const ndm_i_backing *backing, uint64_t *resident, ui
     enum { AT_ONCE = 4096 };
     unsigned char in_core[AT_ONCE];
     *resident = *unwritten = 0;
+    if (!may_see_residency(backing)) {
+        *resident = UINT64_MAX;
+        return NDM_OK;
+    }
     for (uint64_t start = 0; start < backing->capacity; start += AT_ONCE * page) {
         const uint64_t length = min(AT_ONCE * page, backing->capacity - start);
         if (!ndm_i_backing_in_core(backing, start, length, in_core))

@@ -127,7 +127,8 @@ bool ndm_i_backing_is_cached(const ndm_i_backing *backing, uint64_t start, uint6
  * with errno. */
 bool ndm_i_backing_in_core(const ndm_i_backing *backing, uint64_t start, uint64_t length, unsigned char *in_core);
 
-/* Bytes of the file in RAM, and of these not yet on disk (0 where the kernel cannot tell). Linear in the pages. */
+/* Bytes of the file in RAM (UINT64_MAX: the kernel does not tell this user), and of these not yet on disk (0 where it
+ * cannot tell). Linear in the pages. */
 int ndm_i_backing_residency(const ndm_i_backing *backing, uint64_t *resident, uint64_t *unwritten);
 
 /* Bytes of disk that the file occupies. */

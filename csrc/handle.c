@@ -191,7 +191,7 @@ int64_t ndm_h_read_into(uint64_t handle, int64_t slot, uint8_t *buffer, uint64_t
         return status;
     const int64_t size = ndm_region_read_into(call.region, slot, buffer, capacity);
     call_end(&call);
-    return size;
+    return ndm_i_of_slot(slot, size);
 }
 
 const uint8_t *ndm_h_pin(uint64_t handle, int64_t slot, uint64_t *size)
@@ -200,6 +200,8 @@ const uint8_t *ndm_h_pin(uint64_t handle, int64_t slot, uint64_t *size)
     if (call_begin(handle, &call) != NDM_OK)
         return NULL;
     const uint8_t *data = ndm_region_pin(call.region, slot, size);
+    if (!data)
+        ndm_i_of_slot(slot, ndm_last_error()->status);
     call_end(&call);
     return data;
 }
@@ -210,9 +212,9 @@ int ndm_h_free(uint64_t handle, int64_t slot)
     int status = call_begin(handle, &call);
     if (status != NDM_OK)
         return status;
-    status = ndm_region_free(call.region, slot);
+    const int64_t stamp = ndm_region_free(call.region, slot);
     call_end(&call);
-    return status;
+    return stamp < 0 ? (int)ndm_i_of_slot(slot, stamp) : NDM_OK;
 }
 
 int ndm_h_contains(uint64_t handle, int64_t slot)
@@ -235,7 +237,7 @@ int64_t ndm_h_size(uint64_t handle, int64_t slot)
     const ndm_i_record *record = ndm_i_enter(call.region) == NDM_OK ? ndm_i_live_record(call.region, slot) : NULL;
     const int64_t size = record ? (int64_t)ndm_i_record_size(record) : ndm_last_error()->status;
     call_end(&call);
-    return size;
+    return ndm_i_of_slot(slot, size);
 }
 
 /* ---- pins ----------------------------------------------------------------------------------------------- */

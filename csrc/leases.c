@@ -60,7 +60,9 @@ static int open_to_start(ndm_i_backing *file, const char *path, int *found)
     return status;
 }
 
-int ndm_i_leases_start(ndm_i_leases *leases, const char *path)
+static int in_leases(int64_t status) { return (int)ndm_i_of_file(NDM_FILE_LEASES, status); }
+
+static int start(ndm_i_leases *leases, const char *path)
 {
     *leases = (ndm_i_leases){.file.fd = -1};
     int found = NONE;
@@ -94,7 +96,9 @@ fail:
     return status;
 }
 
-int ndm_i_leases_join(ndm_i_leases *leases, const char *path, bool as_owner)
+int ndm_i_leases_start(ndm_i_leases *leases, const char *path) { return in_leases(start(leases, path)); }
+
+static int join(ndm_i_leases *leases, const char *path, bool as_owner)
 {
     *leases = (ndm_i_leases){.file.fd = -1};
     int status = as_owner ? ndm_i_backing_open(&leases->file, path, false, NDM_I_LOCK_NONE)
@@ -118,6 +122,11 @@ int ndm_i_leases_join(ndm_i_leases *leases, const char *path, bool as_owner)
 fail:
     ndm_i_leases_close(leases);
     return status;
+}
+
+int ndm_i_leases_join(ndm_i_leases *leases, const char *path, bool as_owner)
+{
+    return in_leases(join(leases, path, as_owner));
 }
 
 void ndm_i_leases_close(ndm_i_leases *leases)
@@ -160,7 +169,7 @@ int64_t ndm_i_leases_claim(ndm_i_leases *leases, uint32_t slot, uint32_t generat
         ndm_i_leases_reap(leases); /* the owner may not have come round to it */
     }
     atomic_fetch_sub(&table->held, 1);
-    return ndm_i_fail_io(EAGAIN, "all leases are taken");
+    return in_leases(ndm_i_fail_io(EAGAIN, "all leases are taken"));
 }
 
 void ndm_i_leases_release(ndm_i_leases *leases, uint64_t entry)
@@ -244,7 +253,7 @@ int64_t ndm_i_leases_look(const char *path, ndm_i_span *places)
     ndm_i_backing file;
     int64_t count = ndm_i_backing_open_to_read(&file, path);
     if (count != NDM_OK)
-        return ndm_last_error()->os_errno == ENOENT ? 0 : count;
+        return ndm_last_error()->os_errno == ENOENT ? 0 : in_leases(count);
     const int found = recognise(&file);
     ndm_i_lease_table *table = calloc(1, sizeof *table);
     if (!table)
@@ -262,5 +271,5 @@ int64_t ndm_i_leases_look(const char *path, ndm_i_span *places)
     }
     free(table);
     ndm_i_backing_close(&file, NULL);
-    return count;
+    return count < 0 ? in_leases(count) : count;
 }

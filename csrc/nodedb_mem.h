@@ -39,6 +39,9 @@
 #define NDM_VERSION_NUMBER 100 /* major * 10000 + minor * 100 + patch */
 #define NDM_ABI_VERSION 0
 
+#define NDM_SLOT_UNKNOWN INT64_MIN /* ndm_error.slot */
+#define NDM_BYTES_UNKNOWN UINT64_MAX /* ndm_reader_figures.resident_bytes */
+
 /* To be called once, early: NDM_OK if the library that runs is one that this header describes. */
 #define NDM_CHECK_ABI() ndm_check_abi(NDM_ABI_VERSION, NDM_VERSION_NUMBER)
 
@@ -65,16 +68,21 @@ enum ndm_status {
     NDM_ERR_IO = -8,           /* the system refused: ndm_error.os_errno */
     NDM_ERR_MEMORY = -9,       /* malloc failed */
     NDM_ERR_STALE = -10,       /* reader: the value is gone, or another has its slot, or the region was opened anew */
+    NDM_ERR_UNCOMMITTED = -11, /* reader: the slot is allocated, and not committed yet */
     NDM_ERR_VERSION = -20      /* ndm_check_abi(): the library is not the one that the caller was compiled for */
 };
+
+enum ndm_file { NDM_FILE_DATA = 0, NDM_FILE_SLOTS = 1, NDM_FILE_LEASES = 2 };
 
 typedef struct {
     int32_t status;      /* an ndm_status */
     int32_t os_errno;    /* NDM_ERR_IO: errno; else 0 */
     uint64_t required;   /* NDM_ERR_CAPACITY: bytes of capacity the request needs; else 0 */
     uint64_t limit;      /* NDM_ERR_CAPACITY: the ceiling in force; else 0 */
-    int64_t slot;        /* batch verbs, NDM_ERR_NO_SLOT and NDM_ERR_FREED_SLOT: which; else 0 */
+    int64_t slot;        /* NDM_ERR_NO_SLOT, NDM_ERR_FREED_SLOT, NDM_ERR_UNCOMMITTED of a batch verb, an ndm_h_* function
+                            or a reader: which; else, and where a caller named just one, NDM_SLOT_UNKNOWN */
     const char *message; /* what was wrong or what was tried, a static string */
+    int32_t file;        /* NDM_ERR_IO and NDM_ERR_BUSY: which of the region's files, an ndm_file */
 } ndm_error;
 
 /* Details of the last failure on this thread. The pointer stays good for the life of the thread, its contents
@@ -349,7 +357,8 @@ int ndm_reader_next(ndm_reader *reader, int64_t from, ndm_value *out);
 
 typedef struct {
     uint64_t incarnation;
-    uint64_t capacity, max_capacity, used_bytes, live_bytes, slot_count, alignment, resident_bytes;
+    uint64_t capacity, max_capacity, used_bytes, live_bytes, slot_count, alignment;
+    uint64_t resident_bytes; /* NDM_BYTES_UNKNOWN: not told to a user who neither owns the file nor may write to it */
     uint64_t pinned_bytes; /* freed, but waiting for a view of the owner's or a lease to end */
     uint64_t leases; /* held by living processes; UINT64_MAX: their file may not be read, or is none */
     uint64_t owner; /* process id of a living owner, 0 if there is none */

@@ -67,14 +67,11 @@ static void close_files(ndm_reader *reader)
 
 static const ndm_i_header *header_of(const ndm_reader *reader) { return (const ndm_i_header *)reader->table->base; }
 
-static int open_files(ndm_reader *reader, const char *data_path, const char *slots_path)
+static int open_slots(ndm_reader *reader, const char *path)
 {
-    int status = ndm_i_backing_open_to_read(&reader->data, data_path);
-    if (status != NDM_OK)
-        return status;
-    if (ndm_i_backing_open_to_read(&reader->slots, slots_path) != NDM_OK)
+    if (ndm_i_backing_open_to_read(&reader->slots, path) != NDM_OK)
         return ndm_i_fail_io(ndm_last_error()->os_errno, "cannot open the slot table");
-    status = ndm_i_backing_flock_to_read(&reader->slots);
+    int status = ndm_i_backing_flock_to_read(&reader->slots);
     if (status != NDM_OK)
         return status;
     if (ndm_i_backing_size(&reader->slots) < NDM_I_HEADER_ROOM)
@@ -90,6 +87,12 @@ static int open_files(ndm_reader *reader, const char *data_path, const char *slo
     if (reader->incarnation == 0 || count > (reader->table->length - NDM_I_HEADER_ROOM) / sizeof(ndm_i_record))
         return ndm_i_fail_io(EINVAL, "the slot table is cut short, or being made");
     return NDM_OK;
+}
+
+static int open_files(ndm_reader *reader, const char *data_path, const char *slots_path)
+{
+    const int status = ndm_i_backing_open_to_read(&reader->data, data_path);
+    return status == NDM_OK ? (int)ndm_i_of_file(NDM_FILE_SLOTS, open_slots(reader, slots_path)) : status;
 }
 
 ndm_reader *ndm_reader_open(const char *data_path, const char *slots_path, const char *leases_path)
@@ -201,19 +204,30 @@ static bool read_record(const ndm_i_record *record, ndm_value *out)
            (uint32_t)ndm_i_word(&record->life) == out->generation;
 }
 
+/* Why a slot that was seen as a whole, and neither live nor being moved, gives no value. */
+static int refuse(const ndm_value *found, int64_t slot, int64_t generation)
+{
+    const bool draft = found->state == NDM_I_DRAFT;
+    if (generation >= 0)
+        return ndm_i_fail(NDM_ERR_STALE, draft && found->generation == (uint32_t)generation
+                                             ? "the value is not committed yet"
+                                             : "the value has been freed");
+    return ndm_i_fail_slot(draft ? NDM_ERR_UNCOMMITTED : NDM_ERR_FREED_SLOT, slot);
+}
+
 static int look_up(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out)
 {
     const uint64_t count = acquire(&header_of(reader)->count);
     if (slot < 0 || (uint64_t)slot >= count)
-        return ndm_i_fail(NDM_ERR_NO_SLOT, "the slot never existed");
+        return ndm_i_fail_slot(NDM_ERR_NO_SLOT, slot);
     const uint64_t needed = NDM_I_HEADER_ROOM + ((uint64_t)slot + 1) * sizeof(ndm_i_record);
     if (reader->table->length < needed) {
         const uint64_t size = ndm_i_backing_size(&reader->slots);
         if (size < needed)
-            return ndm_i_fail_io(EIO, "the slot table is cut short");
+            return (int)ndm_i_of_file(NDM_FILE_SLOTS, ndm_i_fail_io(EIO, "the slot table is cut short"));
         int status = reach(&reader->slots, &reader->table, needed, size);
         if (status != NDM_OK)
-            return status;
+            return (int)ndm_i_of_file(NDM_FILE_SLOTS, status);
     }
     for (int pauses = 0; pauses < PAUSES * ROUNDS; pauses++) {
         if (pauses > 0 && pauses % PAUSES == 0 && !ndm_i_backing_is_byte_locked(&reader->slots, 0))
@@ -226,8 +240,7 @@ static int look_up(ndm_reader *reader, int64_t slot, int64_t generation, ndm_val
             return NDM_OK;
         }
         if (whole && out->state != NDM_I_MOVING)
-            return generation >= 0 ? ndm_i_fail(NDM_ERR_STALE, "the value has been freed")
-                                   : ndm_i_fail(NDM_ERR_FREED_SLOT, "the slot has been freed");
+            return refuse(out, slot, generation);
         if (whole)
             nanosleep(&(struct timespec){.tv_nsec = PAUSE_NS}, NULL);
     }

@@ -74,11 +74,13 @@ static int recognise(const ndm_i_slots *slots, const ndm_i_backing *data)
     return found.inode == data->inode && found.born == data->born;
 }
 
+static int in_table(int status) { return (int)ndm_i_of_file(NDM_FILE_SLOTS, status); }
+
 int ndm_i_slots_open(ndm_i_slots *slots, const char *path, const ndm_i_backing *data)
 {
     *slots = (ndm_i_slots){.first_free = NDM_I_NO_SLOT, .table.fd = -1};
     if (!path)
-        return ndm_i_backing_open_unnamed(&slots->table, NULL);
+        return in_table(ndm_i_backing_open_unnamed(&slots->table, NULL));
 
     int has_data = ndm_i_backing_has_data(data);
     if (has_data < 0)
@@ -87,10 +89,10 @@ int ndm_i_slots_open(ndm_i_slots *slots, const char *path, const ndm_i_backing *
     if (has_data && status == NDM_ERR_IO && ndm_last_error()->os_errno == ENOENT)
         return ndm_i_fail_io(EEXIST, foreign_data);
     if (status != NDM_OK)
-        return status;
+        return in_table(status);
     int ours = recognise(slots, data);
     if (ours < 0)
-        status = ours;
+        status = in_table(ours);
     else if (has_data && !ours)
         status = ndm_i_fail_io(EEXIST, foreign_data);
     if (status != NDM_OK)
@@ -125,7 +127,7 @@ static uint64_t fresh_incarnation(void)
     return number;
 }
 
-int ndm_i_slots_start(ndm_i_slots *slots, const ndm_i_backing *data, uint64_t alignment)
+static int start(ndm_i_slots *slots, const ndm_i_backing *data, uint64_t alignment)
 {
     /* The mark comes first, so that a table that was not finished is known as ours; it has no incarnation yet. A table
      * that readers may have mapped is never shortened. */
@@ -154,7 +156,12 @@ int ndm_i_slots_start(ndm_i_slots *slots, const ndm_i_backing *data, uint64_t al
     return NDM_OK;
 }
 
-int ndm_i_slots_adopt(ndm_i_slots *slots, const ndm_i_backing *data)
+int ndm_i_slots_start(ndm_i_slots *slots, const ndm_i_backing *data, uint64_t alignment)
+{
+    return in_table(start(slots, data, alignment));
+}
+
+static int adopt(ndm_i_slots *slots, const ndm_i_backing *data)
 {
     if (slots->table.capacity < NDM_I_HEADER_ROOM)
         return ndm_i_fail_io(EUCLEAN, "the slot table is cut short");
@@ -172,6 +179,8 @@ int ndm_i_slots_adopt(ndm_i_slots *slots, const ndm_i_backing *data)
     publish(&header->owner, (uint64_t)getpid());
     return NDM_OK;
 }
+
+int ndm_i_slots_adopt(ndm_i_slots *slots, const ndm_i_backing *data) { return in_table(adopt(slots, data)); }
 
 void ndm_i_slots_close(ndm_i_slots *slots, const char *unlink_path)
 {
@@ -210,11 +219,11 @@ int ndm_i_slots_reserve(ndm_i_slots *slots, uint64_t count)
         wanted *= 2;
     int status = ndm_i_backing_grow(&slots->table, wanted, wanted, wanted);
     if (status != NDM_OK)
-        return status;
+        return in_table(status);
     status = fill(&slots->table, old);
     if (status != NDM_OK)
         ndm_i_backing_shrink(&slots->table, old);
-    return status;
+    return in_table(status);
 }
 
 static uint32_t ndm_i_slots_next(const ndm_i_slots *slots)

@@ -1,32 +1,47 @@
 #include "status.h"
 
-static _Thread_local ndm_error last;
+static _Thread_local ndm_error last = {.slot = NDM_SLOT_UNKNOWN};
 
 const ndm_error *ndm_last_error(void) { return &last; }
 
 int ndm_i_fail(int status, const char *message)
 {
-    last = (ndm_error){.status = status, .message = message};
+    last = (ndm_error){.status = status, .slot = NDM_SLOT_UNKNOWN, .message = message};
     return status;
 }
 
 int ndm_i_fail_io(int os_errno, const char *message)
 {
-    last = (ndm_error){.status = NDM_ERR_IO, .os_errno = os_errno, .message = message};
+    last = (ndm_error){.status = NDM_ERR_IO, .os_errno = os_errno, .slot = NDM_SLOT_UNKNOWN, .message = message};
     return NDM_ERR_IO;
 }
 
 int ndm_i_fail_slot(int status, int64_t slot)
 {
-    last = (ndm_error){.status = status, .slot = slot, .message = "a slot of the batch is not live"};
+    last = (ndm_error){.status = status, .slot = slot, .message = "the slot is not live"};
     return status;
 }
 
 int ndm_i_fail_capacity(uint64_t required, uint64_t limit)
 {
     last = (ndm_error){.status = NDM_ERR_CAPACITY,
+                       .slot = NDM_SLOT_UNKNOWN,
                        .required = required,
                        .limit = limit,
                        .message = "the region would grow past its max_capacity"};
     return NDM_ERR_CAPACITY;
+}
+
+int64_t ndm_i_of_slot(int64_t slot, int64_t result)
+{
+    if (result == NDM_ERR_NO_SLOT || result == NDM_ERR_FREED_SLOT || result == NDM_ERR_UNCOMMITTED)
+        last.slot = slot;
+    return result;
+}
+
+int64_t ndm_i_of_file(int file, int64_t result)
+{
+    if (result < 0)
+        last.file = file;
+    return result;
 }

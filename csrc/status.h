@@ -10,4 +10,9 @@ int ndm_i_fail_io(int os_errno, const char *message);
 int ndm_i_fail_slot(int status, int64_t slot);
 int ndm_i_fail_capacity(uint64_t required, uint64_t limit);
 
+/* Each completes the details where `result` is a failure, and returns it: which slot (where it is about one), which of
+ * the region's files. */
+int64_t ndm_i_of_slot(int64_t slot, int64_t result);
+int64_t ndm_i_of_file(int file, int64_t result);
+
 #endif

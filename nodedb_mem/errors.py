@@ -6,6 +6,8 @@ from typing import NoReturn
 
 from nodedb_mem._core import ffi, lib
 
+_UNKNOWN_SLOT = -(1 << 63)  # NDM_SLOT_UNKNOWN
+
 
 class MemError(Exception):
     """Base of every error that this package defines."""
@@ -16,22 +18,39 @@ class RegionError(MemError):
 
 
 class InvalidSlotError(RegionError, LookupError):
-    """The slot never existed, or has been freed.
+    """The slot never existed, or has been freed, or (for readers) is allocated, but not committed yet.
 
     Attributes
     ----------
-    slot : int
+    slot : int or None
+        None where the core does not know which.
     reason : str
-        "never existed" or "has been freed".
+        "never existed", "has been freed" or "is not committed yet".
     """
 
-    def __init__(self, slot: int, reason: str = "never existed") -> None:
+    def __init__(self, slot: int | None, reason: str = "never existed") -> None:
         super().__init__(slot, reason)
         self.slot = slot
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"slot {self.slot} {self.reason}"
+        return f"{'the slot' if self.slot is None else f'slot {self.slot}'} {self.reason}"
+
+
+class RepeatedSlotError(RegionError, ValueError):
+    """A slot is listed twice where each may be named once.
+
+    Attributes
+    ----------
+    slot : int
+    """
+
+    def __init__(self, slot: int) -> None:
+        super().__init__(slot)
+        self.slot = slot
+
+    def __str__(self) -> str:
+        return f"slot {self.slot} is listed twice"
 
 
 class CapacityExceededError(RegionError):
@@ -69,16 +88,21 @@ class RegionBusyError(RegionError):
     ----------
     path : str
     holders : tuple of int
-        Process ids that have the locked file open, as far as they may be seen.
+        Process ids that have the file open for writing, as regions do, as far as they may be seen.
+    readers : tuple of int
+        Process ids that only read it. They keep a new region off just where the file system punches no holes.
     """
 
-    def __init__(self, path: str, holders: tuple[int, ...] = ()) -> None:
-        super().__init__(path, holders)
+    def __init__(self, path: str, holders: tuple[int, ...] = (), readers: tuple[int, ...] = ()) -> None:
+        super().__init__(path, holders, readers)
         self.path = path
         self.holders = holders
+        self.readers = readers
 
     def __str__(self) -> str:
-        who = ", ".join(f"process {pid}" for pid in self.holders) or "a process that cannot be seen from here"
+        who = _list(self.holders) or "a process that cannot be seen from here"
+        if self.readers and not self.holders:
+            who = f"its readers ({_list(self.readers)}), or {who}"
         here = " (this one: a region, or live views of a closed one)" if os.getpid() in self.holders else ""
         return f"{self.path}: held by {who}{here}"
 
@@ -137,19 +161,37 @@ class UnknownEngineError(MemError):
     """No budget is registered for the engine."""
 
 
-def holders_of(path: str) -> tuple[int, ...]:
-    """Process ids that have the file at `path` open, as far as /proc shows them to this user."""
+def _list(pids: tuple[int, ...]) -> str:
+    return ", ".join(f"process {pid}" for pid in pids)
+
+
+def users_of(path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Process ids that have the file at `path` open: for writing, and only for reading.
+
+    As far as /proc shows them to this user.
+    """
     try:
         wanted = os.stat(path)
     except OSError:
-        return ()
-    found = []
+        return (), ()
+    writers: list[int] = []
+    readers: list[int] = []
     for process in Path("/proc").iterdir():
         if not process.name.isdigit():
             continue
-        if any(_is_open_as(entry, wanted) for entry in _entries(process / "fd")):
-            found.append(int(process.name))
-    return tuple(sorted(found))
+        modes = {_may_write(entry) for entry in _entries(process / "fd") if _is_open_as(entry, wanted)}
+        if modes:
+            (writers if True in modes else readers).append(int(process.name))
+    return tuple(sorted(writers)), tuple(sorted(readers))
+
+
+def _may_write(descriptor: Path) -> bool:
+    try:
+        facts = (descriptor.parents[1] / "fdinfo" / descriptor.name).read_text()
+    except OSError:  # just closed
+        return False
+    flags = next((line.split()[1] for line in facts.splitlines() if line.startswith("flags:")), "0")
+    return int(flags, 8) & os.O_ACCMODE != os.O_RDONLY
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -166,7 +208,13 @@ def _is_open_as(descriptor: Path, wanted: os.stat_result) -> bool:
         return False
 
 
-def raise_status(status: int, *, path: str | None = None, slot: int | None = None) -> NoReturn:
+def raise_status(
+    status: int,
+    *,
+    path: str | None = None,
+    slot: int | None = None,
+    beside: tuple[str, str] | None = None,
+) -> NoReturn:
     """Raise the exception that `status` stands for.
 
     Parameters
@@ -177,16 +225,23 @@ def raise_status(status: int, *, path: str | None = None, slot: int | None = Non
         The file concerned, for the message.
     slot
         The slot asked for, for the message; None where the core knows which of several it was.
+    beside
+        Paths of the region's slot table and leases, for the message where they are at fault; None where they have none.
     """
     error = lib.ndm_last_error()
+    if slot is None and error.slot != _UNKNOWN_SLOT:
+        slot = error.slot
+    file = path if error.file == lib.NDM_FILE_DATA or beside is None else beside[error.file - 1]
     message = ffi.string(error.message).decode() if error.message else ""
     match status:
         case lib.NDM_ERR_ARGUMENT:
             raise ValueError(message)
         case lib.NDM_ERR_NO_SLOT:
-            raise InvalidSlotError(error.slot if slot is None else slot, "never existed")
+            raise InvalidSlotError(slot, "never existed")
         case lib.NDM_ERR_FREED_SLOT:
-            raise InvalidSlotError(error.slot if slot is None else slot, "has been freed")
+            raise InvalidSlotError(slot, "has been freed")
+        case lib.NDM_ERR_UNCOMMITTED:
+            raise InvalidSlotError(slot, "is not committed yet")
         case lib.NDM_ERR_CAPACITY:
             raise CapacityExceededError(error.required, error.limit)
         case lib.NDM_ERR_WRONG_THREAD:
@@ -194,11 +249,13 @@ def raise_status(status: int, *, path: str | None = None, slot: int | None = Non
         case lib.NDM_ERR_CLOSED:
             raise RegionClosedError(message)
         case lib.NDM_ERR_BUSY:
-            name = path or ""
-            raise RegionBusyError(name, holders_of(name) or holders_of(name + ".slots"))
+            writers, readers = users_of(file) if file else ((), ())
+            if beside is not None:  # a closed reader whose views live has the slot table open, no more
+                readers = tuple(sorted({*readers, *users_of(beside[0])[1]} - {*writers}))
+            raise RegionBusyError(file or "", writers, readers)
         case lib.NDM_ERR_IO:
             code = error.os_errno
-            raise RegionIOError(code, f"{message}: {os.strerror(code)}", path)
+            raise RegionIOError(code, f"{message}: {os.strerror(code)}", file)
         case lib.NDM_ERR_STALE:
             where = f"{path}: " if path else ""
             raise StaleSlotError(f"{where}{message}" + ("" if slot is None else f" (slot {slot})"))

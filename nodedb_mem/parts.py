@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from typing_extensions import Buffer
+
 
 @dataclass(frozen=True)
 class SlotParts:
@@ -27,6 +29,16 @@ class SlotParts:
             end = start + size
         return cls(tuple(offsets), tuple(sizes))
 
-    def split(self, view: memoryview) -> list[memoryview]:
-        """Cut a view of the value into views of its parts, without a copy."""
+    def split(self, buffer: Buffer) -> list[memoryview]:
+        """Cut a view of the value, or a copy, into views of its parts, without another copy.
+
+        Raises
+        ------
+        ValueError
+            The buffer has not the value's size.
+        """
+        view = memoryview(buffer).cast("B")
+        size = self.offsets[-1] + self.sizes[-1] if self.sizes else 0
+        if view.nbytes != size:
+            raise ValueError(f"the value has {size} bytes, the buffer {view.nbytes}")
         return [view[start : start + size] for start, size in zip(self.offsets, self.sizes, strict=True)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 from nodedb_mem._core import ffi, lib
 from nodedb_mem.engine import KNOWN_ENGINES
-from nodedb_mem.errors import RegionClosedError, StaleSlotError, WrongThreadError, raise_status
+from nodedb_mem.errors import InvalidSlotError, RegionClosedError, StaleSlotError, WrongThreadError, raise_status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -22,6 +22,7 @@ _read = lib.ndm_reader_read
 _release = lib.ndm_view_release
 
 _COPY_AT_ONCE = 4096
+_LARGE_HINT = 1 << 20
 _UNKNOWN = (1 << 64) - 1
 
 
@@ -67,8 +68,9 @@ class ReaderStats:
     """Figures of a region as its owner last published them; sizes in bytes.
 
     `owner` is the process id of a living owner, None if there is none. `pinned_bytes` are freed, but wait for a view of
-    the owner's or a lease to end. `resident_bytes` counts the file's bytes in RAM. `leases` counts those that living
-    processes hold, this one and others; None where the leases file may not be read.
+    the owner's or a lease to end. `resident_bytes` counts the file's bytes in RAM; None where the kernel does not tell,
+    to users who neither own the file nor may write to it. `leases` counts those that living processes hold, this one
+    and others; None where the leases file may not be read.
     """
 
     incarnation: int
@@ -78,7 +80,7 @@ class ReaderStats:
     live_bytes: int
     slot_count: int
     alignment: int
-    resident_bytes: int
+    resident_bytes: int | None
     pinned_bytes: int
     leases: int | None
     owner: int | None
@@ -148,7 +150,7 @@ class OverflowReader:
         `source` is a reference into a region that has been opened anew, or closed, since.
     """
 
-    __slots__ = ("__weakref__", "_handle", "_incarnation", "_path", "_values")
+    __slots__ = ("__weakref__", "_beside", "_handle", "_incarnation", "_path", "_values")
 
     def __init__(self, source: str | os.PathLike[str] | SlotRef) -> None:
         if isinstance(source, SlotRef):
@@ -157,6 +159,7 @@ class OverflowReader:
             name = os.fsdecode(source)
             paths = name, name + ".slots", name + ".leases"
         self._path = paths[0]
+        self._beside = paths[1], paths[2]
         names = [os.fsencode(path) for path in paths]
         if any(b"\0" in name for name in names):
             raise ValueError("embedded null byte in the path")
@@ -199,7 +202,9 @@ class OverflowReader:
     def read_bytes(self, slot: int | SlotRef) -> bytes:
         """Copy a value, never torn. Raises as `read` does."""
         number, generation = self._name(slot)
-        room = slot.size if isinstance(slot, SlotRef) else _COPY_AT_ONCE
+        room = _COPY_AT_ONCE
+        if isinstance(slot, SlotRef) and 0 <= slot.size <= _LARGE_HINT:  # a hint: references may be made by hand
+            room = slot.size
         while True:
             memory = ffi.new("char[]", room + 1)
             size = self._check(lib.ndm_reader_copy(self._handle, number, generation, memory, room), number)
@@ -214,14 +219,21 @@ class OverflowReader:
         Raises
         ------
         StaleSlotError
-            On leaving: the owner has freed or moved the value meanwhile, so that what was read may be other bytes.
+            On leaving: the owner has freed or moved the value meanwhile, so that what was read may be other bytes. Also
+            where the block itself has raised an `Exception`, which these bytes may have caused: it is the cause of this
+            one then. While the value is unchanged, the block's exceptions pass as they are.
         InvalidSlotError, StaleSlotError
             On entering: as `read`.
         """
         view, value = self._view(slot)
-        yield view
+        try:
+            yield view
+        except Exception as error:
+            if lib.ndm_reader_is_unchanged(self._handle, value) in (0, lib.NDM_ERR_STALE):
+                raise self._changed(value.slot) from error
+            raise
         if not self._check(lib.ndm_reader_is_unchanged(self._handle, value), value.slot):
-            raise StaleSlotError(f"{self._path}: slot {value.slot} was freed or moved while it was borrowed")
+            raise self._changed(value.slot)
 
     def lease(self, slot: int | SlotRef) -> Lease:
         """Keep a value in place, through the owner's `free` and `compact`, and through its death: see `Lease`.
@@ -244,9 +256,9 @@ class OverflowReader:
         """Tell whether a reference's value is still there."""
         try:
             self._check_ref(ref)
-            value = _new_value()
-            self._check(lib.ndm_reader_find(self._handle, ref.slot, ref.generation, value), ref.slot)
-        except StaleSlotError:
+            number, generation = self._name(ref)
+            self._check(lib.ndm_reader_find(self._handle, number, generation, _new_value()), number)
+        except (InvalidSlotError, StaleSlotError):
             return False
         return True
 
@@ -281,7 +293,8 @@ class OverflowReader:
         self._check(lib.ndm_reader_stats(self._handle, out))
         figures = {name: getattr(out, name) for name in ReaderStats.__dataclass_fields__}
         leases = None if out.leases == _UNKNOWN else out.leases
-        return ReaderStats(**(figures | {"owner": out.owner or None, "leases": leases}))
+        resident = None if out.resident_bytes == _UNKNOWN else out.resident_bytes
+        return ReaderStats(**(figures | {"owner": out.owner or None, "leases": leases, "resident_bytes": resident}))
 
     def close(self) -> None:
         """Close the reader, ending its leases; closing again does nothing. Views stay readable."""
@@ -317,9 +330,14 @@ class OverflowReader:
         if isinstance(slot, SlotRef):
             if slot.incarnation != self._incarnation:
                 self._raise_foreign(slot)
-            return slot.slot, slot.generation
-        number = index(slot)
-        return (number if 0 <= number < 1 << 62 else -1), -1
+            if not 0 <= index(slot.generation) < 1 << 32:  # -1 would be any
+                raise StaleSlotError(f"{self._path}: no value has generation {slot.generation} (slot {slot.slot})")
+            number, generation = index(slot.slot), slot.generation
+        else:
+            number, generation = index(slot), -1
+        if not 0 <= number < 1 << 32:  # it may be no int64_t
+            self._check(lib.ndm_reader_find(self._handle, -1, -1, _new_value()), number)
+        return number, generation
 
     def _check_ref(self, ref: SlotRef) -> None:
         if not isinstance(ref, SlotRef):
@@ -329,6 +347,9 @@ class OverflowReader:
 
     def _raise_foreign(self, ref: SlotRef) -> NoReturn:
         raise StaleSlotError(f"{self._path}: slot {ref.slot} belongs to another region, or to an earlier opening")
+
+    def _changed(self, slot: int) -> StaleSlotError:
+        return StaleSlotError(f"{self._path}: slot {slot} was freed or moved while it was borrowed")
 
     def _view(self, slot: int | SlotRef) -> tuple[memoryview, Any]:
         number, generation = self._name(slot)
@@ -351,7 +372,7 @@ class OverflowReader:
             raise RegionClosedError(f"{self._path}: the reader is closed")
         if status == lib.NDM_ERR_WRONG_THREAD:
             raise WrongThreadError(f"{self._path}: the reader belongs to the process that opened it")
-        raise_status(status, path=self._path, slot=slot)
+        raise_status(status, path=self._path, slot=slot, beside=self._beside)
 
 
 def _new_value() -> Any:

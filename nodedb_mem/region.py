@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from nodedb_mem._core import ffi, lib
 from nodedb_mem.engine import KNOWN_ENGINES, EngineId
-from nodedb_mem.errors import InvalidSlotError, raise_status
+from nodedb_mem.errors import InvalidSlotError, RepeatedSlotError, raise_status
 from nodedb_mem.figures import Compaction, EngineUsage, OverflowSlot, RegionStats
 from nodedb_mem.parts import SlotParts
 from nodedb_mem.reader import SlotRef
@@ -396,7 +396,10 @@ class OverflowRegion:
         slots = bytearray(8 * len(sizes))
         target = _from_buffer("int64_t[]", slots)
         status = lib.ndm_region_write_packed(self._handle, source, len(source), sizes, len(sizes), engine, target)
-        del source, sizes, target
+        room = len(source)
+        del source, target
+        if status == lib.NDM_ERR_ARGUMENT:
+            _check_lengths(ffi.unpack(sizes, len(sizes)), room)
         if status < 0:
             self._raise(status)
         return memoryview(slots).cast("q")
@@ -506,8 +509,8 @@ class OverflowRegion:
 
         Raises
         ------
-        ValueError
-            A slot is listed twice; nothing has been freed.
+        RepeatedSlotError
+            A slot is listed twice (a `ValueError`, with `slot`); nothing has been freed.
         InvalidSlotError
             One of `slots` is no live slot; nothing has been freed.
         """
@@ -517,7 +520,10 @@ class OverflowRegion:
         numbers = [stamps[slot] & _NUMBER for slot in wanted if 0 <= slot < _STAMPS] if kept else []
         for number in numbers:
             kept.pop(number, None)
-        self._check(lib.ndm_region_free_many(self._handle, wanted, len(wanted)))
+        status = lib.ndm_region_free_many(self._handle, wanted, len(wanted))
+        if status == lib.NDM_ERR_ARGUMENT:
+            raise RepeatedSlotError(_first_repeated(wanted))
+        self._check(status)
         if kept:  # where a signal handler has read one of them meanwhile:
             if stamps[-1] != newest or not numbers:
                 kept.clear()
@@ -926,7 +932,8 @@ class OverflowRegion:
         return status
 
     def _raise(self, status: int, slot: int | None = None) -> NoReturn:
-        raise_status(status, path=self._where, slot=slot)
+        beside = None if self._path is None else (self._where + ".slots", self._where + ".leases")
+        raise_status(status, path=self._where, slot=slot, beside=beside)
 
 
 def _outside_stacklevel() -> int:
@@ -970,8 +977,30 @@ def _joined(values: list[Any]) -> tuple[bytes, Any] | None:
     return b"".join(values), sizes
 
 
+def _check_lengths(lengths: list[int], size: int) -> None:
+    """Say what is wrong with lengths that the core has refused."""
+    for number, length in enumerate(lengths):
+        if length < 0:
+            raise ValueError(f"lengths[{number}] is negative: {length}")
+    if (total := sum(lengths)) != size:
+        raise ValueError(f"the lengths add up to {total} bytes, the buffer has {size}")
+
+
+def _first_repeated(slots: Iterable[int]) -> int:
+    seen: set[int] = set()
+    for slot in slots:
+        if slot in seen:
+            return slot
+        seen.add(slot)
+    raise AssertionError
+
+
 def _int64_array(data: Buffer) -> Any:
-    with memoryview(data) as view:
+    try:
+        view = memoryview(data)
+    except TypeError:
+        raise TypeError(f"a buffer of int64 is needed, not {type(data).__name__!r}") from None
+    with view:
         if view.format not in _INT64 or view.itemsize != 8:
             raise TypeError(f"a buffer of int64 is needed, not of {view.format!r}")
         # A copy: the core reads it more than once, and another thread may write to `data` meanwhile.

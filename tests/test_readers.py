@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import mmap
 import multiprocessing
@@ -174,8 +175,13 @@ def test_a_draft_is_not_seen_before_its_commit(new_region: NewRegion) -> None:
     ref = region.share(slot)
     with OverflowReader(region.path) as reader:
         assert reader.slots() == []
-        with pytest.raises(StaleSlotError):
+        with pytest.raises(StaleSlotError, match="not committed yet"):
             reader.read(ref)
+        with pytest.raises(InvalidSlotError, match="not committed yet") as caught:
+            reader.read(slot)
+        assert caught.value.slot == slot
+        with pytest.raises(StaleSlotError, match="freed"):
+            reader.read(ref._replace(generation=ref.generation + 1))
         view[:] = blob(1000, 5)
         view.release()
         region.commit(slot)
@@ -276,8 +282,57 @@ def test_a_borrow_is_true_unless_its_own_value_goes(new_region: NewRegion) -> No
             region.free(slot)
         slot = region.write(b"again", 0)
         with pytest.raises(ZeroDivisionError), reader.borrow(slot):
-            region.free(slot)
-            raise ZeroDivisionError  # not replaced
+            region.free(region.write(b"another", 0))
+            raise ZeroDivisionError  # not by foreign bytes
+
+
+@pytest.mark.parametrize("change", ["free", "reopen"])
+def test_what_a_borrow_of_changed_bytes_raises_is_stale(new_region: NewRegion, change: str) -> None:
+    region = new_region()
+    slot = region.write(b"value", 0)
+    with OverflowReader(region.path) as reader:
+        with pytest.raises(StaleSlotError, match="borrowed") as caught, reader.borrow(slot):
+            if change == "free":
+                region.free(slot)
+            else:
+                region.close()
+                new_region()
+            raise ZeroDivisionError
+        assert type(caught.value.__cause__) is ZeroDivisionError
+
+
+def test_a_borrow_passes_what_is_no_error_of_its_bytes(new_region: NewRegion) -> None:
+    region = new_region()
+    slot = region.write(b"value", 0)
+    reader = OverflowReader(region.path)
+    with pytest.raises(KeyboardInterrupt), reader.borrow(slot):
+        region.free(slot)
+        raise KeyboardInterrupt
+    slot = region.write(b"value", 0)
+    with pytest.raises(ZeroDivisionError), reader.borrow(slot):
+        reader.close()  # so nothing can be said of the value
+        raise ZeroDivisionError
+
+
+def test_references_made_by_hand(new_region: NewRegion) -> None:
+    region = new_region()
+    ref = region.share(region.write(b"value", 0))
+    with OverflowReader(ref) as reader:
+        for slot in (-1, 7, 1 << 32, 1 << 63, 1 << 70, -(1 << 70)):
+            wrong = ref._replace(slot=slot)
+            assert not reader.is_current(wrong)
+            for verb in (reader.read, reader.read_bytes, reader.lease):
+                with pytest.raises(InvalidSlotError) as caught:
+                    verb(wrong)
+                assert caught.value.slot == slot
+        for generation in (-1, 1, (1 << 32) - 1, 1 << 32, 1 << 64, -(1 << 70)):
+            wrong = ref._replace(generation=generation)
+            assert not reader.is_current(wrong)
+            for verb in (reader.read, reader.read_bytes, reader.lease):
+                with pytest.raises(StaleSlotError):
+                    verb(wrong)
+        for size in (-1, 0, 1, 1 << 40, 1 << 70, -(1 << 70)):
+            assert reader.read_bytes(ref._replace(size=size)) == b"value"
 
 
 def test_a_reopened_region(new_region: NewRegion) -> None:
@@ -330,7 +385,7 @@ def test_a_file_put_in_place_of_another(new_region: NewRegion, tmp_path: Path) -
     shutil.copy(tmp_path / "region.slots", tmp_path / "copy.slots")
     with pytest.raises(RegionIOError, match="another file") as caught:
         OverflowReader(tmp_path / "copy")
-    assert caught.value.filename == str(tmp_path / "copy")
+    assert caught.value.filename == str(tmp_path / "copy.slots")
 
 
 # ---- views and the file's end ---------------------------------------------------------------------------------
@@ -436,19 +491,19 @@ def test_views_are_read_only(new_region: NewRegion) -> None:
 
 
 def test_paths_that_are_no_region(tmp_path: Path) -> None:
-    def refused(path: Path, code: str) -> None:
+    def refused(path: Path, code: str, suffix: str = "") -> None:
         with pytest.raises(RegionIOError) as caught:
             OverflowReader(path)
-        assert caught.value.filename == str(path) and code in str(caught.value)
+        assert caught.value.filename == f"{path}{suffix}" and code in str(caught.value)
 
     refused(tmp_path / "missing", "No such file")
     refused(tmp_path, "not a regular file")
     (tmp_path / "alone").write_bytes(bytes(100))
-    refused(tmp_path / "alone", "cannot open the slot table: No such file")
+    refused(tmp_path / "alone", "cannot open the slot table: No such file", ".slots")
     (tmp_path / "alone.slots").write_bytes(b"")
-    refused(tmp_path / "alone", "cut short")
+    refused(tmp_path / "alone", "cut short", ".slots")
     (tmp_path / "alone.slots").write_bytes(bytes(8192))
-    refused(tmp_path / "alone", "its mark is missing")
+    refused(tmp_path / "alone", "its mark is missing", ".slots")
     os.mkfifo(tmp_path / "fifo")
     refused(tmp_path / "fifo", "not a regular file")
 
@@ -477,7 +532,7 @@ def test_foreign_tables(new_region: NewRegion, field: str, value: bytes, message
     patch(f"{region.path}.slots", HEADER[field], value)
     with pytest.raises(RegionIOError, match=message) as caught:
         OverflowReader(region.path)
-    assert caught.value.filename == region.path
+    assert caught.value.filename == f"{region.path}.slots"
 
 
 @pytest.mark.parametrize("size", [0, 100, 4095, 4096 + 24])
@@ -486,8 +541,75 @@ def test_a_table_cut_short(new_region: NewRegion, size: int) -> None:
     region.write_many([b"value"] * 10, 0)
     region.close()
     os.truncate(f"{region.path}.slots", size)
-    with pytest.raises(RegionIOError, match="cut short"):
+    with pytest.raises(RegionIOError, match="cut short") as caught:
         OverflowReader(region.path)
+    assert caught.value.filename == f"{region.path}.slots"
+
+
+def test_errors_about_the_leases_name_their_file(new_region: NewRegion, tmp_path: Path) -> None:
+    region = new_region()
+    slot = region.write(b"value", 0)
+    leases = tmp_path / "region.leases"
+    with OverflowReader(region.path) as reader:
+        with pytest.raises(RegionIOError) as missing:
+            reader.lease(slot)
+        assert (missing.value.errno, missing.value.filename) == (errno.ENOENT, str(leases))
+        leases.mkdir()
+        for verb in (region.share, reader.lease):
+            with pytest.raises(RegionIOError) as caught:
+                verb(slot)
+            assert (caught.value.errno, caught.value.filename) == (errno.EISDIR, str(leases))
+        assert reader.read_bytes(slot) == b"value"
+
+
+def test_a_reference_names_its_own_files_in_errors(new_region: NewRegion, tmp_path: Path) -> None:
+    region = new_region()
+    ref = region.share(region.write(b"value", 0))
+    elsewhere = ref._replace(slots_path=str(tmp_path / "elsewhere"), leases_path=str(tmp_path / "no leases"))
+    with pytest.raises(RegionIOError) as caught:
+        OverflowReader(elsewhere)
+    assert caught.value.filename == elsewhere.slots_path
+    with (
+        OverflowReader(elsewhere._replace(slots_path=ref.slots_path)) as reader,
+        pytest.raises(RegionIOError) as caught,
+    ):
+        reader.lease(ref)
+    assert caught.value.filename == elsewhere.leases_path
+
+
+def test_an_owner_that_finds_a_foreign_table_names_it(tmp_path: Path) -> None:
+    path, table = tmp_path / "region", tmp_path / "region.slots"
+    table.write_bytes(b"somebody's data")
+    with pytest.raises(RegionIOError) as caught:
+        OverflowRegion(path)
+    assert (caught.value.errno, caught.value.filename) == (errno.EEXIST, str(table))
+    table.unlink()
+    path.write_bytes(b"somebody's data")
+    with pytest.raises(RegionIOError) as caught:
+        OverflowRegion(path)
+    assert (caught.value.errno, caught.value.filename) == (errno.EEXIST, str(path))
+
+
+OTHER_USER = """
+import os, sys
+from nodedb_mem import OverflowReader
+with OverflowReader(sys.argv[1]) as reader:
+    print(reader.stats().resident_bytes is not None)
+    os.chmod(sys.argv[1], 0o644)
+    os.seteuid(65534)
+    print(reader.stats().resident_bytes)
+    os.seteuid(0)
+    os.chmod(sys.argv[1], 0o666)
+    os.seteuid(65534)
+    print(reader.stats().resident_bytes is not None)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs two users")
+def test_what_is_in_ram_is_unknown_to_who_may_not_ask(new_region: NewRegion, run_python: RunPython) -> None:
+    region = new_region(initial_capacity=8 * MIB)
+    region.write(blob(MIB), 0)
+    assert run_python(OTHER_USER, region.path).split() == ["True", "None", "True"]
 
 
 def test_files_cut_short_under_a_reader(new_region: NewRegion) -> None:

@@ -219,10 +219,14 @@ def test_the_layout_survives_compaction_eviction_and_trim(new_region: NewRegion,
     check(region)
 
 
-def test_splitting_a_view_that_is_too_short_is_no_error_of_memory(new_region: NewRegion) -> None:
+def test_only_the_whole_value_is_split(new_region: NewRegion) -> None:
     region = new_region()
     slot = region.write_vectored([b"abc", b"def"], 0)
-    assert [bytes(part) for part in region.parts(slot).split(region.read(slot)[:4])] == [b"abc", b"d"]
+    parts, view = region.parts(slot), region.read(slot)
+    for wrong in (view[:5], b"abcdefg", b""):
+        with pytest.raises(ValueError, match=f"6 bytes, the buffer {len(wrong)}"):
+            parts.split(wrong)
+    assert [bytes(part) for part in parts.split(bytearray(view))] == [b"abc", b"def"]
 
 
 # Refused
