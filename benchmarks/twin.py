@@ -33,7 +33,7 @@ from nodedb_mem.errors import (
     RegionError,
     RegionIOError,
     WrongThreadError,
-    holders_of,
+    users_of,
 )
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ class TwinRegion:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise RegionBusyError(self._path, holders_of(self._path)) from None
+            raise RegionBusyError(self._path, *users_of(self._path)) from None
         if _has_data(fd) and not _is_marked(fd):
             raise OSError(errno.EEXIST, "holds data that no region wrote")
         capacity = facts.st_size or initial_capacity

@@ -39,7 +39,6 @@
 #define NDM_VERSION_NUMBER 100 /* major * 10000 + minor * 100 + patch */
 #define NDM_ABI_VERSION 0
 
-#define NDM_SLOT_UNKNOWN INT64_MIN /* ndm_error.slot */
 #define NDM_BYTES_UNKNOWN UINT64_MAX /* ndm_reader_figures.resident_bytes */
 
 /* To be called once, early: NDM_OK if the library that runs is one that this header describes. */
@@ -79,10 +78,10 @@ typedef struct {
     int32_t os_errno;    /* NDM_ERR_IO: errno; else 0 */
     uint64_t required;   /* NDM_ERR_CAPACITY: bytes of capacity the request needs; else 0 */
     uint64_t limit;      /* NDM_ERR_CAPACITY: the ceiling in force; else 0 */
-    int64_t slot;        /* NDM_ERR_NO_SLOT, NDM_ERR_FREED_SLOT, NDM_ERR_UNCOMMITTED of a batch verb, an ndm_h_* function
-                            or a reader: which; else, and where a caller named just one, NDM_SLOT_UNKNOWN */
+    int64_t slot;        /* NDM_ERR_NO_SLOT, NDM_ERR_FREED_SLOT, NDM_ERR_UNCOMMITTED: which, if slot_known; else 0 */
     const char *message; /* what was wrong or what was tried, a static string */
     int32_t file;        /* NDM_ERR_IO and NDM_ERR_BUSY: which of the region's files, an ndm_file */
+    int32_t slot_known;  /* 1: batch verbs, ndm_h_* and readers; 0: the call named just one, and `slot` tells nothing */
 } ndm_error;
 
 /* Details of the last failure on this thread. The pointer stays good for the life of the thread, its contents

@@ -80,6 +80,13 @@ def _reader_count(text: str) -> int:
     return _count(text, _MAX_READERS)
 
 
+def _picture_path(text: str) -> str:
+    suffix = os.path.splitext(text)[1]
+    if suffix.lower() not in ("", ".png"):
+        raise argparse.ArgumentTypeError(f"the picture is a PNG: {text!r} must end in .png, not in {suffix}")
+    return text
+
+
 def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {os.fsdecode(error.filename)!r}"
@@ -132,7 +139,7 @@ def _parser() -> _Parser:
     add("path", metavar="PATH", help="the region's file")
     add("--json", action="store_true", help="print the figures as one JSON object (with --watch: one a line)")
     add("--watch", action="store_true", help="refresh every second until Ctrl-C")
-    add("--plot", metavar="OUT.png", help="draw it into a PNG file, too")
+    add("--plot", type=_picture_path, metavar="OUT.png", help="draw it into a PNG file, too")
     inspect.set_defaults(command=_inspect)
     return parser
 
@@ -234,10 +241,16 @@ def _print_table(report: Report) -> None:
 def _inspect(arguments: argparse.Namespace) -> int:
     from nodedb_mem import inspect
 
+    told = False
+
     def look() -> Snapshot:
+        nonlocal told
         shot = inspect.look(arguments.path)
         if arguments.plot is not None:
             inspect.plot(shot, arguments.plot)
+            if not told:
+                print(f"nodedb-mem: the picture is in {arguments.plot!r}", file=sys.stderr)
+            told = True
         return shot
 
     if arguments.json:

@@ -6,8 +6,6 @@ from typing import NoReturn
 
 from nodedb_mem._core import ffi, lib
 
-_UNKNOWN_SLOT = -(1 << 63)  # NDM_SLOT_UNKNOWN
-
 
 class MemError(Exception):
     """Base of every error that this package defines."""
@@ -229,7 +227,7 @@ def raise_status(
         Paths of the region's slot table and leases, for the message where they are at fault; None where they have none.
     """
     error = lib.ndm_last_error()
-    if slot is None and error.slot != _UNKNOWN_SLOT:
+    if slot is None and error.slot_known:
         slot = error.slot
     file = path if error.file == lib.NDM_FILE_DATA or beside is None else beside[error.file - 1]
     message = ffi.string(error.message).decode() if error.message else ""

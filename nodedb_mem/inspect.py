@@ -73,7 +73,8 @@ class Snapshot:
     Below `used_bytes` the file is live, pinned or free. `pinned_bytes` are freed, but wait for a view of the owner's or
     a lease to end: as the owner last published them, and without an owner what leases keep. `leases` are those held by
     living processes, `leased_bytes` the values that they keep, live or freed; None where the leases file may not be
-    read. `kept` lists the freed ones among these, offset and size.
+    read. `kept` lists the freed ones among these, offset and size. `resident_bytes` is None where the kernel does not
+    tell.
     """
 
     path: str
@@ -90,7 +91,7 @@ class Snapshot:
     pinned_bytes: int
     leases: int | None
     leased_bytes: int | None
-    resident_bytes: int
+    resident_bytes: int | None
     engines: dict[str, dict[str, int]]
     slots: list[ReaderSlot]
     kept: list[tuple[int, int]]
@@ -235,6 +236,21 @@ def _residency(path: str, starts: range, step: int) -> Iterator[int]:
         os.close(fd)
 
 
+def _decimal(size: int) -> str:
+    """Bytes with a decimal unit, the same in the terminal and in the picture."""
+    if size < 1000:
+        return _count(size, "byte")
+    value, units = size / 1000, iter(("kB", "MB", "GB", "TB", "PB", "EB"))
+    unit = next(units)
+    while value >= 999.95:
+        value, unit = value / 1000, next(units)
+    return f"{value:.1f} {unit}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 # ---- in a terminal ----------------------------------------------------------------------------------------------
 
 
@@ -246,37 +262,38 @@ def picture(shot: Snapshot, width: int, height: int) -> RenderableType:
 
 
 def _figures(shot: Snapshot) -> RenderableType:
-    from rich.filesize import decimal
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(repr(shot.path)), title_justify="left", show_header=False)
+    table = Table(title=escape(_title(shot.path)), title_justify="left", show_header=False)
     table.add_column("figure", no_wrap=True)
     table.add_column("value", justify="right")
     for label, value in (
         ("owner", "none: closed or dead" if shot.owner is None else f"alive, process {shot.owner}"),
-        ("capacity", f"{decimal(shot.capacity)} of {decimal(shot.max_capacity)}"),
-        ("used", decimal(shot.used_bytes)),
-        ("live", f"{decimal(shot.live_bytes)} in {shot.live_slots} slots"),
-        ("free", decimal(shot.free_bytes)),
-        ("pinned", decimal(shot.pinned_bytes)),
+        ("capacity", f"{_decimal(shot.capacity)} of {_decimal(shot.max_capacity)}"),
+        ("used", _decimal(shot.used_bytes)),
+        ("live", f"{_decimal(shot.live_bytes)} in {_count(shot.live_slots, 'slot')}"),
+        ("free", _decimal(shot.free_bytes)),
+        ("pinned", _decimal(shot.pinned_bytes)),
         ("leased", _leased(shot)),
-        ("resident", decimal(shot.resident_bytes)),
+        ("resident", "unknown" if shot.resident_bytes is None else _decimal(shot.resident_bytes)),
     ):
         table.add_row(label, value)
     return table
 
 
-def _leased(shot: Snapshot) -> str:
-    from rich.filesize import decimal
+def _title(path: str) -> str:
+    """A path as it is, unless a terminal would not show it so."""
+    return path if path.isprintable() else repr(path)
 
+
+def _leased(shot: Snapshot) -> str:
     if shot.leases is None or shot.leased_bytes is None:
         return "unknown: the leases file may not be read"
-    return f"{decimal(shot.leased_bytes)} in {shot.leases} leases"
+    return f"{_decimal(shot.leased_bytes)} in {_count(shot.leases, 'lease')}"
 
 
 def _bars(shot: Snapshot, width: int) -> RenderableType:
-    from rich.filesize import decimal
     from rich.progress_bar import ProgressBar
     from rich.table import Table
 
@@ -297,25 +314,29 @@ def _bars(shot: Snapshot, width: int) -> RenderableType:
             complete_style=colour,
             finished_style=colour,
         )
-        table.add_row(name, bar, decimal(size), f"{usage['live_slots']} slots")
+        table.add_row(name, bar, _decimal(size), _count(usage["live_slots"], "slot"))
     return table
 
 
 def _map(shot: Snapshot, width: int, height: int) -> Iterator[RenderableType]:
-    from rich.filesize import decimal
     from rich.panel import Panel
     from rich.text import Text
 
     columns = max(8, width - 4)
     cells = shot.cells(columns * max(1, height))
     text = Text(no_wrap=True, overflow="ignore")
-    for start in range(0, len(cells), columns):
+    last = max((number for number, cell in enumerate(cells) if _symbol(cell)[0] != " "), default=0)
+    shown = columns * (last // columns + 1)  # lines of nothing at the end are told, not drawn
+    for start in range(0, min(shown, len(cells)), columns):
         if start:
             text.append("\n")
         for cell in cells[start : start + columns]:
             text.append(*_symbol(cell))
-    each = f"map: a sign is {decimal(cells[0].size)}" if cells else "map: the file is empty"
+    each = f"map: a sign is {_decimal(cells[0].size)}" if cells else "map: the file is empty"
     yield Panel(text, title=each, title_align="left", width=columns + 4)
+    if shown < len(cells):
+        rest = sum(cell.size for cell in cells[shown:])
+        yield Text(f"never used, and not drawn: the last {_decimal(rest)}")
     known = ", ".join(
         f"{_letter(engine)} {engine}" for engine in EngineId if any(int(engine) in cell.engines for cell in cells)
     )
@@ -324,10 +345,13 @@ def _map(shot: Snapshot, width: int, height: int) -> Iterator[RenderableType]:
         signs.append("x other engine")
     if any(cell.engine is None and cell.kept_bytes for cell in cells):
         signs.append("# freed but leased")
-    signs += ["capital: in RAM", ". free", ": free and in RAM", "blank: never used"]
+    if unknown := bool(cells) and cells[0].resident_bytes is None:
+        signs += [". free", "blank: never used"]
+    else:
+        signs += ["capital: in RAM", ". free", ": free and in RAM", "blank: never used"]
     yield Text(", ".join(signs))
-    if cells and cells[0].resident_bytes is None:
-        yield Text("what is in RAM where: needs Linux 6.5, and a file of this user")
+    if unknown:
+        yield Text("what is in RAM where: unknown (needs Linux 6.5, and a file that this user owns or may write to)")
 
 
 def _colour_of(engine: int) -> str:
@@ -371,16 +395,18 @@ def plot(shot: Snapshot, target: str) -> None:
     bars, used, resident = figure.subplots(3, 1, height_ratios=(2, 4, 4))
     names = list(shot.engines)
     palette = {str(engine): colour for engine, colour in _COLOURS.items()}
-    sizes = [shot.engines[name]["live_bytes"] / 2**20 for name in names]
+    sizes = [shot.engines[name]["live_bytes"] / 10**6 for name in names]
     bars.barh(names, sizes, color=[palette.get(name, _OTHER) for name in names])
     bars.invert_yaxis()
     owner = "no owner" if shot.owner is None else f"owner {shot.owner}"
+    in_ram = "unknown" if shot.resident_bytes is None else _decimal(shot.resident_bytes)
     bars.set(
-        title=f"{os.path.basename(shot.path)}: {owner}, {shot.live_bytes / 2**20:.1f} MiB live of "
-        f"{shot.capacity / 2**20:.1f}, {shot.resident_bytes / 2**20:.1f} resident".replace("$", r"\$"),
-        xlabel="MiB live",
+        title=f"{os.path.basename(shot.path)}: {owner}, {_decimal(shot.live_bytes)} live of "
+        f"{_decimal(shot.capacity)}, resident: {in_ram}".replace("$", r"\$"),
+        xlabel="MB live",
     )
-    for panel, values, title in ((used, colours, "used by"), (resident, present, "in RAM: dark")):
+    where = "in RAM: unknown" if cells and cells[0].resident_bytes is None else "in RAM: dark"
+    for panel, values, title in ((used, colours, "used by"), (resident, present, where)):
         lines = max(1, -(-len(values) // columns))
         values += [blank] * (lines * columns - len(values))
         panel.imshow([values[i * columns : (i + 1) * columns] for i in range(lines)], aspect="auto")

@@ -277,18 +277,18 @@ def test_no_buffers_are_a_mistake(new_region: NewRegion, unchanged: Unchanged, m
 @pytest.mark.parametrize(
     ("lengths", "message"),
     [
-        ([5], "less"),
-        ([], "less"),
-        ([7], "more"),
-        ([6, 1], "more"),
-        ([0, 6, 0, 1], "more"),
-        ([-1, 7], "negative"),
-        ([7, -1], "more|negative"),
-        ([6, -1, 1], "negative"),
-        ([-(1 << 63), 6], "negative"),
-        ([1 << 62] * 4, "more"),  # wraps to 0
-        ([1 << 62, 1 << 62, 1 << 62, 1 << 62, 6], "more"),  # wraps to 6
-        ([6, (1 << 63) - 1, (1 << 63) - 1, 2], "more"),  # wraps to 6
+        ([5], "add up to 5 bytes, the buffer has 6"),
+        ([], "add up to 0 bytes, the buffer has 6"),
+        ([7], "add up to 7 bytes, the buffer has 6"),
+        ([6, 1], "add up to 7 bytes"),
+        ([0, 6, 0, 1], "add up to 7 bytes"),
+        ([-1, 7], r"lengths\[0\] is negative: -1"),
+        ([7, -1], r"lengths\[1\] is negative: -1"),
+        ([6, -1, 1], r"lengths\[1\] is negative: -1"),
+        ([-(1 << 63), 6], r"lengths\[0\] is negative: -9223372036854775808"),
+        ([1 << 62] * 4, f"add up to {1 << 64} bytes"),  # wraps to 0
+        ([1 << 62, 1 << 62, 1 << 62, 1 << 62, 6], f"add up to {(1 << 64) + 6} bytes"),  # wraps to 6
+        ([6, (1 << 63) - 1, (1 << 63) - 1, 2], f"add up to {(1 << 64) + 6} bytes"),  # wraps to 6
     ],
 )
 def test_lengths_that_do_not_add_up_refuse_the_batch(
@@ -321,7 +321,7 @@ def test_lengths_that_are_no_int64_are_a_type_error(new_region: NewRegion, uncha
     region = new_region()
     data = bytearray(b"abc")
     with unchanged(region):
-        with pytest.raises(TypeError) as caught:
+        with pytest.raises(TypeError, match="a buffer of int64 is needed, not") as caught:
             region.write_many(data, 0, lengths=lengths)
         data.append(1)  # no longer exported, though the traceback lives
         assert caught.value is not None

@@ -25,6 +25,7 @@ from nodedb_mem import (
     RegionClosedError,
     RegionError,
     RegionIOError,
+    RepeatedSlotError,
     StaleSlotError,
     UnknownEngineError,
     WrongThreadError,
@@ -44,6 +45,7 @@ NewRegion = Callable[..., OverflowRegion]
         (RegionClosedError, [RegionError]),
         (RegionBusyError, [RegionError]),
         (StaleSlotError, [RegionError]),
+        (RepeatedSlotError, [RegionError, ValueError]),
         (RegionIOError, [RegionError, OSError]),
         (BudgetExhaustedError, [MemError]),
         (GlobalCeilingExceededError, [MemError]),
@@ -145,8 +147,10 @@ BUILT = [
     (BudgetExhaustedError, {"engine": EngineId.VECTOR, "requested": 1234, "available": 99, "limit": 5678}),
     (GlobalCeilingExceededError, {"allocated": 1234, "ceiling": 5678, "requested": 910}),
     (InvalidSlotError, {"slot": 17}),
+    (RepeatedSlotError, {"slot": 17}),
     (CapacityExceededError, {"required": 1001, "max_capacity": 1000}),
     (RegionBusyError, {"path": "/somewhere/region", "holders": (123, 456)}),
+    (RegionBusyError, {"path": "/somewhere/region", "holders": (), "readers": (123, 456)}),
 ]
 
 
@@ -244,6 +248,15 @@ def test_a_system_error_is_an_oserror_with_all_its_parts(tmp_path: Path) -> None
     assert (error.errno, error.filename) == (errno.ENOENT, str(path))
     assert os.strerror(errno.ENOENT) in str(error)
     assert str(path) in str(error)
+
+
+def test_a_slot_freed_twice_in_a_batch_is_named(new_region: NewRegion) -> None:
+    region = new_region()
+    slots = [region.write(b"x", 0) for _ in range(5)]
+    with pytest.raises(RepeatedSlotError, match="slot 3 is listed twice") as caught:
+        region.free_many([slots[2], slots[3], slots[4], slots[3], slots[2]])
+    assert caught.value.slot == slots[3]
+    assert len(region) == 5
 
 
 def test_an_invalid_slot_is_a_lookup_error(new_region: NewRegion) -> None:

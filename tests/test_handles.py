@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import nodedb_mem
-from nodedb_mem import OverflowRegion, RegionClosedError, WrongThreadError, cli, native
+from nodedb_mem import InvalidSlotError, OverflowRegion, RegionClosedError, WrongThreadError, cli, native
 from nodedb_mem._core import ffi, lib
+from nodedb_mem.errors import raise_status
 
 NewRegion = Callable[..., OverflowRegion]
 
@@ -70,6 +71,41 @@ def test_a_collected_region_leaves_a_stale_handle_that_no_later_region_gets(tmp_
     with OverflowRegion.temporary(tmp_path, initial_capacity=4096) as region:
         assert region.handle not in old and len(set(old)) == len(old)
         assert all(outcomes(handle) == {lib.NDM_ERR_CLOSED} for handle in old)
+
+
+def test_a_call_by_handle_that_fails_names_its_slot(new_region: NewRegion) -> None:
+    region = new_region()
+    slots = [region.write(b"x", 0) for _ in range(5)]
+    region.free(slots[3])
+    handle, buffer = region.handle, ffi.new("uint8_t[16]")
+    calls = (
+        lambda slot: lib.ndm_h_free(handle, slot),
+        lambda slot: lib.ndm_h_size(handle, slot),
+        lambda slot: lib.ndm_h_read_into(handle, slot, buffer, 16),
+        lambda slot: lib.ndm_last_error().status if lib.ndm_h_pin(handle, slot, ffi.NULL) == ffi.NULL else 0,
+    )
+    for call in calls:
+        for slot, reason in ((slots[3], "has been freed"), (99, "never existed")):
+            with pytest.raises(InvalidSlotError, match=f"^slot {slot} {reason}$") as caught:
+                raise_status(call(slot))
+            assert caught.value.slot == slot
+
+
+def test_where_the_core_knows_no_slot_none_is_named(new_region: NewRegion) -> None:
+    region = new_region()
+    region.free(region.write(b"x", 0))
+    with pytest.raises(InvalidSlotError, match=r"^the slot has been freed$") as caught:
+        raise_status(lib.ndm_region_free(region._handle, 0))
+    assert caught.value.slot is None
+
+
+def test_free_by_handle_returns_0_whatever_the_stamp_says(new_region: NewRegion) -> None:
+    region = new_region()
+    slot = region.write(bytes(100), 0)
+    for _ in range(100):
+        region.read_bytes(slot)
+        region.read(slot)
+    assert lib.ndm_h_free(region.handle, slot) == 0
 
 
 @pytest.mark.parametrize("number", [0, 1, 1 << 32, (1 << 32) - 1, 1 << 63, (1 << 64) - 1])

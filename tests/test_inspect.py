@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +167,7 @@ def test_a_region_of_no_values(run: Run, path: Path, size: int) -> None:
     os.truncate(path, size)
     pytest.importorskip("matplotlib")
     status, out, err = run("inspect", path, "--plot", path.with_suffix(".png"))
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, f"nodedb-mem: the picture is in '{path.with_suffix('.png')}'\n")
     assert "none: closed or dead" in out
     got = json.loads(run("inspect", path, "--json")[1])
     assert (got["capacity"], got["live_bytes"], got["engines"], got["owner"]) == (size, 0, {}, None)
@@ -281,7 +282,47 @@ def test_the_map_without_residency_says_so(run: Run, path: Path, monkeypatch: py
     monkeypatch.setattr(inspect, "_CACHESTAT", 10_000)  # no such call
     with OverflowRegion(path) as region:
         fill(region)
-        assert "needs Linux 6.5" in run("inspect", path)[1]
+        out = run("inspect", path)[1]
+    assert "needs Linux 6.5" in out and "capital" not in out
+
+
+def test_what_is_in_ram_may_be_unknown(run: Run, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stats = OverflowReader.stats
+    monkeypatch.setattr(OverflowReader, "stats", lambda reader: replace(stats(reader), resident_bytes=None))
+    pytest.importorskip("matplotlib")
+    with OverflowRegion(path) as region:
+        fill(region)
+        out = run("inspect", path, "--plot", path.with_suffix(".png"))[1]
+        assert any("resident" in line and "unknown" in line for line in out.splitlines())
+        assert json.loads(run("inspect", path, "--json")[1])["resident_bytes"] is None
+
+
+def test_one_is_no_plural_and_a_path_has_no_quotes(run: Run, path: Path) -> None:
+    with OverflowRegion(path, initial_capacity=1 << 20) as region:
+        ref = region.share(region.write(b"x", EngineId.WAL))
+        with OverflowReader(ref) as reader, reader.lease(ref):
+            out = run("inspect", path)[1]
+    assert "1 byte in 1 slot " in out and "1 byte in 1 lease " in out and "1 slots" not in out
+    assert path.name in out and f"{path.name}'" not in out
+
+
+def test_lines_of_nothing_at_the_end_of_the_map_are_told_not_drawn(run: Run, path: Path) -> None:
+    with OverflowRegion(path, initial_capacity=64 << 20) as region:
+        region.write(bytes(100_000), EngineId.WAL)
+        out = run("inspect", path)[1]
+        panel = out[out.index("map: ") :].splitlines()[1:-1]
+        assert len([line for line in panel if not line.strip("│|╭╮╰╯─ ")]) <= 1  # its lower edge
+        assert "never used, and not drawn: the last " in out
+        region.write(bytes(63 << 20), EngineId.WAL)
+        assert "not drawn" not in run("inspect", path)[1]
+
+
+@pytest.mark.parametrize("size", [1, 999, 1000, 1500, 999_949, 999_950, 123_456_789, 10**12, (1 << 63) - 1])
+def test_sizes_are_legible(size: int) -> None:
+    number, unit = inspect._decimal(size).split()
+    scale = {"byte": 1, "bytes": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "EB": 1e18}[unit]
+    assert float(number) * scale == pytest.approx(size, rel=0.05, abs=0)
+    assert float(number) < 1000
 
 
 # The picture.
@@ -294,8 +335,16 @@ def test_plot_makes_a_png_beside_the_figures(run: Run, path: Path, tmp_path: Pat
     with OverflowRegion(path) as region:
         fill(region)
         status, out, err = run("inspect", path, "--json", "--plot", target)
-    assert (status, err, json.loads(out)["live_bytes"]) == (0, "", 300_000)
+    assert (status, json.loads(out)["live_bytes"]) == (0, 300_000)
+    assert err == f"nodedb-mem: the picture is in '{target}'\n"
     assert target.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "a.jpg", "a.png.txt"])
+def test_plot_into_another_format_is_status_2(run: Run, path: Path, tmp_path: Path, name: str) -> None:
+    OverflowRegion(path).close()
+    assert_refused(run("inspect", path, "--plot", tmp_path / name), "must end in .png")
+    assert not (tmp_path / name).exists()
 
 
 def test_plot_into_nowhere_is_status_2(run: Run, path: Path, tmp_path: Path) -> None:
@@ -401,7 +450,7 @@ def test_paths_that_are_none_are_refused_in_one_line(run: Run, path: Path, tmp_p
     assert_refused(run("inspect", tmp_path), "Not a regular file")
     assert_refused(run("inspect", plain), f"Not a region: it has no slot table beside it: '{plain}'")
     (tmp_path / "plain.slots").write_bytes(b"x" * 10_000)
-    assert_refused(run("inspect", plain), f"'{plain}'")
+    assert_refused(run("inspect", plain), f"'{plain}.slots'")
     (tmp_path / "plain.slots").write_bytes(b"")
     assert_refused(run("inspect", plain), "cut short")
     OverflowRegion(path).close()

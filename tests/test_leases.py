@@ -179,7 +179,7 @@ def test_a_reader_takes_over_what_the_dead_held(new_region: NewRegion, start_pyt
     with OverflowReader(region.path) as reader:
         with pytest.raises(RegionIOError, match="all leases are taken") as caught:
             reader.lease(slots[1])
-        assert caught.value.filename == region.path
+        assert caught.value.filename == f"{region.path}.leases"
         assert reader.read_bytes(slots[1]) == blob(1)
         child.kill()
         child.wait()
@@ -261,7 +261,7 @@ def test_no_leases_before_the_first_share(new_region: NewRegion) -> None:
     with OverflowReader(region.path) as reader:
         with pytest.raises(RegionIOError, match="leases file: No such file") as caught:
             reader.lease(slot)
-        assert caught.value.errno == 2 and caught.value.filename == region.path
+        assert caught.value.errno == 2 and caught.value.filename == f"{region.path}.leases"
         region.share(slot)
         with reader.lease(slot) as view:
             assert bytes(view) == b"value"
@@ -314,7 +314,7 @@ def test_a_reader_that_may_not_lease(new_region: NewRegion, start_python: StartP
         region.path,
         slots[0],
     )
-    assert child.stdout.read() == f"{SIZE}\n13 {region.path}\n"
+    assert child.stdout.read() == f"{SIZE}\n13 {region.path}.leases\n"
 
 
 def test_leases_of_an_earlier_opening_count_no_more(new_region: NewRegion) -> None:
@@ -715,7 +715,7 @@ def test_a_leases_file_of_another_version_makes_room(
         with OverflowReader(region.path) as reader:
             with pytest.raises(RegionIOError, match="version") as caught:
                 reader.lease(slot)
-            assert caught.value.filename == region.path and reader.stats().leases is None
+            assert caught.value.filename == f"{region.path}.leases" and reader.stats().leases is None
             region.share(slot)
             with reader.lease(slot) as view:
                 region.free(slot)

@@ -243,7 +243,7 @@ import sys, threading
 import numba
 import numpy as np
 from numba.core.errors import TypingError
-from nodedb_mem import OverflowRegion, RegionClosedError, WrongThreadError
+from nodedb_mem import InvalidSlotError, OverflowRegion, RegionClosedError, WrongThreadError
 from nodedb_mem import numba as spill
 
 @numba.njit(nogil=True)
@@ -286,6 +286,19 @@ for wrong in (lambda: write_column(handle, np.zeros((3, 3))), lambda: scribble(h
     except TypingError:
         continue
     sys.exit("should not compile")
+
+@numba.njit
+def free(handle, slot):
+    return spill.free(handle, slot)
+
+slots = [region.write(value, 0) for _ in range(5)]
+assert spill.check(free(handle, slots[3])) == 0
+try:
+    spill.check(free(handle, slots[3]))
+    sys.exit("freed twice")
+except InvalidSlotError as error:
+    assert error.slot == slots[3] and f"slot {slots[3]} has been freed" == str(error), error
+region.free_many([slots[0], slots[1], slots[2], slots[4]])
 
 statuses = []
 thread = threading.Thread(target=lambda: statuses.append(all_verbs(handle, value, out)))

@@ -427,6 +427,26 @@ def test_a_second_open_in_this_process_is_refused(new_region: NewRegion, tmp_pat
     assert region.read(slot) == blob(100)
 
 
+READER = """
+import sys
+from nodedb_mem import OverflowReader
+with OverflowReader(sys.argv[1]):
+    print("ready", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_readers_are_not_taken_for_holders(new_region: NewRegion, tmp_path: Path, start_python: StartPython) -> None:
+    region = new_region()
+    reader = start_python(READER, region.path)
+    assert reader.stdout is not None and reader.stdout.readline() == "ready\n"
+    with pytest.raises(RegionBusyError) as caught:
+        OverflowRegion.open(tmp_path / "region")
+    assert (caught.value.holders, caught.value.readers) == ((os.getpid(),), (reader.pid,))
+    assert str(reader.pid) not in str(caught.value)
+    reader.communicate("\n")
+
+
 def test_a_second_open_on_another_thread_is_refused(new_region: NewRegion, tmp_path: Path) -> None:
     region = new_region()
     slot = region.write(blob(100), 0)
