@@ -339,7 +339,8 @@ ndm_reader *ndm_reader_open(const char *data_path, const char *slots_path, const
 void ndm_reader_close(ndm_reader *reader);
 void ndm_reader_destroy(ndm_reader *reader);
 
-/* Look a live slot up. `generation` -1: any. NDM_ERR_NO_SLOT, NDM_ERR_FREED_SLOT, NDM_ERR_STALE. */
+/* Look a live slot up. `generation` -1: any. NDM_ERR_NO_SLOT, NDM_ERR_FREED_SLOT, NDM_ERR_STALE,
+ * NDM_ERR_UNCOMMITTED. */
 int ndm_reader_find(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out);
 
 /* A view of a value, to be given to ndm_view_release() once. */
@@ -416,7 +417,7 @@ ndm_region *ndm_h_region(uint64_t handle);
 int64_t ndm_h_write(uint64_t handle, const uint8_t *data, uint64_t size, int64_t engine);
 int64_t ndm_h_read_into(uint64_t handle, int64_t slot, uint8_t *buffer, uint64_t capacity);
 const uint8_t *ndm_h_pin(uint64_t handle, int64_t slot, uint64_t *size); /* to be ended by ndm_region_unpin() */
-int ndm_h_free(uint64_t handle, int64_t slot);
+int ndm_h_free(uint64_t handle, int64_t slot); /* returns 0, whatever the slot's stamp */
 int ndm_h_contains(uint64_t handle, int64_t slot);
 
 /* Bytes of the value in a live slot. */

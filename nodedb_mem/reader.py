@@ -183,9 +183,9 @@ class OverflowReader:
         Raises
         ------
         InvalidSlotError
-            The slot never existed, or has been freed.
+            The slot never existed, has been freed, or is not committed yet.
         StaleSlotError
-            A reference's value is gone, or the region has been opened anew.
+            A reference's value is gone or not committed yet, or the region has been opened anew.
         """
         number, generation = self._name(slot)
         try:
