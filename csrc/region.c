@@ -97,7 +97,6 @@ static int take_over(ndm_region *region, const ndm_options *options)
         status = ndm_i_grains_init(&region->grains, &region->data, options->cache_limit);
     if (status != NDM_OK)
         return status;
-    region->forget_from = options->cache_limit == NDM_I_UNLIMITED ? UINT64_MAX : FORGET_FROM;
     region->unit_shift = (unsigned)__builtin_ctzll(ndm_i_slots_header(&region->slots)->alignment);
     return ndm_i_recover(region);
 }
