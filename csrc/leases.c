@@ -114,6 +114,11 @@ int ndm_i_leases_join(ndm_i_leases *leases, const char *path, bool as_owner)
     status = ndm_i_backing_start(&leases->file, sizeof(ndm_i_lease_table), sizeof(ndm_i_lease_table), true);
     if (status != NDM_OK)
         goto fail;
+    const int refused = as_owner ? ndm_i_backing_allocate(&leases->file, 0, sizeof(ndm_i_lease_table)) : 0;
+    if (refused) { /* a copy may be sparse, and a store to a hole SIGBUS */
+        status = ndm_i_fail_io(refused, "cannot get room for the leases");
+        goto fail;
+    }
     leases->table = (ndm_i_lease_table *)leases->file.mapping->base;
     return NDM_OK;
 

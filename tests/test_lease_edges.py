@@ -153,6 +153,22 @@ def test_a_table_whose_owner_died_while_it_grew_gets_its_blocks(new_region: NewR
 
 
 @pytest.mark.parametrize("recover", [False, True])
+def test_a_sparse_copy_of_the_leases_gets_its_blocks(new_region: NewRegion, tmp_path: Path, recover: bool) -> None:
+    region = new_region()
+    region.share(region.write(blob(1), 0))
+    region.close()
+    leases = tmp_path / "region.leases"
+    whole = leases.read_bytes()
+    leases.unlink()
+    leases.write_bytes(whole[:32])
+    os.truncate(leases, len(whole))
+    region = new_region(recover=recover)
+    assert leases.stat().st_blocks * 512 >= len(whole)
+    with OverflowReader(region.path) as reader, reader.lease(region.write(blob(2), 0)) as view:
+        assert bytes(view) == blob(2)
+
+
+@pytest.mark.parametrize("recover", [False, True])
 def test_a_leases_file_of_another_user_is_refused(new_region: NewRegion, tmp_path: Path, recover: bool) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root, to be somebody else")
