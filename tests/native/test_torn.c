@@ -1,23 +1,11 @@
 /* Recovery that is refused half-way, with a lease that it would have kept: everything is given back, as LeakSanitizer
  * finds. Exits 1 at the first thing that is wrong. */
 #define _GNU_SOURCE
-#include "nodedb_mem.h"
+#include "check.h"
 
 #include <errno.h>
-#include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
-
-#define CHECK(condition)                                                                              \
-    do {                                                                                              \
-        if (!(condition)) {                                                                           \
-            fprintf(stderr, "%s:%d: %s (last error: %d, errno %d, %s)\n", __FILE__, __LINE__,         \
-                    #condition, ndm_last_error()->status, ndm_last_error()->os_errno,                 \
-                    ndm_last_error()->message ? ndm_last_error()->message : "none");                  \
-            exit(1);                                                                                  \
-        }                                                                                             \
-    } while (0)
 
 enum { SIZE = 8192, HEADER_ROOM = 4096, RECORD = 24 };
 
