@@ -64,6 +64,8 @@ static int take_places(ndm_region *region, const values *batch, taken *places, b
         places[i].vacant = ndm_i_vacant(region, place);
         places[i].extent = ndm_i_extents_take(&region->extents, place, ndm_i_units(region, size), NDM_I_NONE);
     }
+    if (status == NDM_OK && furthest > region->data.capacity)
+        ndm_i_leased_collect(region, true); /* for the next time: growing is when space is short */
     if (status == NDM_OK)
         status = ndm_i_reach(region, furthest);
     if (status != NDM_OK)

@@ -99,11 +99,14 @@ int ndm_i_slots_open(ndm_i_slots *slots, const char *path, const ndm_i_backing *
     return status;
 }
 
-void ndm_i_slots_invalidate(ndm_i_slots *slots)
+int ndm_i_slots_invalidate(ndm_i_slots *slots)
 {
     static const uint64_t none = 0;
-    if (slots->table.capacity >= sizeof(ndm_i_header))
+    if (slots->table.capacity < sizeof(ndm_i_header))
+        return NDM_OK;
+    const int refused =
         ndm_i_backing_write(&slots->table, (const uint8_t *)&none, sizeof none, offsetof(ndm_i_header, incarnation));
+    return refused ? ndm_i_fail_io(refused, "cannot write the slot table") : NDM_OK;
 }
 
 /* Get blocks for the table, and zeros from `start` on, so that its records can be stored to. */
@@ -168,6 +171,10 @@ int ndm_i_slots_adopt(ndm_i_slots *slots, const ndm_i_backing *data)
     if (slots->count > room(slots) || ndm_i_word(&header->incarnation) == 0 || header->alignment == 0 ||
         header->alignment > 4096 || (header->alignment & (header->alignment - 1)) != 0)
         return ndm_i_fail_io(EUCLEAN, "the slot table is torn");
+    /* The owner may have died between making the table longer and getting blocks for that. */
+    const int refused = ndm_i_backing_allocate(&slots->table, 0, slots->table.capacity);
+    if (refused)
+        return ndm_i_fail_io(refused, "cannot get room for the slot table");
     slots->started = true;
     publish(&header->owner, (uint64_t)getpid());
     return NDM_OK;
