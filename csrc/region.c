@@ -5,6 +5,7 @@
 #include "status.h"
 
 #include <assert.h>
+#include <errno.h>
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
@@ -120,10 +121,12 @@ static int open_files(ndm_region *region, const char *path, const char *slots_pa
         status = ndm_i_slots_open(&region->slots, slots_path, &region->data);
     if (status != NDM_OK)
         goto fail;
-    const bool left = region->data.capacity > 0 && region->slots.ours;
-    status = ndm_i_join_leases(region);
+    if (options->recover && region->slots.orphaned)
+        status = ndm_i_fail_io(EUCLEAN, "the file that the slot table speaks of is gone");
+    else
+        status = ndm_i_join_leases(region);
     if (status == NDM_OK)
-        status = options->recover && left ? take_over(region, options) : start_anew(region, options);
+        status = options->recover && region->slots.ours ? take_over(region, options) : start_anew(region, options);
     if (status == NDM_OK)
         return NDM_OK;
 

@@ -58,7 +58,7 @@ int ndm_i_header_check(const ndm_i_header *header, uint64_t inode, uint64_t born
 }
 
 /* 1: the table there is ours and speaks of this data file. 0: ours, but of another, or empty. Negative: not ours. */
-static int recognise(const ndm_i_slots *slots, const ndm_i_backing *data)
+static int recognise(ndm_i_slots *slots, const ndm_i_backing *data)
 {
     ndm_i_header found;
     const uint64_t there = slots->table.capacity < sizeof found ? slots->table.capacity : sizeof found;
@@ -71,7 +71,9 @@ static int recognise(const ndm_i_slots *slots, const ndm_i_backing *data)
         return ndm_i_fail_io(EUCLEAN, "the slot table is cut short");
     if (found.byte_order == BYTE_ORDER_MARK && found.version > VERSION)
         return ndm_i_fail_io(EINVAL, "the slot table has a version that this library does not know");
-    return found.inode == data->inode && found.born == data->born;
+    const bool ours = found.inode == data->inode && found.born == data->born;
+    slots->orphaned = !ours && found.version == VERSION && ndm_i_word(&found.live_bytes) > 0;
+    return ours;
 }
 
 int ndm_i_slots_open(ndm_i_slots *slots, const char *path, const ndm_i_backing *data)

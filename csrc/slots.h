@@ -67,6 +67,7 @@ typedef struct {
     uint32_t first_free; /* chain of freed slot numbers, last freed first */
     bool started;        /* its header may be stored to */
     bool ours;           /* the table that was found speaks of the data file */
+    bool orphaned;       /* it speaks of another one, and has values */
 } ndm_i_slots;
 
 static inline uint64_t ndm_i_word(const _Atomic uint64_t *word) { return atomic_load_explicit(word, memory_order_relaxed); }
