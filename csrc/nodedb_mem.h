@@ -105,7 +105,7 @@ typedef struct {
  * ".slots" holds the slot table. A path that is no regular file, or holds data that no region wrote, or has a slot
  * table of a newer version, is refused untouched. NULL on failure: NDM_ERR_ARGUMENT, NDM_ERR_CAPACITY (the file is
  * larger than max_capacity), NDM_ERR_BUSY (also: readers have the old file open, and it cannot be punched),
- * NDM_ERR_IO (EUCLEAN: the slot table is torn; EPERM: one of the files belongs to another user; EMFILE and others: what
+ * NDM_ERR_IO (EUCLEAN: the slot table is torn, or its values are gone; EPERM: one of the files belongs to another user; EMFILE and others: what
  * readers lease cannot be told), NDM_ERR_MEMORY. */
 ndm_region *ndm_region_open(const char *path, const ndm_options *options);
 
