@@ -110,7 +110,7 @@ int ndm_i_backing_open(ndm_i_backing *backing, const char *path, bool create, in
         return ndm_i_fail_io(errno, "cannot open the file");
     if ((status = examine(backing)) != NDM_OK)
         goto fail;
-    if (lock != NDM_I_LOCK_NONE && !backing->own) { /* who made it may read it, or cut it short */
+    if (!backing->own) { /* who made it may read it, or cut it short */
         status = ndm_i_fail_io(EPERM, "the file belongs to another user");
         goto fail;
     }

@@ -64,6 +64,8 @@ static int take_places(ndm_region *region, const values *batch, taken *places, b
         places[i].vacant = ndm_i_vacant(region, place);
         places[i].extent = ndm_i_extents_take(&region->extents, place, ndm_i_units(region, size), NDM_I_NONE);
     }
+    if (status == NDM_OK && furthest > region->data.capacity)
+        ndm_i_leased_collect(region, true); /* too late for these places; growing is when space is short */
     if (status == NDM_OK)
         status = ndm_i_reach(region, furthest);
     if (status != NDM_OK)
@@ -100,7 +102,10 @@ static int write_batch(ndm_region *region, const values *batch, int64_t engine, 
     if (!places)
         return ndm_i_fail(NDM_ERR_MEMORY, "no memory for a batch");
     const before was = {region->extents.mark, region->data.capacity};
-    if ((status = take_places(region, batch, places, was)) != NDM_OK)
+    status = take_places(region, batch, places, was);
+    if (status == NDM_ERR_CAPACITY) /* leases of the dead came home meanwhile */
+        status = take_places(region, batch, places, was);
+    if (status != NDM_OK)
         goto fail;
     if ((status = store_all(region, batch, places)) != NDM_OK) {
         give_back(region, places, batch->count, was);

@@ -104,7 +104,9 @@ static int join(ndm_i_leases *leases, const char *path, bool as_owner)
     int status = as_owner ? ndm_i_backing_open(&leases->file, path, false, NDM_I_LOCK_NONE)
                           : ndm_i_backing_open_to_lease(&leases->file, path);
     if (status == NDM_ERR_IO)
-        return ndm_i_fail_io(ndm_last_error()->os_errno, "cannot open the leases file");
+        return ndm_i_fail_io(ndm_last_error()->os_errno, ndm_last_error()->os_errno == EPERM
+                                                             ? "the leases file belongs to another user"
+                                                             : "cannot open the leases file");
     if (status != NDM_OK)
         return status;
     const int found = recognise(&leases->file);
@@ -116,6 +118,11 @@ static int join(ndm_i_leases *leases, const char *path, bool as_owner)
     status = ndm_i_backing_start(&leases->file, sizeof(ndm_i_lease_table), sizeof(ndm_i_lease_table), true);
     if (status != NDM_OK)
         goto fail;
+    const int refused = as_owner ? ndm_i_backing_allocate(&leases->file, 0, sizeof(ndm_i_lease_table)) : 0;
+    if (refused) { /* a copy may be sparse, and a store to a hole SIGBUS */
+        status = ndm_i_fail_io(refused, "cannot get room for the leases");
+        goto fail;
+    }
     leases->table = (ndm_i_lease_table *)leases->file.mapping->base;
     return NDM_OK;
 

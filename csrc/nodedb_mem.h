@@ -112,7 +112,8 @@ typedef struct {
  * ".slots" holds the slot table. A path that is no regular file, or holds data that no region wrote, or has a slot
  * table of a newer version, is refused untouched. NULL on failure: NDM_ERR_ARGUMENT, NDM_ERR_CAPACITY (the file is
  * larger than max_capacity), NDM_ERR_BUSY (also: readers have the old file open, and it cannot be punched),
- * NDM_ERR_IO (EUCLEAN: the slot table is torn), NDM_ERR_MEMORY. */
+ * NDM_ERR_IO (EUCLEAN: the slot table is torn, or its values are gone; EPERM: one of the files belongs to another user; EMFILE and others: what
+ * readers lease cannot be told), NDM_ERR_MEMORY. */
 ndm_region *ndm_region_open(const char *path, const ndm_options *options);
 
 /* The same on an unnamed file in `directory`, whose blocks return to the file system when the region and its
@@ -370,7 +371,8 @@ int ndm_reader_stats(ndm_reader *reader, ndm_reader_figures *out);
 /* Keep a value where it is, until ndm_reader_release() or the end of this process: through the owner's free and compact,
  * and through its death, if the next owner recovers the file. A next owner that starts afresh ends the value, not its
  * bytes: the verbs tell NDM_ERR_STALE, the view stays good until the release. Returns the lease's number, and a view.
- * NDM_ERR_IO with ENOENT if the owner has not allowed leases, EAGAIN if all are taken. */
+ * NDM_ERR_IO with ENOENT if the owner has not allowed leases, EAGAIN if all are taken; NDM_ERR_STALE also if another
+ * region's files stand at the path by now. */
 int64_t ndm_reader_lease(ndm_reader *reader, int64_t slot, int64_t generation, const char **view, ndm_value *out);
 int ndm_reader_release(ndm_reader *reader, int64_t lease);
 

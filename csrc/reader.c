@@ -27,7 +27,7 @@ struct ndm_reader {
     ndm_i_backing data, slots;
     ndm_i_mapping *values, *table;
     ndm_i_leases leases;
-    char *leases_path;
+    char *data_path, *leases_path;
     ndm_i_home home;
     pthread_mutex_t lock; /* of the mappings and the leases */
     uint64_t process;
@@ -37,12 +37,18 @@ struct ndm_reader {
 
 /* ---- opening and closing -------------------------------------------------------------------------------- */
 
+static void free_paths(ndm_reader *reader)
+{
+    free(reader->data_path);
+    free(reader->leases_path);
+}
+
 static void let_go(ndm_reader *reader)
 {
     if (atomic_fetch_sub(&reader->holders, 1) > 1)
         return;
     pthread_mutex_destroy(&reader->lock);
-    free(reader->leases_path);
+    free_paths(reader);
     free(reader);
 }
 
@@ -98,7 +104,9 @@ static int open_files(ndm_reader *reader, const char *data_path, const char *slo
 ndm_reader *ndm_reader_open(const char *data_path, const char *slots_path, const char *leases_path)
 {
     ndm_reader *reader = calloc(1, sizeof *reader);
-    if (!reader || !(reader->leases_path = strdup(leases_path))) {
+    if (!reader || !(reader->data_path = strdup(data_path)) || !(reader->leases_path = strdup(leases_path))) {
+        if (reader)
+            free_paths(reader);
         free(reader);
         ndm_i_fail(NDM_ERR_MEMORY, "no memory for a reader");
         return NULL;
@@ -113,7 +121,7 @@ ndm_reader *ndm_reader_open(const char *data_path, const char *slots_path, const
     close_files(reader);
     ndm_i_backing_close(&reader->slots, NULL);
     pthread_mutex_destroy(&reader->lock);
-    free(reader->leases_path);
+    free_paths(reader);
     free(reader);
     return NULL;
 }
@@ -408,6 +416,25 @@ int ndm_reader_stats(ndm_reader *reader, ndm_reader_figures *out)
 
 /* ---- leases --------------------------------------------------------------------------------------------- */
 
+/* Open the leases file. It is found by its path: if other files stand there by now, our owner does not look into it. */
+static int join_leases(ndm_reader *reader)
+{
+    ndm_i_backing there;
+    int status = ndm_i_leases_join(&reader->leases, reader->leases_path, false);
+    if (status != NDM_OK)
+        return status;
+    reader->leases.incarnation = reader->incarnation;
+    status = ndm_i_backing_open_to_read(&there, reader->data_path);
+    if (status != NDM_OK && ndm_last_error()->os_errno == ENOENT)
+        return NDM_OK; /* gone, but nobody's */
+    if (status == NDM_OK && (there.inode != reader->data.inode || there.born != reader->data.born))
+        status = ndm_i_fail(NDM_ERR_STALE, "another region's files stand at the path by now");
+    ndm_i_backing_close(&there, NULL);
+    if (status != NDM_OK)
+        ndm_i_leases_close(&reader->leases);
+    return status;
+}
+
 /* Claim a lease of a value with the place where it is. What is found afterwards counts: only then the owner is sure to
  * see the lease. An entry that names another place than that would not keep the value past the owner's death. */
 static int64_t claim_in_place(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out)
@@ -439,10 +466,8 @@ int64_t ndm_reader_lease(ndm_reader *reader, int64_t slot, int64_t generation, c
     int64_t status = enter(reader);
     if (status != NDM_OK)
         return status;
-    if (!reader->leases.table) {
-        status = ndm_i_leases_join(&reader->leases, reader->leases_path, false);
-        reader->leases.incarnation = reader->incarnation;
-    }
+    if (!reader->leases.table)
+        status = join_leases(reader);
     const int64_t entry = status == NDM_OK ? claim_in_place(reader, slot, generation, &value) : status;
     const char *address = entry >= 0 ? view_of(reader, &value) : NULL;
     if (address) {

@@ -78,6 +78,8 @@ static int list_values(ndm_region *region, found *values, uint64_t *count)
             return torn("the slot table is torn: a value lies past the end of the file");
         if (offset & (((uint64_t)1 << region->unit_shift) - 1))
             return torn("the slot table is torn: a value is not aligned");
+        if (size == 0 && offset != 0)
+            return torn("the slot table is torn: an empty value has a place");
         values[(*count)++] = (found){offset, size, (uint32_t)i};
     }
     qsort(values, *count, sizeof *values, by_offset);
@@ -132,11 +134,19 @@ static int take_extents(ndm_region *region, const found *values, uint64_t count)
 
 /* ---- leases --------------------------------------------------------------------------------------------- */
 
-/* Readers that live keep what they leased. Of a file that is missing or none, the first share() sees to. */
+/* Of a file that is missing or none, the first share() sees to. */
+int ndm_i_join_leases(ndm_region *region)
+{
+    if (!region->leases_path)
+        return NDM_OK;
+    const int status = ndm_i_leases_join(&region->leases, region->leases_path, true);
+    const int refused = status == NDM_ERR_IO ? ndm_last_error()->os_errno : 0;
+    return refused == ENOENT || refused == EINVAL ? NDM_OK : status;
+}
+
+/* Readers that live keep what they leased. */
 static void resume_leases(ndm_region *region)
 {
-    if (!region->leases_path || ndm_i_leases_join(&region->leases, region->leases_path, true) != NDM_OK)
-        return;
     region->leases.incarnation = ndm_i_word(&ndm_i_slots_header(&region->slots)->incarnation);
     ndm_i_leases_reap(&region->leases);
 }
@@ -213,21 +223,11 @@ static int add_leased(ndm_region *region, found *values, uint64_t *count)
     return NDM_OK;
 }
 
-ndm_i_span *ndm_i_leased_before(ndm_region *region, uint64_t *count)
+uint64_t ndm_i_leased_before(ndm_region *region, ndm_i_span *places)
 {
-    *count = 0;
-    if (!region->leases_path || ndm_i_leases_join(&region->leases, region->leases_path, true) != NDM_OK)
-        return NULL;
     atomic_thread_fence(memory_order_seq_cst); /* the incarnation has been taken back: see leases.h */
     ndm_i_leases_reap(&region->leases);
-    ndm_i_span *places = malloc(NDM_I_LEASES * sizeof *places);
-    if (places)
-        *count = joined(places, in_units(region, places, ndm_i_leases_places(&region->leases, places)));
-    if (*count > 0)
-        return places;
-    free(places);
-    ndm_i_leases_close(&region->leases);
-    return NULL;
+    return joined(places, in_units(region, places, ndm_i_leases_places(&region->leases, places)));
 }
 
 int ndm_i_keep_places(ndm_region *region, const ndm_i_span *places, uint64_t count)

@@ -5,6 +5,7 @@
 #include "status.h"
 
 #include <assert.h>
+#include <errno.h>
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
@@ -68,13 +69,18 @@ static int empty_data(ndm_region *region, uint64_t capacity, uint64_t ceiling, c
 static int start_anew(ndm_region *region, const ndm_options *options)
 {
     const uint64_t found = region->data.capacity;
+    ndm_i_span *leased = malloc(NDM_I_LEASES * sizeof *leased);
+    if (!leased)
+        return ndm_i_fail(NDM_ERR_MEMORY, "no memory to look at the leases");
     /* In this order: readers learn that the values are gone, then they go. A file with data and without its mark would be
      * taken for somebody else's, so the table is emptied last. */
-    ndm_i_slots_invalidate(&region->slots);
-    uint64_t count;
-    ndm_i_span *leased = ndm_i_leased_before(region, &count);
-    int status = empty_data(region, found ? found : options->initial_capacity, ndm_i_ceiling(options->max_capacity),
+    uint64_t count = 0;
+    int status = ndm_i_slots_invalidate(&region->slots);
+    if (status == NDM_OK) {
+        count = ndm_i_leased_before(region, leased);
+        status = empty_data(region, found ? found : options->initial_capacity, ndm_i_ceiling(options->max_capacity),
                             leased, &count);
+    }
     if (status == NDM_OK)
         status = ndm_i_slots_start(&region->slots, &region->data, options->alignment);
     if (status == NDM_OK)
@@ -97,7 +103,6 @@ static int take_over(ndm_region *region, const ndm_options *options)
         status = ndm_i_grains_init(&region->grains, &region->data, options->cache_limit);
     if (status != NDM_OK)
         return status;
-    region->forget_from = options->cache_limit == NDM_I_UNLIMITED ? UINT64_MAX : FORGET_FROM;
     region->unit_shift = (unsigned)__builtin_ctzll(ndm_i_slots_header(&region->slots)->alignment);
     return ndm_i_recover(region);
 }
@@ -116,11 +121,16 @@ static int open_files(ndm_region *region, const char *path, const char *slots_pa
         status = ndm_i_slots_open(&region->slots, slots_path, &region->data);
     if (status != NDM_OK)
         goto fail;
-    const bool left = region->data.capacity > 0 && region->slots.ours;
-    status = options->recover && left ? take_over(region, options) : start_anew(region, options);
+    if (options->recover && region->slots.orphaned)
+        status = ndm_i_fail_io(EUCLEAN, "the file that the slot table speaks of is gone");
+    else
+        status = ndm_i_join_leases(region);
+    if (status == NDM_OK)
+        status = options->recover && region->slots.ours ? take_over(region, options) : start_anew(region, options);
     if (status == NDM_OK)
         return NDM_OK;
 
+    ndm_i_leased_forget(region);
     ndm_i_leases_close(&region->leases);
     ndm_i_grains_fini(&region->grains);
     ndm_i_extents_fini(&region->extents);

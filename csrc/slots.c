@@ -58,7 +58,7 @@ int ndm_i_header_check(const ndm_i_header *header, uint64_t inode, uint64_t born
 }
 
 /* 1: the table there is ours and speaks of this data file. 0: ours, but of another, or empty. Negative: not ours. */
-static int recognise(const ndm_i_slots *slots, const ndm_i_backing *data)
+static int recognise(ndm_i_slots *slots, const ndm_i_backing *data)
 {
     ndm_i_header found;
     const uint64_t there = slots->table.capacity < sizeof found ? slots->table.capacity : sizeof found;
@@ -71,7 +71,9 @@ static int recognise(const ndm_i_slots *slots, const ndm_i_backing *data)
         return ndm_i_fail_io(EUCLEAN, "the slot table is cut short");
     if (found.byte_order == BYTE_ORDER_MARK && found.version > VERSION)
         return ndm_i_fail_io(EINVAL, "the slot table has a version that this library does not know");
-    return found.inode == data->inode && found.born == data->born;
+    const bool ours = found.inode == data->inode && found.born == data->born;
+    slots->orphaned = !ours && found.version == VERSION && ndm_i_word(&found.live_bytes) > 0;
+    return ours;
 }
 
 static int in_table(int status) { return (int)ndm_i_of_file(NDM_FILE_SLOTS, status); }
@@ -101,11 +103,14 @@ int ndm_i_slots_open(ndm_i_slots *slots, const char *path, const ndm_i_backing *
     return status;
 }
 
-void ndm_i_slots_invalidate(ndm_i_slots *slots)
+int ndm_i_slots_invalidate(ndm_i_slots *slots)
 {
     static const uint64_t none = 0;
-    if (slots->table.capacity >= sizeof(ndm_i_header))
+    if (slots->table.capacity < sizeof(ndm_i_header))
+        return NDM_OK;
+    const int refused =
         ndm_i_backing_write(&slots->table, (const uint8_t *)&none, sizeof none, offsetof(ndm_i_header, incarnation));
+    return refused ? ndm_i_fail_io(refused, "cannot write the slot table") : NDM_OK;
 }
 
 /* Get blocks for the table, and zeros from `start` on, so that its records can be stored to. */
@@ -175,6 +180,10 @@ static int adopt(ndm_i_slots *slots, const ndm_i_backing *data)
     if (slots->count > room(slots) || ndm_i_word(&header->incarnation) == 0 || header->alignment == 0 ||
         header->alignment > 4096 || (header->alignment & (header->alignment - 1)) != 0)
         return ndm_i_fail_io(EUCLEAN, "the slot table is torn");
+    /* The owner may have died between making the table longer and getting blocks for that. */
+    const int refused = ndm_i_backing_allocate(&slots->table, 0, slots->table.capacity);
+    if (refused)
+        return ndm_i_fail_io(refused, "cannot get room for the slot table");
     slots->started = true;
     publish(&header->owner, (uint64_t)getpid());
     return NDM_OK;

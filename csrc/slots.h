@@ -67,6 +67,7 @@ typedef struct {
     uint32_t first_free; /* chain of freed slot numbers, last freed first */
     bool started;        /* its header may be stored to */
     bool ours;           /* the table that was found speaks of the data file */
+    bool orphaned;       /* it speaks of another one, and has values */
 } ndm_i_slots;
 
 static inline uint64_t ndm_i_word(const _Atomic uint64_t *word) { return atomic_load_explicit(word, memory_order_relaxed); }
@@ -97,8 +98,8 @@ static inline bool ndm_i_record_is_live(const ndm_i_record *record)
  * version; then nothing has been touched. Leaves the data file alone. */
 int ndm_i_slots_open(ndm_i_slots *slots, const char *path, const ndm_i_backing *data);
 
-/* Tell readers that the values are gone. */
-void ndm_i_slots_invalidate(ndm_i_slots *slots);
+/* Tell readers that the values are gone. They are not before this has worked. */
+int ndm_i_slots_invalidate(ndm_i_slots *slots);
 
 /* Empty the table and mark the data file as ours. */
 int ndm_i_slots_start(ndm_i_slots *slots, const ndm_i_backing *data, uint64_t alignment);

@@ -21,7 +21,6 @@ int ndm_i_reach(ndm_region *region, uint64_t end)
     const uint64_t ceiling = ndm_i_ceiling(region->max_capacity);
     if (end > ceiling)
         return ndm_i_fail_capacity(end, ceiling);
-    ndm_i_leased_collect(region, true); /* for the next time: growing is when space is short */
     uint64_t wanted = region->data.capacity * 2;
     if (wanted < end)
         wanted = end;
@@ -38,6 +37,13 @@ uint64_t ndm_i_vacant(const ndm_region *region, ndm_i_place place)
     return (place.offset + ndm_i_extents_length(extents, place.hole)) << region->unit_shift;
 }
 
+static void choose(const ndm_region *region, ndm_i_spot *spot)
+{
+    spot->place = ndm_i_extents_find(&region->extents, ndm_i_units(region, spot->size));
+    spot->offset = spot->place.offset << region->unit_shift;
+    spot->vacant = ndm_i_vacant(region, spot->place);
+}
+
 int ndm_i_spot_find(ndm_region *region, uint64_t size, ndm_i_spot *spot)
 {
     if (size >= NDM_I_SIZE_LIMIT / 2)
@@ -45,9 +51,11 @@ int ndm_i_spot_find(ndm_region *region, uint64_t size, ndm_i_spot *spot)
     if (!ndm_i_extents_reserve(&region->extents))
         return ndm_i_fail(NDM_ERR_MEMORY, "no memory for an extent");
     *spot = (ndm_i_spot){.size = size, .capacity = region->data.capacity};
-    spot->place = ndm_i_extents_find(&region->extents, ndm_i_units(region, size));
-    spot->offset = spot->place.offset << region->unit_shift;
-    spot->vacant = ndm_i_vacant(region, spot->place);
+    choose(region, spot);
+    if (spot->offset + size > region->data.capacity) { /* growing is when space is short */
+        ndm_i_leased_collect(region, true);
+        choose(region, spot); /* what came home may have joined the hole that was found */
+    }
     return ndm_i_reach(region, spot->offset + size);
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import index
@@ -87,7 +88,7 @@ class ReaderStats:
 
 
 class Lease:
-    """A value that stays where it is until `release`, or until this object is collected or this process ends.
+    """A value that stays where it is until `release`, or until nothing uses `view` any more, or this process ends.
 
     The owner's free does not end that, nor its death: whoever takes the file over with ``recover=True`` keeps what is
     leased. A default open of the path (``recover=False``) starts empty: it ends every value, so that from then on
@@ -97,18 +98,15 @@ class Lease:
     `view` is the value, zero-copy and read-only. Works as a context manager.
     """
 
-    __slots__ = ("_number", "_reader", "view")
+    __slots__ = ("_end", "view")
 
-    def __init__(self, reader: OverflowReader, number: int, view: memoryview) -> None:
-        self._reader: OverflowReader | None = reader
-        self._number = number
+    def __init__(self, view: memoryview, end: weakref.finalize[..., Any]) -> None:
         self.view = view
+        self._end = end
 
     def release(self) -> None:
         """End the lease; ending it again does nothing. The view may be overwritten from now on."""
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            reader._release_lease(self._number)
+        self._end()
 
     def __enter__(self) -> memoryview:
         """Give the view."""
@@ -118,10 +116,6 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Release."""
-        self.release()
-
-    def __del__(self) -> None:
-        """Release, if nobody did."""
         self.release()
 
 
@@ -250,7 +244,11 @@ class OverflowReader:
         number, generation = self._name(slot)
         view, value = ffi.new("const char **"), _new_value()
         lease = self._check(lib.ndm_reader_lease(self._handle, number, generation, view, value), number)
-        return Lease(self, lease, _as_view(view[0], value.size))
+        # Every view that is made from this one keeps this object, and so the lease.
+        memory = _buffer(_gc(view[0], _release), value.size)
+        end = weakref.finalize(memory, lib.ndm_reader_release, self._handle, lease)
+        end.atexit = False
+        return Lease(memoryview(memory).toreadonly(), end)
 
     def is_current(self, ref: SlotRef) -> bool:
         """Tell whether a reference's value is still there."""
@@ -358,9 +356,6 @@ class OverflowReader:
         if not view:
             self._raise(lib.ndm_last_error().status, number)
         return _as_view(view, value.size), value
-
-    def _release_lease(self, number: int) -> None:
-        lib.ndm_reader_release(self._handle, number)
 
     def _check(self, status: int, slot: int | None = None) -> int:
         if status < 0:

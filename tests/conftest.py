@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import pty
+import signal
 import subprocess
 import sys
 import textwrap
@@ -24,6 +25,8 @@ import pytest
 import nodedb_mem
 from nodedb_mem import OverflowRegion, cli
 from nodedb_mem._core import lib
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs this in the background has it ignored
 
 NewRegion = Callable[..., OverflowRegion]
 Verb = Callable[[OverflowRegion, int], object]

@@ -12,7 +12,14 @@ from typing import Any
 
 import pytest
 
-from nodedb_mem import InvalidSlotError, OverflowReader, OverflowRegion, RegionIOError, StaleSlotError
+from nodedb_mem import (
+    CapacityExceededError,
+    InvalidSlotError,
+    OverflowReader,
+    OverflowRegion,
+    RegionIOError,
+    StaleSlotError,
+)
 from nodedb_mem._core import lib
 
 NewRegion = Callable[..., OverflowRegion]
@@ -170,6 +177,30 @@ def test_growth_reaps_what_a_killed_process_held(new_region: NewRegion, start_py
     assert region.capacity < 4 * MIB
     region.write(blob(1, region.capacity), 0)
     assert region.stats().pinned_bytes == 0
+
+
+@pytest.mark.parametrize("way", ["write", "allocate", "write_many", "write_vectored"])
+def test_at_the_ceiling_what_a_killed_process_held_is_room(
+    new_region: NewRegion, start_python: StartPython, way: str
+) -> None:
+    region = new_region(initial_capacity=1 << 20, max_capacity=1 << 20)
+    slot = region.write(bytes(900_000), 0)
+    region.share(slot)
+    child = start_python(_HOLDER, region.path, slot)
+    child.stdout.readline()
+    region.free(slot)
+    write = {
+        "write": lambda: region.write(bytes(800_000), 0),
+        "allocate": lambda: region.allocate(800_000, 0),
+        "write_many": lambda: region.write_many([bytes(400_000)] * 2, 0),
+        "write_vectored": lambda: region.write_vectored([bytes(400_000)] * 2, 0),
+    }[way]
+    with pytest.raises(CapacityExceededError):
+        write()
+    assert len(region) == 0
+    child.kill()
+    child.wait()
+    write()
 
 
 def test_a_reader_takes_over_what_the_dead_held(new_region: NewRegion, start_python: StartPython) -> None:

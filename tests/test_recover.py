@@ -474,3 +474,39 @@ def test_a_table_of_another_file(new_region: NewRegion, tmp_path: Path) -> None:
     with pytest.raises(RegionIOError):
         new_region("two", recover=True)
     assert (tmp_path / "two").read_bytes()[:1] == b"2"
+
+
+@pytest.mark.parametrize("how", ["emptied", "deleted", "replaced"])
+def test_a_table_whose_data_is_gone(new_region: NewRegion, tmp_path: Path, how: str) -> None:
+    region = new_region()
+    region.write(b"value", 0)
+    region.close()
+    match how:
+        case "emptied":
+            os.truncate(tmp_path / "region", 0)
+        case "deleted":
+            (tmp_path / "region").unlink()
+        case "replaced":
+            (tmp_path / "region").unlink()
+            (tmp_path / "region").touch()
+    table = (tmp_path / "region.slots").read_bytes()
+    with pytest.raises(RegionIOError) as caught:
+        new_region(recover=True)
+    assert caught.value.errno == errno.EUCLEAN
+    assert (tmp_path / "region.slots").read_bytes() == table
+    assert (tmp_path / "region").exists() == (how != "deleted")
+    region = new_region()  # says that the values are not wanted
+    assert len(region) == 0
+    assert region.read(region.write(b"new", 0)) == b"new"
+
+
+def test_an_empty_region_whose_file_was_emptied_has_lost_nothing(new_region: NewRegion, tmp_path: Path) -> None:
+    region = new_region()
+    empty, gone = region.write(b"", 0), region.write(b"value", 0)
+    region.free(gone)
+    region.close()
+    os.truncate(tmp_path / "region", 0)
+    region = new_region(recover=True)
+    assert region.read(empty) == b""
+    values = {region.write(bytes([number]) * 70_000, 0): bytes([number]) * 70_000 for number in range(9)}
+    assert all(region.read(slot) == value for slot, value in values.items())
