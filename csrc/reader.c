@@ -1,39 +1,22 @@
 /* The read-only side: any thread, any process, while the owner works. How it stays true without a lock on the owner's
  * path is told in slots.h. */
 #define _GNU_SOURCE
-#include "leases.h"
-#include "nodedb_mem.h"
+#include "reader.h"
+
 #include "owner.h"
-#include "slots.h"
 #include "status.h"
-#include "views.h"
 
 #include <errno.h>
-#include <pthread.h>
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 #include <unistd.h>
 
-/* A value that is being moved is looked at again after a pause; an owner that died in the middle never ends it, so after
- * a round of pauses it must be alive. A large value takes many rounds. */
-enum { PAUSES = 200, PAUSE_NS = 50000, ROUNDS = 2000, RETRIES = 1000 };
+/* How often a value that keeps changing is tried again. */
+enum { RETRIES = 1000 };
 
 /* Larger values that are not in RAM are fetched in one go. */
 #define FETCH_FROM ((uint64_t)64 << 10)
-
-struct ndm_reader {
-    ndm_i_backing data, slots;
-    ndm_i_mapping *values, *table;
-    ndm_i_leases leases;
-    char *data_path, *leases_path;
-    ndm_i_home home;
-    pthread_mutex_t lock; /* of the mappings and the leases */
-    uint64_t process;
-    uint64_t incarnation;
-    _Atomic unsigned holders; /* of this struct: the handle, and the files until the last view has ended */
-};
 
 /* ---- opening and closing -------------------------------------------------------------------------------- */
 
@@ -71,8 +54,6 @@ static void close_files(ndm_reader *reader)
     ndm_i_backing_close(&reader->data, NULL);
 }
 
-static const ndm_i_header *header_of(const ndm_reader *reader) { return (const ndm_i_header *)reader->table->base; }
-
 static int open_slots(ndm_reader *reader, const char *path)
 {
     if (ndm_i_backing_open_to_read(&reader->slots, path) != NDM_OK)
@@ -85,7 +66,7 @@ static int open_slots(ndm_reader *reader, const char *path)
     reader->table = ndm_i_backing_map_to_read(&reader->slots, ndm_i_backing_size(&reader->slots));
     if (!reader->table)
         return ndm_last_error()->status;
-    const ndm_i_header *header = header_of(reader);
+    const ndm_i_header *header = ndm_i_reader_header(reader);
     if ((status = ndm_i_header_check(header, reader->data.inode, reader->data.born)) != NDM_OK)
         return status;
     const uint64_t count = atomic_load(&header->count);
@@ -147,142 +128,15 @@ void ndm_reader_destroy(ndm_reader *reader)
     let_go(reader);
 }
 
-/* ---- looking a value up, with the lock held ------------------------------------------------------------- */
-
-static int check_incarnation(const ndm_reader *reader)
-{
-    if (atomic_load(&header_of(reader)->incarnation) == reader->incarnation)
-        return NDM_OK;
-    return ndm_i_fail(NDM_ERR_STALE, "the region has been opened anew: its values are gone");
-}
-
-/* Take the lock if the reader may be used. */
-static int enter(ndm_reader *reader)
-{
-    if (!reader)
-        return ndm_i_fail(NDM_ERR_CLOSED, "the reader is closed");
-    if (!ndm_i_is_process(reader->process))
-        return ndm_i_fail(NDM_ERR_WRONG_THREAD, "the reader belongs to the process that opened it");
-    pthread_mutex_lock(&reader->lock);
-    if (!reader->table) {
-        pthread_mutex_unlock(&reader->lock);
-        return ndm_i_fail(NDM_ERR_CLOSED, "the reader is closed");
-    }
-    const int status = check_incarnation(reader);
-    if (status != NDM_OK)
-        pthread_mutex_unlock(&reader->lock);
-    return status;
-}
-
-/* Have `length` bytes of a file mapped; views keep an outgrown mapping. */
-static int reach(const ndm_i_backing *file, ndm_i_mapping **mapping, uint64_t needed, uint64_t wanted)
-{
-    if (*mapping && (*mapping)->length >= needed)
-        return NDM_OK;
-    ndm_i_mapping *fresh = ndm_i_backing_map_to_read(file, wanted);
-    if (!fresh && wanted > needed)
-        fresh = ndm_i_backing_map_to_read(file, needed);
-    if (!fresh)
-        return ndm_last_error()->status;
-    if (*mapping)
-        ndm_i_mapping_unref(*mapping);
-    *mapping = fresh;
-    return NDM_OK;
-}
-
-static const ndm_i_record *record_of(const ndm_reader *reader, int64_t slot)
-{
-    return (const ndm_i_record *)(reader->table->base + NDM_I_HEADER_ROOM) + slot;
-}
-
-static uint64_t acquire(const _Atomic uint64_t *word) { return atomic_load_explicit(word, memory_order_acquire); }
-
-/* Read a record as a whole. 0: it changed meanwhile. */
-static bool read_record(const ndm_i_record *record, ndm_value *out)
-{
-    const uint64_t life = acquire(&record->life), shape = acquire(&record->shape), place = acquire(&record->place);
-    atomic_thread_fence(memory_order_acquire);
-    *out = (ndm_value){.offset = place & (NDM_I_SIZE_LIMIT - 1),
-                       .size = shape & (NDM_I_SIZE_LIMIT - 1),
-                       .place = place,
-                       .generation = (uint32_t)life,
-                       .engine = (uint8_t)(shape >> 48),
-                       .state = (uint8_t)(shape >> 56)};
-    return ndm_i_word(&record->shape) == shape && ndm_i_word(&record->place) == place &&
-           (uint32_t)ndm_i_word(&record->life) == out->generation;
-}
-
-/* Why a slot that was seen as a whole, and neither live nor being moved, gives no value. */
-static int refuse(const ndm_value *found, int64_t slot, int64_t generation)
-{
-    const bool draft = found->state == NDM_I_DRAFT;
-    if (generation >= 0)
-        return ndm_i_fail(NDM_ERR_STALE, draft && found->generation == (uint32_t)generation
-                                             ? "the value is not committed yet"
-                                             : "the value has been freed");
-    return ndm_i_fail_slot(draft ? NDM_ERR_UNCOMMITTED : NDM_ERR_FREED_SLOT, slot);
-}
-
-static int look_up(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out)
-{
-    const uint64_t count = acquire(&header_of(reader)->count);
-    if (slot < 0 || (uint64_t)slot >= count)
-        return ndm_i_fail_slot(NDM_ERR_NO_SLOT, slot);
-    const uint64_t needed = NDM_I_HEADER_ROOM + ((uint64_t)slot + 1) * sizeof(ndm_i_record);
-    if (reader->table->length < needed) {
-        const uint64_t size = ndm_i_backing_size(&reader->slots);
-        if (size < needed)
-            return (int)ndm_i_of_file(NDM_FILE_SLOTS, ndm_i_fail_io(EIO, "the slot table is cut short"));
-        int status = reach(&reader->slots, &reader->table, needed, size);
-        if (status != NDM_OK)
-            return (int)ndm_i_of_file(NDM_FILE_SLOTS, status);
-    }
-    for (int pauses = 0; pauses < PAUSES * ROUNDS; pauses++) {
-        if (pauses > 0 && pauses % PAUSES == 0 && !ndm_i_backing_is_byte_locked(&reader->slots, 0))
-            break;
-        const bool whole = read_record(record_of(reader, slot), out);
-        if (whole && out->state == NDM_I_LIVE) {
-            out->slot = slot;
-            if (generation >= 0 && out->generation != (uint32_t)generation)
-                return ndm_i_fail(NDM_ERR_STALE, "the slot holds another value now");
-            return NDM_OK;
-        }
-        if (whole && out->state != NDM_I_MOVING)
-            return refuse(out, slot, generation);
-        if (whole)
-            nanosleep(&(struct timespec){.tv_nsec = PAUSE_NS}, NULL);
-    }
-    return ndm_i_fail(NDM_ERR_STALE, "the value is being moved");
-}
-
-/* Are the value's bytes where they were, and unchanged since look_up()? */
-static bool is_unchanged(const ndm_reader *reader, const ndm_value *value)
-{
-    ndm_value now;
-    atomic_thread_fence(memory_order_acquire);
-    if (check_incarnation(reader) != NDM_OK) /* the bytes go before the records do */
-        return false;
-    return read_record(record_of(reader, value->slot), &now) && now.state == NDM_I_LIVE &&
-           now.generation == value->generation && now.place == value->place;
-}
-
-static int reach_value(ndm_reader *reader, const ndm_value *value)
-{
-    const uint64_t end = value->offset + value->size, ceiling = acquire(&header_of(reader)->max_capacity);
-    if (end > ndm_i_backing_size(&reader->data))
-        return ndm_i_fail_io(EIO, "the file is shorter than its table says");
-    return reach(&reader->data, &reader->values, end, ceiling > end ? ceiling : end);
-}
-
 /* ---- the verbs ------------------------------------------------------------------------------------------ */
 
 int ndm_reader_find(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out)
 {
     ndm_value found;
-    int status = enter(reader);
+    int status = ndm_i_reader_enter(reader);
     if (status != NDM_OK)
         return status;
-    if ((status = look_up(reader, slot, generation, &found)) == NDM_OK)
+    if ((status = ndm_i_reader_look_up(reader, slot, generation, &found)) == NDM_OK)
         *out = found;
     pthread_mutex_unlock(&reader->lock);
     return status;
@@ -294,7 +148,7 @@ static const char *view_of(ndm_reader *reader, const ndm_value *value)
     static const char nothing[1];
     if (value->size == 0)
         return nothing;
-    if (reach_value(reader, value) != NDM_OK)
+    if (ndm_i_reader_reach(reader, value) != NDM_OK)
         return NULL;
     const char *view = (const char *)reader->values->base + value->offset;
     /* The pages stay mapped after the view: a reader reads again; it is the owner who spills. */
@@ -311,10 +165,10 @@ static const char *view_of(ndm_reader *reader, const ndm_value *value)
 const char *ndm_reader_read(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out)
 {
     ndm_value found;
-    if (enter(reader) != NDM_OK)
+    if (ndm_i_reader_enter(reader) != NDM_OK)
         return NULL;
     const char *view = NULL;
-    if (look_up(reader, slot, generation, &found) == NDM_OK && (view = view_of(reader, &found)))
+    if (ndm_i_reader_look_up(reader, slot, generation, &found) == NDM_OK && (view = view_of(reader, &found)))
         *out = found;
     pthread_mutex_unlock(&reader->lock);
     return view;
@@ -334,14 +188,14 @@ __attribute__((no_sanitize("thread"))) static void copy_racing(char *to, const c
 int64_t ndm_reader_copy(ndm_reader *reader, int64_t slot, int64_t generation, void *buffer, uint64_t capacity)
 {
     ndm_value value;
-    int64_t status = enter(reader);
+    int64_t status = ndm_i_reader_enter(reader);
     if (status != NDM_OK)
         return status;
     status = ndm_i_fail(NDM_ERR_STALE, "the value keeps changing");
     for (int tries = 0; tries < RETRIES; tries++) {
-        int found = look_up(reader, slot, generation, &value);
+        int found = ndm_i_reader_look_up(reader, slot, generation, &value);
         if (found == NDM_OK && value.size > 0)
-            found = reach_value(reader, &value);
+            found = ndm_i_reader_reach(reader, &value);
         if (found != NDM_OK) {
             status = found;
             break;
@@ -349,11 +203,11 @@ int64_t ndm_reader_copy(ndm_reader *reader, int64_t slot, int64_t generation, vo
         const bool fits = value.size <= capacity;
         if (fits && value.size > 0)
             copy_racing(buffer, (const char *)reader->values->base + value.offset, value.size);
-        if (is_unchanged(reader, &value)) {
+        if (ndm_i_reader_is_unchanged(reader, &value)) {
             status = (int64_t)value.size;
             break;
         }
-        if (check_incarnation(reader) != NDM_OK)
+        if (ndm_i_reader_check(reader) != NDM_OK)
             break;
     }
     pthread_mutex_unlock(&reader->lock);
@@ -362,10 +216,10 @@ int64_t ndm_reader_copy(ndm_reader *reader, int64_t slot, int64_t generation, vo
 
 int ndm_reader_is_unchanged(ndm_reader *reader, const ndm_value *value)
 {
-    int status = enter(reader);
+    int status = ndm_i_reader_enter(reader);
     if (status != NDM_OK)
         return status;
-    status = is_unchanged(reader, value);
+    status = ndm_i_reader_is_unchanged(reader, value);
     pthread_mutex_unlock(&reader->lock);
     return status;
 }
@@ -373,13 +227,13 @@ int ndm_reader_is_unchanged(ndm_reader *reader, const ndm_value *value)
 int ndm_reader_next(ndm_reader *reader, int64_t from, ndm_value *out)
 {
     ndm_value found;
-    int status = enter(reader);
+    int status = ndm_i_reader_enter(reader);
     if (status != NDM_OK)
         return status;
-    const uint64_t count = acquire(&header_of(reader)->count);
+    const uint64_t count = ndm_i_acquire(&ndm_i_reader_header(reader)->count);
     status = ndm_i_fail(NDM_ERR_NO_SLOT, "no live slot follows");
     for (uint64_t slot = from < 0 ? 0 : (uint64_t)from; slot < count; slot++) {
-        if (look_up(reader, (int64_t)slot, -1, &found) == NDM_OK) {
+        if (ndm_i_reader_look_up(reader, (int64_t)slot, -1, &found) == NDM_OK) {
             *out = found;
             status = NDM_OK;
             break;
@@ -391,23 +245,23 @@ int ndm_reader_next(ndm_reader *reader, int64_t from, ndm_value *out)
 
 int ndm_reader_stats(ndm_reader *reader, ndm_reader_figures *out)
 {
-    int status = enter(reader);
+    int status = ndm_i_reader_enter(reader);
     if (status != NDM_OK)
         return status;
-    const ndm_i_header *header = header_of(reader);
+    const ndm_i_header *header = ndm_i_reader_header(reader);
     uint64_t resident, unwritten;
     const int64_t leases = ndm_i_leases_look(reader->leases_path, NULL);
     reader->data.capacity = ndm_i_backing_size(&reader->data);
     if ((status = ndm_i_backing_residency(&reader->data, &resident, &unwritten)) == NDM_OK)
         *out = (ndm_reader_figures){.incarnation = reader->incarnation,
                                     .capacity = reader->data.capacity,
-                                    .max_capacity = acquire(&header->max_capacity),
-                                    .used_bytes = acquire(&header->used_bytes),
-                                    .live_bytes = acquire(&header->live_bytes),
-                                    .slot_count = acquire(&header->count),
+                                    .max_capacity = ndm_i_acquire(&header->max_capacity),
+                                    .used_bytes = ndm_i_acquire(&header->used_bytes),
+                                    .live_bytes = ndm_i_acquire(&header->live_bytes),
+                                    .slot_count = ndm_i_acquire(&header->count),
                                     .alignment = header->alignment,
-                                    .owner = ndm_i_backing_is_byte_locked(&reader->slots, 0) ? acquire(&header->owner) : 0,
-                                    .pinned_bytes = acquire(&header->pinned_bytes),
+                                    .owner = ndm_i_backing_is_byte_locked(&reader->slots, 0) ? ndm_i_acquire(&header->owner) : 0,
+                                    .pinned_bytes = ndm_i_acquire(&header->pinned_bytes),
                                     .leases = leases < 0 ? UINT64_MAX : (uint64_t)leases,
                                     .resident_bytes = resident};
     pthread_mutex_unlock(&reader->lock);
@@ -441,16 +295,16 @@ static int64_t claim_in_place(ndm_reader *reader, int64_t slot, int64_t generati
 {
     for (int tries = 0; tries < RETRIES; tries++) {
         ndm_value before;
-        int status = look_up(reader, slot, generation, &before);
+        int status = ndm_i_reader_look_up(reader, slot, generation, &before);
         if (status != NDM_OK)
             return status;
         const ndm_i_span place = {before.offset, before.size};
         const int64_t entry = ndm_i_leases_claim(&reader->leases, (uint32_t)slot, before.generation, place);
         if (entry < 0)
             return entry;
-        status = look_up(reader, slot, before.generation, out);
+        status = ndm_i_reader_look_up(reader, slot, before.generation, out);
         if (status == NDM_OK)
-            status = check_incarnation(reader);
+            status = ndm_i_reader_check(reader);
         if (status == NDM_OK && out->place == before.place)
             return entry;
         ndm_i_leases_release(&reader->leases, (uint64_t)entry);
@@ -463,7 +317,7 @@ static int64_t claim_in_place(ndm_reader *reader, int64_t slot, int64_t generati
 int64_t ndm_reader_lease(ndm_reader *reader, int64_t slot, int64_t generation, const char **view, ndm_value *out)
 {
     ndm_value value;
-    int64_t status = enter(reader);
+    int64_t status = ndm_i_reader_enter(reader);
     if (status != NDM_OK)
         return status;
     if (!reader->leases.table)
@@ -498,7 +352,7 @@ int ndm_reader_release(ndm_reader *reader, int64_t lease)
 
 int64_t ndm_reader_leases(ndm_reader *reader, ndm_leased *places, uint64_t capacity)
 {
-    int64_t status = enter(reader);
+    int64_t status = ndm_i_reader_enter(reader);
     if (status != NDM_OK)
         return status;
     ndm_i_span *found = malloc(NDM_I_LEASES * sizeof *found);

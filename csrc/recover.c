@@ -18,7 +18,7 @@ static int by_offset(const void *a, const void *b)
     return (x > y) - (x < y);
 }
 
-static int torn(const char *how) { return ndm_i_fail_io(EUCLEAN, how); }
+static int torn(const char *how) { return (int)ndm_i_of_file(NDM_FILE_SLOTS, ndm_i_fail_io(EUCLEAN, how)); }
 
 static bool fits(const ndm_region *region, uint64_t offset, uint64_t size)
 {

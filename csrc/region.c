@@ -122,7 +122,7 @@ static int open_files(ndm_region *region, const char *path, const char *slots_pa
     if (status != NDM_OK)
         goto fail;
     if (options->recover && region->slots.orphaned)
-        status = ndm_i_fail_io(EUCLEAN, "the file that the slot table speaks of is gone");
+        status = (int)ndm_i_of_file(NDM_FILE_SLOTS, ndm_i_fail_io(EUCLEAN, "the file that the slot table speaks of is gone"));
     else
         status = ndm_i_join_leases(region);
     if (status == NDM_OK)

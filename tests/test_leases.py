@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nodedb_mem import (
@@ -102,6 +103,19 @@ def test_how_a_lease_ends(new_region: NewRegion, ending: str) -> None:
             del reader, lease
             gc.collect()
     assert region.stats().pinned_bytes == 0  # at once: nothing had to be reaped
+
+
+def test_a_view_of_a_lease_holds_it(new_region: NewRegion) -> None:
+    region, slots = shared_region(new_region)
+    with OverflowReader(region.path) as reader:
+        part = np.frombuffer(reader.lease(slots[1]).view, np.uint8)[10:20]
+        region.free(slots[1])
+        gc.collect()
+        assert region.stats().pinned_bytes > 0
+        churn(region)
+        assert part.tobytes() == blob(1)[10:20]
+        del part
+        assert region.stats().pinned_bytes == 0
 
 
 def test_the_view_of_a_lease_outlives_the_reader(new_region: NewRegion) -> None:
