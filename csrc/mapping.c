@@ -11,6 +11,11 @@
 
 #define HUGE_PAGE ((uint64_t)2 << 20)
 
+/* One call fetches no more than the device's readahead or its largest request, whichever is more, and what is left out is
+ * read page by page: 64 MiB took 915 ms by one call, 40-60 ms in pieces of 128 KiB to 2 MiB. 128 KiB is the usual readahead,
+ * and less than what devices take at once. */
+#define FETCH_PIECE ((uint64_t)128 << 10)
+
 static uint64_t round_up(uint64_t value, uint64_t grain) { return (value + grain - 1) / grain * grain; }
 
 static uint64_t round_down(uint64_t value, uint64_t grain) { return value / grain * grain; }
@@ -147,7 +152,8 @@ void ndm_i_mapping_fetch(void *address, uint64_t size)
 {
     uint8_t *start = address;
     const uint64_t length = pages_of(&start, size, false);
-    madvise(start, length, MADV_WILLNEED);
+    for (uint64_t done = 0; done < length; done += FETCH_PIECE)
+        madvise(start + done, length - done < FETCH_PIECE ? length - done : FETCH_PIECE, MADV_WILLNEED);
 }
 
 void ndm_i_mapping_ref(ndm_i_mapping *mapping) { atomic_fetch_add(&mapping->users, 1); }

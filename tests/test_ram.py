@@ -8,6 +8,7 @@ import itertools
 import mmap
 import os
 import random
+import resource
 import signal
 import subprocess
 import threading
@@ -372,6 +373,17 @@ def test_each_region_has_a_limit_and_a_thread_of_its_own(new: Open) -> None:
     assert len(first) == 12
     two.close()
     wait_for_writers(0)
+
+
+@pytest.mark.parametrize("mib", [1, 16, 64])
+def test_a_cold_value_is_fetched_whole(new: Open, mib: int) -> None:
+    # One request to the kernel fetches only what the device takes at once; the rest would be read page by page.
+    region = new(cache_limit=None)
+    slot = region.write(blob(mib * MIB), 0)
+    region.evict([slot])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+    assert region.read(slot) == blob(mib * MIB)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_majflt - before < mib * MIB // PAGE // 16
 
 
 # RSS
