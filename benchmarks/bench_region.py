@@ -24,6 +24,7 @@ from twin import TwinRegion
 from nodedb_mem import EngineId, OverflowRegion
 
 KIB, MIB = 1 << 10, 1 << 20
+BATCH = 1000
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Subject(Protocol):
     def read(self) -> None: ...
     def read_bytes(self) -> None: ...
     def free_write(self) -> None: ...
+    def write_many(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -110,6 +112,18 @@ class RegionSubject:
         for i in self.copy_order:
             free(slots[i])
             slots[i] = write(data, engine)
+
+    def write_many(self) -> None:
+        engine, values = EngineId.VECTOR, [self.data] * BATCH
+        if isinstance(self.region, OverflowRegion):
+            write_many = self.region.write_many
+            for start in range(0, self.values, BATCH):
+                write_many(values[: self.values - start], engine)
+        else:
+            write = self.region.write
+            for start in range(0, self.values, BATCH):
+                for data in values[: self.values - start]:
+                    write(data, engine)
 
     def close(self) -> None:
         self.region.close()
@@ -165,6 +179,9 @@ class MmapSubject:
             offset = offsets[i]
             mapping[offset : offset + size] = data
 
+    def write_many(self) -> None:
+        self.write()
+
     def close(self) -> None:
         self.mapping.close()
 
@@ -195,6 +212,14 @@ OPERATIONS = (
     Operation("read", "read", lambda w: w.views, False, False, "a view of a value read before"),
     Operation("read_bytes", "read_bytes", lambda w: w.copies, True, False, "a copy as bytes"),
     Operation("free+write", "free_write", lambda w: w.copies, True, False, "free a value, write one of the same size"),
+    Operation(
+        "write_many",
+        "write_many",
+        lambda w: w.values if w.size <= 4 * KIB else 0,
+        True,
+        True,
+        f"a value, of lists of {BATCH:,}, into fresh space; the others one by one, mmap into warm space",
+    ),
 )
 
 
@@ -202,7 +227,8 @@ def cells() -> Iterator[tuple[Operation, Workload]]:
     """Every operation at every size; a pass of a few calls that copy nothing would measure the timer."""
     for operation in OPERATIONS:
         for workload in WORKLOADS:
-            if operation.copies or operation.count(workload) >= 64:
+            count = operation.count(workload)
+            if count >= 64 or (operation.copies and count > 0):
                 yield operation, workload
 
 

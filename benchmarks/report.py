@@ -76,7 +76,7 @@ def _play(rivals: list[str], directory: Path, workload: Workload) -> Iterator[tu
     """One round: each rival on a fresh file of its own, operation by operation."""
     subjects = {rival: start(rival, directory, workload) for rival in rivals}
     try:
-        for operation in OPERATIONS:
+        for operation in (each for each in OPERATIONS if each.count(workload) > 0):
             for rival, subject in subjects.items():
                 play = getattr(subject, operation.method)
                 gc.collect()
