@@ -38,6 +38,7 @@ _COLOURS: dict[int, str] = {
     EngineId.WAL: "#c9b23f",
     EngineId.BRIDGE: "#58b8b0",
 }
+_BY_NAME = {str(engine): colour for engine, colour in _COLOURS.items()}
 _OTHER, _LEASED, _FREE, _BEYOND = "#999999", "#6b5b4b", "#d0d0d0", "#f6f6f6"
 
 
@@ -303,9 +304,8 @@ def _bars(shot: Snapshot, width: int) -> RenderableType:
     table.add_column("bytes", justify="right", no_wrap=True)
     table.add_column("slots", justify="right", no_wrap=True)
     most = max((usage["live_bytes"] for usage in shot.engines.values()), default=0)
-    colours = {str(engine): colour for engine, colour in _COLOURS.items()}
     for name, usage in shot.engines.items():
-        colour = colours.get(name, _OTHER)
+        colour = _BY_NAME.get(name, _OTHER)
         size = usage["live_bytes"]
         bar = ProgressBar(
             total=most or 1,
@@ -394,9 +394,8 @@ def plot(shot: Snapshot, target: str) -> None:
     FigureCanvasAgg(figure)
     bars, used, resident = figure.subplots(3, 1, height_ratios=(2, 4, 4))
     names = list(shot.engines)
-    palette = {str(engine): colour for engine, colour in _COLOURS.items()}
     sizes = [shot.engines[name]["live_bytes"] / 10**6 for name in names]
-    bars.barh(names, sizes, color=[palette.get(name, _OTHER) for name in names])
+    bars.barh(names, sizes, color=[_BY_NAME.get(name, _OTHER) for name in names])
     bars.invert_yaxis()
     owner = "no owner" if shot.owner is None else f"owner {shot.owner}"
     in_ram = "unknown" if shot.resident_bytes is None else _decimal(shot.resident_bytes)
@@ -411,7 +410,7 @@ def plot(shot: Snapshot, target: str) -> None:
         values += [blank] * (lines * columns - len(values))
         panel.imshow([values[i * columns : (i + 1) * columns] for i in range(lines)], aspect="auto")
         panel.set(xticks=[], yticks=[], title=title)
-    legend = [Patch(color=palette.get(name, _OTHER), label=name) for name in names]
+    legend = [Patch(color=_BY_NAME.get(name, _OTHER), label=name) for name in names]
     states = {"freed, leased": _LEASED, "free": _FREE, "never used": _BEYOND}
     legend += [Patch(color=colour, label=state) for state, colour in states.items()]
     used.legend(handles=legend, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -764,6 +764,9 @@ class FailingDisk:
     def heal(self) -> None:
         (self._store / "filler").unlink(missing_ok=True)
 
+    def open(self, **options: Any) -> OverflowRegion:
+        return OverflowRegion.open(self.path / "region", initial_capacity=40 * MIB, max_capacity=40 * MIB, **options)
+
     def unmount(self) -> None:
         self.heal()
         self.sync()
@@ -792,9 +795,7 @@ def flush_until_well(region: OverflowRegion) -> None:
 def test_values_survive_a_disk_that_fails_for_a_while(failing_disk: FailingDisk, size: int) -> None:
     # The kernel takes pages that it could not write for clean ones: they must not be dropped, but written again. (One
     # that writes back by itself within the second, and reclaims all the time, can still win: see rescue.c.)
-    with OverflowRegion.open(
-        failing_disk.path / "region", initial_capacity=40 * MIB, max_capacity=40 * MIB, cache_limit=None
-    ) as region:
+    with failing_disk.open(cache_limit=None) as region:
         values = {region.write(numbered(number, size), 0): numbered(number, size) for number in range(4 * MIB // size)}
         region.flush()
         failing_disk.fail()
@@ -841,9 +842,7 @@ class Reclaim(threading.Thread):
 @pytest.mark.parametrize("size", [5000, MIB])
 def test_what_was_not_written_is_kept_from_being_dropped(failing_disk: FailingDisk, size: int) -> None:
     # Once a failure is known, no page may be clean, and so in reach of the kernel, before it is found on disk.
-    with OverflowRegion.open(
-        failing_disk.path / "region", initial_capacity=40 * MIB, max_capacity=40 * MIB, cache_limit=None
-    ) as region:
+    with failing_disk.open(cache_limit=None) as region:
         failing_disk.fail()
         values = {region.write(numbered(number, size), 0): numbered(number, size) for number in range(12 * MIB // size)}
         with pytest.raises(RegionIOError):
@@ -865,9 +864,7 @@ def test_what_was_not_written_is_kept_from_being_dropped(failing_disk: FailingDi
 
 @pytest.mark.parametrize("size", [5000, MIB])
 def test_the_writers_error_is_the_owners_next_error(failing_disk: FailingDisk, size: int) -> None:
-    region = OverflowRegion.open(
-        failing_disk.path / "region", initial_capacity=40 * MIB, max_capacity=40 * MIB, cache_limit=0
-    )
+    region = failing_disk.open(cache_limit=0)
     values = {region.write(numbered(number, size), 0): numbered(number, size) for number in range(8 * MIB // size)}
     region.flush()
     failing_disk.fail()
@@ -889,9 +886,7 @@ def test_the_writers_error_is_the_owners_next_error(failing_disk: FailingDisk, s
 
 
 def test_looking_at_a_region_does_not_take_its_writers_error(failing_disk: FailingDisk) -> None:
-    with OverflowRegion.open(
-        failing_disk.path / "region", initial_capacity=40 * MIB, max_capacity=40 * MIB, cache_limit=0
-    ) as region:
+    with failing_disk.open(cache_limit=0) as region:
         failing_disk.fail()
         data = blob(16 * MIB)
         slot = region.write(data, 0)  # waits for the writer, and so until that has failed
@@ -907,9 +902,7 @@ def test_looking_at_a_region_does_not_take_its_writers_error(failing_disk: Faili
 
 
 def test_a_region_closes_though_its_disk_fails(failing_disk: FailingDisk) -> None:
-    region = OverflowRegion.open(
-        failing_disk.path / "region", initial_capacity=40 * MIB, max_capacity=40 * MIB, cache_limit=0
-    )
+    region = failing_disk.open(cache_limit=0)
     region.write(bytes(MIB), 0)
     region.flush()
     failing_disk.fail()
