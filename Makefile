@@ -159,10 +159,10 @@ sanitize: $(SAN)/.extra-test
 
 # The fixed layout of setarch is for kernels whose random layout ThreadSanitizer does not know. It knows no fences, and
 # says so with -Wtsan: those of the slot table are for other processes.
-tsan: build/tsan/test_writer
-	setarch -R $<
+tsan: build/tsan/test_writer build/tsan/test_readers
+	@set -e; for program in $^; do echo "$$program"; setarch -R "$$program"; done
 
-build/tsan/%: tests/native/%.c $(CSOURCES) $(CHEADERS)
+build/tsan/%: tests/native/%.c $(CSOURCES) $(CHEADERS) $(wildcard tests/native/*.h)
 	@mkdir -p $(@D)
 	$(CC) $(CWARN) -O1 -g -fno-omit-frame-pointer -fsanitize=thread -Wno-tsan -Icsrc -o $@ $< $(CSOURCES)
 
