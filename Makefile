@@ -14,7 +14,8 @@ SECONDS ?= 60
 
 CSOURCES := $(sort $(wildcard csrc/*.c))
 CHEADERS := $(wildcard csrc/*.h)
-BUILT_FROM := $(CSOURCES) $(CHEADERS) $(wildcard native/*) setup.py pyproject.toml nodedb_mem/_build.py
+BINDING  := csrc/python/objects.c
+BUILT_FROM := $(CSOURCES) $(CHEADERS) $(BINDING) $(wildcard native/*) setup.py pyproject.toml nodedb_mem/_build.py
 
 CWARN    := -std=c11 -pthread -Wall -Wextra -Wshadow -Werror
 SANITIZE := address,undefined
@@ -130,9 +131,10 @@ lint: $(VENV)/.extra-lint $(VENV)/.extra-cli
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	@set -e; for source in $(CSOURCES); do for flags in "-DNDEBUG" "-DNDM_DEBUG"; do \
+	@set -e; include=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))'); \
+	for source in $(CSOURCES) $(BINDING); do for flags in "-DNDEBUG" "-DNDM_DEBUG"; do \
 	    echo "$(CC) $(CWARN) $$flags $$source"; \
-	    $(CC) $(CWARN) -O2 $$flags -Icsrc -c -o /dev/null "$$source"; \
+	    $(CC) $(CWARN) -O2 $$flags -Icsrc -isystem "$$include" -c -o /dev/null "$$source"; \
 	done; done
 
 # A copy of the tree with its own environment, so that no test can pick up the ordinary build.

@@ -1,4 +1,4 @@
-"""Build: the C libraries, the cffi extension, what linkers need inside the package, one abi3 wheel."""
+"""Build: the C libraries, the two extensions on them, what linkers need inside the package, one abi3 wheel."""
 
 from __future__ import annotations
 
@@ -119,6 +119,7 @@ build = load_build_script()
 setup(
     version=build.version(),
     cffi_modules=[f"{BUILD_SCRIPT}:make_ffi"],
+    ext_modules=[build.make_objects()],
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPython, "sdist": SourceDistribution},
     options={"bdist_wheel": {"py_limited_api": build.ABI3_TAG}} if build.uses_limited_api() else {},
 )

@@ -23,6 +23,7 @@
 #define NDM_GRAINS_H
 
 #include "backing.h"
+#include "seen.h"
 
 #include <pthread.h>
 
@@ -49,7 +50,7 @@ typedef struct {
     uint64_t queue_room, head, kicked, tail; /* counters; [head, kicked) is being written back; `& (room - 1)` indexes */
     uint64_t resident;     /* QUEUED grains, and those being dropped */
     uint64_t written_back; /* bytes whose write-back was started */
-    _Atomic uint64_t drops; /* from RAM, so far */
+    _Atomic uint64_t drops; /* times that something was dropped */
     _Atomic int error;     /* errno of a failed write-back, for the owner's next call */
     bool suspect;          /* one has failed, and what is in RAM was not yet found on disk since. Owner only. */
 } ndm_i_cache;
@@ -62,6 +63,7 @@ typedef struct {
     uint64_t allocated;      /* EMPTY grains below have their blocks */
     uint64_t pwrite_from;    /* cold values from this size on go by pwrite */
     const _Atomic uint64_t *storing; /* extents that others may be storing to, through the mapping; or NULL */
+    ndm_i_seen *seen;        /* what need not be fetched */
     ndm_i_cache cache;
 } ndm_i_grains;
 
@@ -91,8 +93,8 @@ int ndm_i_grains_move(ndm_i_grains *grains, uint64_t from, uint64_t to, uint64_t
 /* [offset, offset + size) is about to be read through the mapping: large or dropped ranges are fetched in one go. */
 void ndm_i_grains_fetch(ndm_i_grains *grains, uint64_t offset, uint64_t size);
 
-/* Has some of [offset, offset + size) been dropped, so that a read has to fetch it? */
-bool ndm_i_grains_is_dropped(const ndm_i_grains *grains, uint64_t offset, uint64_t size);
+/* Is there nothing to fetch? Then ndm_i_grains_fetch() does nothing; otherwise it may wait for the disk. */
+bool ndm_i_grains_at_hand(const ndm_i_grains *grains, uint64_t offset, uint64_t size);
 
 /* Copy [offset, offset + size) out. */
 int ndm_i_grains_load(ndm_i_grains *grains, uint64_t offset, void *buffer, uint64_t size);

@@ -212,9 +212,9 @@ int ndm_h_free(uint64_t handle, int64_t slot)
     int status = call_begin(handle, &call);
     if (status != NDM_OK)
         return status;
-    const int64_t stamp = ndm_region_free(call.region, slot);
+    status = ndm_region_free(call.region, slot);
     call_end(&call);
-    return stamp < 0 ? (int)ndm_i_of_slot(slot, stamp) : NDM_OK;
+    return (int)ndm_i_of_slot(slot, status);
 }
 
 int ndm_h_contains(uint64_t handle, int64_t slot)

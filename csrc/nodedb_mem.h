@@ -68,6 +68,7 @@ enum ndm_status {
     NDM_ERR_MEMORY = -9,       /* malloc failed */
     NDM_ERR_STALE = -10,       /* reader: the value is gone, or another has its slot, or the region was opened anew */
     NDM_ERR_UNCOMMITTED = -11, /* reader: the slot is allocated, and not committed yet */
+    NDM_ERR_WAIT = -12,        /* ndm_region_try_read(): not without waiting for the disk */
     NDM_ERR_VERSION = -20      /* ndm_check_abi(): the library is not the one that the caller was compiled for */
 };
 
@@ -174,6 +175,9 @@ int ndm_region_free_many(ndm_region *region, const int64_t *slots, uint64_t coun
 /* A read-only view of a slot's bytes, and its size. Each view must be given to ndm_view_release() once. */
 const char *ndm_region_read(ndm_region *region, int64_t slot, uint64_t *size);
 
+/* The same, but for callers that must not wait for the disk: NULL with NDM_ERR_WAIT where ndm_region_read() might. */
+const char *ndm_region_try_read(ndm_region *region, int64_t slot, uint64_t *size);
+
 /* A private view that may be written to: copy-on-write, so that the stored bytes never change and untouched pages cost
  * no RAM of their own. It pins the slot like a read-only one. */
 char *ndm_region_restore(ndm_region *region, int64_t slot, uint64_t *size);
@@ -187,28 +191,8 @@ void ndm_view_release(const char *view);
 int64_t ndm_region_read_into(ndm_region *region, int64_t slot, void *buffer, uint64_t capacity);
 
 /* Free a slot: its number is invalid from now on and may be given out again; its bytes may be reused as soon as
- * no view of them is left. Returns 0, or the number in the slot's stamp. */
-int64_t ndm_region_free(ndm_region *region, int64_t slot);
-
-enum { NDM_STAMPS = 1048576, NDM_STAMP_WORTH = 15 };
-
-/* Stamps, for a binding that keeps views to hand them out again without a call: one for each slot below NDM_STAMPS.
- * Above NDM_STAMP_WORTH it is the number of the value in the slot, as ndm_region_read_stamped() tells it, never given
- * twice in a region. It is another one, or none, after the slot is freed, the value dropped from RAM, the ceiling
- * raised, the region closed, and in a forked child. So a kept view may be handed out while its number stands in the
- * slot's stamp; on which thread, the binding has to check. At NDM_STAMP_WORTH the value has been copied out often enough
- * to be worth a kept view. Kept views pin like others: the binding drops them when their slot is freed, the ceiling
- * raised, the region closed, and before compaction and eviction. stamps[NDM_STAMPS] changes whenever a number is
- * given. The stamps are read only; each call must be given back with ndm_stamps_release(). NULL when they cannot be
- * had. */
-const uint64_t *ndm_region_stamps(ndm_region *region);
-
-/* End the use of the stamps. Any thread, at any time, also after ndm_region_destroy(). */
-void ndm_stamps_release(const uint64_t *stamps);
-
-/* ndm_region_read() for such a binding. out[0] is the size, and the view is not to be kept; or it is -1 - size, and
- * out[1] is the value's number, or 0: all numbers were taken back, and every kept view is to be dropped. */
-const char *ndm_region_read_stamped(ndm_region *region, int64_t slot, int64_t *out);
+ * no view of them is left. */
+int ndm_region_free(ndm_region *region, int64_t slot);
 
 typedef struct {
     uint64_t offset;     /* of the value in the file */
@@ -419,7 +403,7 @@ ndm_region *ndm_h_region(uint64_t handle);
 int64_t ndm_h_write(uint64_t handle, const uint8_t *data, uint64_t size, int64_t engine);
 int64_t ndm_h_read_into(uint64_t handle, int64_t slot, uint8_t *buffer, uint64_t capacity);
 const uint8_t *ndm_h_pin(uint64_t handle, int64_t slot, uint64_t *size); /* to be ended by ndm_region_unpin() */
-int ndm_h_free(uint64_t handle, int64_t slot); /* returns 0, whatever the slot's stamp */
+int ndm_h_free(uint64_t handle, int64_t slot);
 int ndm_h_contains(uint64_t handle, int64_t slot);
 
 /* Bytes of the value in a live slot. */

@@ -23,31 +23,11 @@ static void forget_process(void)
         atomic_store(word, 0);
 }
 
-static void *map_pages(size_t size)
-{
-    void *fresh = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    return fresh == MAP_FAILED ? NULL : fresh;
-}
-
-void *ndm_i_wiped_new(size_t size)
-{
-    void *fresh = map_pages(size);
-    if (fresh && madvise(fresh, size, MADV_WIPEONFORK) != 0) {
-        munmap(fresh, size);
-        return NULL;
-    }
-    if (fresh)
-        madvise(fresh, size, MADV_NOHUGEPAGE); /* most of it is never touched */
-    return fresh;
-}
-
-void ndm_i_wiped_free(void *pages, size_t size) { munmap(pages, size); }
-
 static _Atomic uint64_t *make_page(void)
 {
     size_t size = (size_t)sysconf(_SC_PAGESIZE);
-    void *fresh = map_pages(size);
-    if (!fresh)
+    void *fresh = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (fresh == MAP_FAILED)
         return NULL;
     /* Kernels and emulators without MADV_WIPEONFORK still get the fork() of the C library. */
     if (madvise(fresh, size, MADV_WIPEONFORK) != 0 && pthread_atfork(NULL, NULL, forget_process) != 0)

@@ -9,7 +9,6 @@
 
 #include <stdatomic.h>
 #include <stdbool.h>
-#include <stddef.h>
 #include <stdint.h>
 
 typedef struct {
@@ -26,10 +25,6 @@ uint64_t ndm_i_process(void);
 
 /* The calling thread as an owner; .process is 0 when ndm_i_process() failed. */
 ndm_i_owner ndm_i_owner_here(void);
-
-/* Zeroed memory that the kernel zeroes again in a forked child; NULL when it cannot be had. */
-void *ndm_i_wiped_new(size_t size);
-void ndm_i_wiped_free(void *pages, size_t size);
 
 static inline bool ndm_i_is_process(uint64_t process)
 {

@@ -19,7 +19,6 @@ static void let_go(ndm_region *region)
 {
     if (atomic_fetch_sub(&region->holders, 1) > 1)
         return;
-    ndm_i_stamps_fini(&region->stamps);
     free(region->leases_path);
     free(region);
 }
@@ -196,7 +195,6 @@ ndm_region *ndm_region_open_temporary(const char *directory, const ndm_options *
 static void shut(ndm_region *region)
 {
     atomic_store(&region->owner.thread, 0);
-    ndm_i_stamps_clear(&region->stamps);
     ndm_i_leased_forget(region);
     ndm_i_leases_close(&region->leases);
     ndm_i_slots_close(&region->slots, NULL);
@@ -228,33 +226,12 @@ void ndm_region_destroy(ndm_region *region)
 
 /* ---- entering ------------------------------------------------------------------------------------------- */
 
-/* The background writer has dropped grains: note it in the stamps of the values there. */
-static void note_drops(ndm_region *region, uint64_t drops)
-{
-    region->stamps.drops = drops;
-    for (int64_t slot = 0; (uint64_t)slot < region->stamps.end; slot++) {
-        if (!ndm_i_stamps_is_good(&region->stamps, slot))
-            continue;
-        const ndm_i_record *record = ndm_i_slots_record(&region->slots, slot);
-        if (ndm_i_grains_is_dropped(&region->grains, ndm_i_record_offset(record), ndm_i_record_size(record)))
-            ndm_i_stamps_dropped(&region->stamps, slot);
-    }
-}
-
-/* `to_look`: a write-back that failed is left for a call that can tell. */
-static int enter(ndm_region *region, bool to_look)
+int ndm_i_enter_to_look(ndm_region *region)
 {
     if (is_closed(region))
         return ndm_i_fail(NDM_ERR_CLOSED, "the region is closed");
     if (!ndm_i_is_owner(&region->owner))
         return ndm_i_fail(NDM_ERR_WRONG_THREAD, "the region belongs to another thread or process");
-    if (!to_look && atomic_load_explicit(&region->grains.cache.error, memory_order_relaxed)) {
-        const int failed = ndm_i_cache_settle(&region->grains, 0, region->data.capacity, false);
-        return ndm_i_fail_io(failed, "writing spilled values back to disk failed");
-    }
-    const uint64_t drops = atomic_load_explicit(&region->grains.cache.drops, memory_order_acquire);
-    if (drops != region->stamps.drops)
-        note_drops(region, drops);
     uint32_t extent;
     while (ndm_i_views_collect(&region->home, &extent))
         ndm_i_orphan_returns(region, extent);
@@ -262,7 +239,15 @@ static int enter(ndm_region *region, bool to_look)
     return NDM_OK;
 }
 
-int ndm_i_enter(ndm_region *region) { return enter(region, false); }
+int ndm_i_enter(ndm_region *region)
+{
+    int status = ndm_i_enter_to_look(region);
+    if (status == NDM_OK && atomic_load_explicit(&region->grains.cache.error, memory_order_relaxed)) {
+        const int failed = ndm_i_cache_settle(&region->grains, 0, region->data.capacity, false);
+        status = ndm_i_fail_io(failed, "writing spilled values back to disk failed");
+    }
+    return status;
+}
 
 ndm_i_record *ndm_i_live_record(const ndm_region *region, int64_t slot)
 {
@@ -316,7 +301,7 @@ int ndm_region_contains(ndm_region *region, int64_t slot)
 
 int ndm_region_stats(ndm_region *region, ndm_stats *out)
 {
-    int status = enter(region, true);
+    int status = ndm_i_enter_to_look(region);
     if (status != NDM_OK)
         return status;
     uint64_t disk_bytes;
@@ -403,7 +388,6 @@ int ndm_region_set_max_capacity(ndm_region *region, uint64_t max_capacity)
         return ndm_i_fail(NDM_ERR_ARGUMENT, "max_capacity must be below 2^63");
     region->max_capacity = max_capacity;
     ndm_i_publish(region);
-    ndm_i_stamps_clear(&region->stamps);
     return NDM_OK;
 }
 
@@ -440,7 +424,6 @@ int64_t ndm_region_check(ndm_region *region)
     uint64_t broken = ndm_i_extents_check(&region->extents) + ndm_i_slots_check(&region->slots);
     uint64_t with_extent = 0, orphan_bytes = 0, empty = 0, live_bytes = 0, furthest = 0;
     uint64_t by_engine[256] = {0};
-    broken += ndm_i_stamps_check(&region->stamps);
     if (broken == 0)
         broken += check_extents(region, &with_extent, &orphan_bytes);
     for (uint64_t i = 0; i < region->slots.count; i++) {

@@ -14,7 +14,6 @@
 #include "nodedb_mem.h"
 #include "owner.h"
 #include "slots.h"
-#include "stamps.h"
 #include "views.h"
 
 struct ndm_region {
@@ -24,7 +23,6 @@ struct ndm_region {
     ndm_i_backing data;
     ndm_i_grains grains;
     ndm_i_home home;
-    ndm_i_stamps stamps;
     ndm_i_leases leases;
     char *leases_path;     /* NULL for a temporary region */
     struct ndm_i_leased *leased; /* freed extents that leases keep */
@@ -37,8 +35,8 @@ struct ndm_region {
     uint64_t moved_bytes;  /* by compact() */
     uint64_t engine_bytes[256]; /* live, by engine */
     uint64_t engine_slots[256];
-    uint64_t forget_from;  /* pages of values of this size and more leave the RSS with the last view, so that such views
-                              are not worth keeping; UINT64_MAX where RAM is not limited */
+    uint64_t forget_from;  /* pages of values of this size and more leave the RSS with the last view; UINT64_MAX where
+                              RAM is not limited */
     unsigned unit_shift;   /* one unit of the extents is 1 << unit_shift bytes: the alignment */
     _Atomic uint64_t handle; /* see handle.h; 0 until someone asks for it, and after closing */
     _Atomic unsigned holders; /* of this struct: the handle, and the file until it is closed */
@@ -46,6 +44,9 @@ struct ndm_region {
 
 /* Every verb begins here: is it the owner's call? Freed extents whose views have ended come home on the way. */
 int ndm_i_enter(ndm_region *region);
+
+/* The same, but without looking after a write-back that failed: that is left for a call that can wait, and tell. */
+int ndm_i_enter_to_look(ndm_region *region);
 
 /* The record of a live slot; NULL, with the error set, if there is none. */
 ndm_i_record *ndm_i_live_record(const ndm_region *region, int64_t slot);
@@ -107,8 +108,8 @@ void ndm_i_count_value(ndm_region *region, uint64_t offset, uint64_t size, uint8
 uint32_t ndm_i_enter_value(ndm_region *region, uint64_t offset, uint64_t size, uint32_t extent, uint8_t engine,
                            uint8_t state);
 
-/* Take a live value out of the books; its extent is reusable, or an orphan. Returns its number, or 0. */
-uint64_t ndm_i_remove_value(ndm_region *region, uint32_t slot);
+/* Take a live value out of the books; its extent is reusable, or an orphan. */
+void ndm_i_remove_value(ndm_region *region, uint32_t slot);
 
 /* Add a view of a live value. NULL, with the error set, if there is no memory. */
 const char *ndm_i_view_value(ndm_region *region, const ndm_i_record *record);

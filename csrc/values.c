@@ -111,7 +111,7 @@ static uint32_t settle(ndm_region *region, const ndm_i_spot *spot, uint8_t engin
     return ndm_i_enter_value(region, spot->offset, spot->size, extent, engine, NDM_I_LIVE);
 }
 
-uint64_t ndm_i_remove_value(ndm_region *region, uint32_t slot)
+void ndm_i_remove_value(ndm_region *region, uint32_t slot)
 {
     const ndm_i_record *record = ndm_i_slots_record(&region->slots, slot);
     const uint32_t extent = ndm_i_record_link(record);
@@ -120,10 +120,9 @@ uint64_t ndm_i_remove_value(ndm_region *region, uint32_t slot)
     region->engine_bytes[engine] -= ndm_i_record_size(record);
     region->engine_slots[engine]--;
     const uint32_t generation = ndm_i_record_generation(record);
-    const uint64_t number = ndm_i_stamps_freed(&region->stamps, slot);
     ndm_i_slots_remove(&region->slots, slot);
     if (extent == NDM_I_NONE)
-        return number;
+        return;
     if (ndm_i_leases_has(&region->leases, slot, generation)) {
         /* Without memory to note it, nobody gives the extent back until the region is closed: better to lose its space
          * than to let a reader see other bytes. */
@@ -135,17 +134,17 @@ uint64_t ndm_i_remove_value(ndm_region *region, uint32_t slot)
         ndm_i_extents_release(&region->extents, extent);
     }
     ndm_i_publish(region);
-    return number;
 }
 
-int64_t ndm_region_free(ndm_region *region, int64_t slot)
+int ndm_region_free(ndm_region *region, int64_t slot)
 {
     int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
     if (!ndm_i_live_record(region, slot))
         return ndm_last_error()->status;
-    return (int64_t)ndm_i_remove_value(region, (uint32_t)slot);
+    ndm_i_remove_value(region, (uint32_t)slot);
+    return NDM_OK;
 }
 
 /* ---- writing -------------------------------------------------------------------------------------------- */
@@ -273,6 +272,27 @@ int ndm_region_commit(ndm_region *region, int64_t slot)
 
 /* ---- reading -------------------------------------------------------------------------------------------- */
 
+static const char *add_view(ndm_region *region, const ndm_i_record *record)
+{
+    const uint64_t size = ndm_i_record_size(record);
+    ndm_i_mapping *mapping = region->data.mapping;
+    const char *view = size == 0 ? nothing : (const char *)mapping->base + ndm_i_record_offset(record);
+    if (size > 0 &&
+        !ndm_i_views_add(&region->home, ndm_i_record_link(record), mapping, view, forgotten(region, size), false)) {
+        ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
+        return NULL;
+    }
+    return view;
+}
+
+const char *ndm_i_view_value(ndm_region *region, const ndm_i_record *record)
+{
+    const char *view = add_view(region, record);
+    if (view)
+        ndm_i_grains_fetch(&region->grains, ndm_i_record_offset(record), ndm_i_record_size(record));
+    return view;
+}
+
 const char *ndm_region_read(ndm_region *region, int64_t slot, uint64_t *size)
 {
     if (ndm_i_enter(region) != NDM_OK)
@@ -286,46 +306,21 @@ const char *ndm_region_read(ndm_region *region, int64_t slot, uint64_t *size)
     return view;
 }
 
-const char *ndm_region_read_stamped(ndm_region *region, int64_t slot, int64_t *out)
+const char *ndm_region_try_read(ndm_region *region, int64_t slot, uint64_t *size)
 {
-    uint64_t size, number;
-    const char *view = ndm_region_read(region, slot, &size);
-    if (!view)
+    if (ndm_i_enter_to_look(region) != NDM_OK)
         return NULL;
-    /* A kept view would hold an old mapping: none is kept while the mapping may have to be replaced. */
-    const bool stays = region->data.mapping->length >= ndm_i_ceiling(region->max_capacity);
-    if (size < region->forget_from && stays && ndm_i_stamps_viewed(&region->stamps, slot, &number)) {
-        out[0] = -1 - (int64_t)size;
-        out[1] = (int64_t)number;
-    } else {
-        out[0] = (int64_t)size;
-    }
-    return view;
-}
-
-const uint64_t *ndm_region_stamps(ndm_region *region)
-{
-    if (ndm_i_enter(region) != NDM_OK)
+    const ndm_i_record *record = ndm_i_live_record(region, slot);
+    if (!record)
         return NULL;
-    if (!ndm_i_stamps_share(&region->stamps)) {
-        ndm_i_fail(NDM_ERR_MEMORY, "no memory for the stamps");
+    if (atomic_load_explicit(&region->grains.cache.error, memory_order_relaxed) ||
+        !ndm_i_grains_at_hand(&region->grains, ndm_i_record_offset(record), ndm_i_record_size(record))) {
+        ndm_i_fail(NDM_ERR_WAIT, "the disk may have to be waited for");
         return NULL;
     }
-    return region->stamps.words;
-}
-
-const char *ndm_i_view_value(ndm_region *region, const ndm_i_record *record)
-{
-    const uint64_t offset = ndm_i_record_offset(record), size = ndm_i_record_size(record);
-    if (size == 0)
-        return nothing;
-    ndm_i_mapping *mapping = region->data.mapping;
-    const char *view = (const char *)mapping->base + offset;
-    if (!ndm_i_views_add(&region->home, ndm_i_record_link(record), mapping, view, forgotten(region, size), false)) {
-        ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
-        return NULL;
-    }
-    ndm_i_grains_fetch(&region->grains, offset, size);
+    const char *view = add_view(region, record);
+    if (view)
+        *size = ndm_i_record_size(record);
     return view;
 }
 
@@ -374,7 +369,5 @@ int64_t ndm_region_read_into(ndm_region *region, int64_t slot, void *buffer, uin
     const uint64_t size = ndm_i_record_size(record);
     if (size > 0 && size <= capacity)
         status = ndm_i_grains_load(&region->grains, ndm_i_record_offset(record), buffer, size);
-    if (size < region->forget_from)
-        ndm_i_stamps_copied(&region->stamps, slot);
     return status == NDM_OK ? (int64_t)size : status;
 }

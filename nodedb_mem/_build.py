@@ -1,10 +1,10 @@
-"""Build script of the C core: ``libnodedb_mem``, the extension module ``nodedb_mem._core``, what linkers need.
+"""Build script of the C core: ``libnodedb_mem``, the extension modules on it, what linkers need.
 
 setup.py runs this file by its path, before the package can be imported. Everything is read from the public
 header: the declarations for cffi and Cython (its marked block) and the versions.
 
 The core is compiled once. ``nodedb_mem/lib`` gets it as ``libnodedb_mem.so.N`` (N is the ABI version) and as
-``libnodedb_mem.a``; the extension module links against the shared one, so that a process has one core, whoever uses it.
+``libnodedb_mem.a``; the extension modules link against the shared one, so that a process has one core, whoever uses it.
 
 Environment variables, for developers; a release build sets none:
 
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from cffi import FFI
+from setuptools import Extension
 
 # Relative to the project's folder, where setuptools runs: it refuses absolute source names.
 _CSRC = Path("csrc")
@@ -158,22 +159,30 @@ def native_files() -> dict[str, str]:
     }
 
 
-def make_ffi() -> FFI:
-    """Return the cffi builder of ``nodedb_mem._core``. setup.py links it with what `make_core` made."""
+def _extension() -> dict[str, Any]:
+    """How an extension module is compiled, whichever; setup.py links both with what `make_core` made."""
     limited = uses_limited_api()
+    return {
+        "depends": sorted(path.as_posix() for path in _CSRC.glob("*.h")),
+        "include_dirs": [_CSRC.as_posix()],
+        "define_macros": [("Py_LIMITED_API", _ABI3_HEX)] if limited else [],
+        "extra_compile_args": _compile_arguments(),
+        "extra_link_args": _link_arguments(),
+        "runtime_library_dirs": ["$ORIGIN/lib"],
+        "py_limited_api": limited,
+    }
+
+
+def make_ffi() -> FFI:
+    """Return the cffi builder of ``nodedb_mem._core``: every function of the core."""
     ffi = FFI()
     ffi.cdef(_declarations())
     # Macros, which C has no declaration for.
     ffi.cdef("static const char *const NDM_VERSION; static const int NDM_VERSION_NUMBER, NDM_ABI_VERSION;")
-    ffi.set_source(
-        "nodedb_mem._core",
-        '#include "nodedb_mem.h"',
-        depends=sorted(path.as_posix() for path in _CSRC.glob("*.h")),
-        include_dirs=[_CSRC.as_posix()],
-        define_macros=[("Py_LIMITED_API", _ABI3_HEX)] if limited else [],
-        extra_compile_args=_compile_arguments(),
-        extra_link_args=_link_arguments(),
-        runtime_library_dirs=["$ORIGIN/lib"],
-        py_limited_api=limited,
-    )
+    ffi.set_source("nodedb_mem._core", '#include "nodedb_mem.h"', **_extension())
     return ffi
+
+
+def make_objects() -> Extension:
+    """Return ``nodedb_mem._objects``: the Python objects that stand for the core's memory."""
+    return Extension("nodedb_mem._objects", [(_CSRC / "python" / "objects.c").as_posix()], **_extension())

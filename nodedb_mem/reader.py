@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
+from nodedb_mem import _objects
 from nodedb_mem._core import ffi, lib
 from nodedb_mem.engine import KNOWN_ENGINES
 from nodedb_mem.errors import InvalidSlotError, RegionClosedError, StaleSlotError, WrongThreadError, raise_status
@@ -17,10 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
-_buffer = ffi.buffer
-_gc = ffi.gc
-_read = lib.ndm_reader_read
-_release = lib.ndm_view_release
+_read = _objects.read_shared
 
 _COPY_AT_ONCE = 4096
 _LARGE_HINT = 1 << 20
@@ -144,7 +142,7 @@ class OverflowReader:
         `source` is a reference into a region that has been opened anew, or closed, since.
     """
 
-    __slots__ = ("__weakref__", "_beside", "_handle", "_incarnation", "_path", "_values")
+    __slots__ = ("__weakref__", "_beside", "_handle", "_holder", "_incarnation", "_path")
 
     def __init__(self, source: str | os.PathLike[str] | SlotRef) -> None:
         if isinstance(source, SlotRef):
@@ -160,9 +158,10 @@ class OverflowReader:
         handle = lib.ndm_reader_open(*names)
         if not handle:
             self._raise(lib.ndm_last_error().status)
-        self._handle = _gc(handle, lib.ndm_reader_destroy)
+        # The holder owns the reader, and each use of the handle keeps the holder.
+        self._holder = _objects.hold_reader(address_of(handle))
+        self._handle = ffi.from_buffer("ndm_reader *", self._holder)
         self._incarnation = self.stats().incarnation
-        self._values = [_new_value()]  # taken while in use: another thread that reads meanwhile makes a new one
         if isinstance(source, SlotRef):
             self._check_ref(source)
 
@@ -182,16 +181,10 @@ class OverflowReader:
             A reference's value is gone or not committed yet, or the region has been opened anew.
         """
         number, generation = self._name(slot)
-        try:
-            value = self._values.pop()
-        except IndexError:
-            value = _new_value()
-        view = _read(self._handle, number, generation, value)
-        if not view:
+        view = _read(self._holder, number, generation)
+        if view is None:
             self._raise(lib.ndm_last_error().status, number)
-        size = value.size
-        self._values.append(value)
-        return memoryview(_buffer(_gc(view, _release), size)).toreadonly()
+        return view
 
     def read_bytes(self, slot: int | SlotRef) -> bytes:
         """Copy a value, never torn. Raises as `read` does."""
@@ -245,10 +238,10 @@ class OverflowReader:
         view, value = ffi.new("const char **"), _new_value()
         lease = self._check(lib.ndm_reader_lease(self._handle, number, generation, view, value), number)
         # Every view that is made from this one keeps this object, and so the lease.
-        memory = _buffer(_gc(view[0], _release), value.size)
-        end = weakref.finalize(memory, lib.ndm_reader_release, self._handle, lease)
+        memory = _objects.view(address_of(view[0]), value.size, False)
+        end = weakref.finalize(memory.obj, lib.ndm_reader_release, self._handle, lease)
         end.atexit = False
-        return Lease(memoryview(memory).toreadonly(), end)
+        return Lease(memory, end)
 
     def is_current(self, ref: SlotRef) -> bool:
         """Tell whether a reference's value is still there."""
@@ -352,10 +345,10 @@ class OverflowReader:
     def _view(self, slot: int | SlotRef) -> tuple[memoryview, Any]:
         number, generation = self._name(slot)
         value = _new_value()
-        view = _read(self._handle, number, generation, value)
+        view = lib.ndm_reader_read(self._handle, number, generation, value)
         if not view:
             self._raise(lib.ndm_last_error().status, number)
-        return _as_view(view, value.size), value
+        return _objects.view(address_of(view), value.size, False), value
 
     def _check(self, status: int, slot: int | None = None) -> int:
         if status < 0:
@@ -374,5 +367,6 @@ def _new_value() -> Any:
     return ffi.new("ndm_value *")
 
 
-def _as_view(address: Any, size: int) -> memoryview:
-    return memoryview(_buffer(_gc(address, _release), size)).toreadonly()
+def address_of(pointer: Any) -> int:
+    """Return where a cffi pointer points to."""
+    return int(ffi.cast("uintptr_t", pointer))

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-import threading
 import warnings
 from operator import index
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
+from nodedb_mem import _objects
 from nodedb_mem._core import ffi, lib
 from nodedb_mem.engine import KNOWN_ENGINES, EngineId
 from nodedb_mem.errors import InvalidSlotError, RepeatedSlotError, raise_status
 from nodedb_mem.figures import Compaction, EngineUsage, OverflowSlot, RegionStats
 from nodedb_mem.parts import SlotParts
-from nodedb_mem.reader import SlotRef
+from nodedb_mem.reader import SlotRef, address_of
 from nodedb_mem.tuning import (
     DEFAULT_ALIGNMENT,
     DEFAULT_CACHE_LIMIT,
@@ -32,31 +32,15 @@ if TYPE_CHECKING:
 
     Slots = Iterable[int] | Buffer  # slot numbers, or a buffer of int64
 
-_buffer = ffi.buffer
 _from_buffer = ffi.from_buffer
-_gc = ffi.gc
-_write = lib.ndm_region_write
-_read = lib.ndm_region_read_stamped
-_read_into = lib.ndm_region_read_into
+_write = _objects.write
+_read = _objects.read
+_read_bytes = _objects.read_bytes
 _free = lib.ndm_region_free
-_release = lib.ndm_view_release
 
 _NO_LIMIT = (1 << 63) - 1
 _UNLIMITED = (1 << 64) - 1
 _INT64 = frozenset({"q", "l", "<q", "<l"})  # ctypes names the byte order
-_JOIN = 4096  # values of up to this many bytes on average are joined for a batch
-_STAMPS = lib.NDM_STAMPS
-_NUMBER = (1 << 63) - 1  # without the bit of a value that was dropped from RAM
-_WORTH_KEEPING = lib.NDM_STAMP_WORTH  # a value with a higher stamp has a number
-_LARGE = 64 << 10  # values from this size on are copied out by the system, which maps no page
-_SCRATCH = 64 << 10  # values up to this many bytes become `bytes` by way of a reused buffer
-
-
-class _Owned(threading.local):
-    """What only the owning thread has. Any other sees the dict of the class, which stays empty."""
-
-    kept: dict[int, memoryview] = {}  # noqa: RUF012
-
 
 _PLAIN_FIGURES = tuple(RegionStats.__dataclass_fields__.keys() - {"can_punch", "engines"})
 
@@ -115,12 +99,9 @@ class OverflowRegion:
         "_alignment",
         "_engines",
         "_handle",
-        "_owned",
+        "_holder",
         "_parts",
         "_path",
-        "_scratch",
-        "_sizes",
-        "_stamps",
         "_where",
     )
 
@@ -173,7 +154,9 @@ class OverflowRegion:
         handle = function(name, ffi.new("ndm_options *", sizes))
         if not handle:
             self._raise(lib.ndm_last_error().status)
-        self._handle = _gc(handle, lib.ndm_region_destroy)
+        # The holder owns the region, and each use of the handle keeps the holder.
+        self._holder = _objects.hold_region(address_of(handle))
+        self._handle = _from_buffer("ndm_region *", self._holder)
         if lib.ndm_region_in_memory(self._handle):
             message = f"{self._where} is on tmpfs: what is spilled there stays in RAM"
             try:
@@ -188,14 +171,6 @@ class OverflowRegion:
             figures = ffi.new("ndm_stats *")
             self._check(lib.ndm_region_stats(self._handle, figures))
             self._alignment = figures.alignment
-        # Each is taken while in use: a signal handler or finalizer that reads in between takes a new one.
-        self._sizes = [_new_sizes()]
-        self._scratch = [_new_scratch()]
-        # Views by the number of their value, kept to be handed out again. A slot's stamp holds its value's number until
-        # the core takes it away (freed, closed, forked, dropped from RAM), in the same step: no other view is found.
-        self._owned = _Owned()
-        self._owned.kept = {}
-        self._stamps = _stamps_of(self._handle)
 
     @classmethod
     def open(
@@ -289,13 +264,10 @@ class OverflowRegion:
         """
         if engine.__class__ is not EngineId:
             self._learn_engine(engine)
-        slot: int
-        if data.__class__ is bytes:
-            slot = _write(self._handle, data, len(data), engine)
-        else:
-            source = _exported(data)
-            slot = _write(self._handle, source, len(source), engine)
-            del source  # or the exception's traceback would keep the buffer exported
+        try:
+            slot = _write(self._holder, data, engine)
+        except ValueError as error:
+            _raise_not_contiguous(error)
         if slot < 0:
             self._raise(slot)
         return slot
@@ -377,18 +349,15 @@ class OverflowRegion:
         if lengths is not None:
             return self._write_packed(buffers, lengths, engine)  # type: ignore[arg-type]
         values: list[Any] = list(buffers)  # type: ignore[arg-type]
-        count = len(values)
-        slots = ffi.new("int64_t[]", count)
-        if joined := _joined(values):
-            data, sizes = joined
-            status = lib.ndm_region_write_packed(self._handle, data, len(data), sizes, count, engine, slots)
-        else:
-            sources = _exported_all(values)
-            status = lib.ndm_region_write_many(self._handle, sources, list(map(len, sources)), count, engine, slots)
-            del sources
-        if status < 0:
-            self._raise(status)
-        return ffi.unpack(slots, count)  # type: ignore[no-any-return]
+        if not values:
+            raise ValueError("no buffers given")
+        try:
+            slots = _objects.write_many(self._holder, values, engine)
+        except ValueError as error:
+            _raise_not_contiguous(error)
+        if isinstance(slots, int):
+            self._raise(slots)
+        return slots
 
     def _write_packed(self, data: Buffer, lengths: Buffer, engine: int) -> memoryview:
         sizes = _int64_array(lengths)
@@ -437,7 +406,7 @@ class OverflowRegion:
         slot: int = lib.ndm_region_allocate(self._handle, length, engine, view)
         if slot < 0:
             self._raise(slot)
-        return slot, memoryview(_buffer(_gc(view[0], _release), length))
+        return slot, _objects.view(address_of(view[0]), length, True)
 
     def commit(self, slot: int) -> None:
         """Declare the value of an allocated slot complete. Its views stay writable, but should be left alone now."""
@@ -466,17 +435,14 @@ class OverflowRegion:
             self._raise(lib.NDM_ERR_NO_SLOT, slot)
         if not view:
             self._raise(lib.ndm_last_error().status, slot)
-        return memoryview(_buffer(_gc(view, _release), size[0]))
+        return _objects.view(address_of(view), size[0], True)
 
     def read_many(self, slots: Slots) -> list[memoryview]:
         """View many values, as `read` does, in one call; all or none. `slots` may be a buffer of int64."""
-        wanted = _slot_array(slots)
-        count = len(wanted)
-        views, sizes = ffi.new("const char *[]", count), ffi.new("uint64_t[]", count)
-        self._check(lib.ndm_region_read_many(self._handle, wanted, count, views, sizes))
-        return [
-            memoryview(_buffer(_gc(view, _release), size)).toreadonly() for view, size in zip(views, sizes, strict=True)
-        ]
+        views = _objects.read_many(self._holder, ffi.buffer(_slot_array(slots)))
+        if views is None:
+            self._raise(lib.ndm_last_error().status)
+        return views
 
     def read_many_into(self, slots: Slots, buffer: Buffer) -> memoryview:
         """Copy many values to a writable buffer, one after the other.
@@ -515,20 +481,10 @@ class OverflowRegion:
             One of `slots` is no live slot; nothing has been freed.
         """
         wanted = _slot_array(slots)
-        kept, stamps = self._owned.kept, self._stamps
-        newest = stamps[-1]
-        numbers = [stamps[slot] & _NUMBER for slot in wanted if 0 <= slot < _STAMPS] if kept else []
-        for number in numbers:
-            kept.pop(number, None)
         status = lib.ndm_region_free_many(self._handle, wanted, len(wanted))
         if status == lib.NDM_ERR_ARGUMENT:
             raise RepeatedSlotError(_first_repeated(wanted))
         self._check(status)
-        if kept:  # where a signal handler has read one of them meanwhile:
-            if stamps[-1] != newest or not numbers:
-                kept.clear()
-            for number in numbers:
-                kept.pop(number, None)
         if self._parts:
             for slot in wanted:
                 self._parts.pop(slot, None)
@@ -547,74 +503,17 @@ class OverflowRegion:
         InvalidSlotError
             The slot never existed, or has been freed.
         """
-        try:
-            number = self._stamps[slot]
-            if number > _WORTH_KEEPING and slot >= 0:
-                return self._owned.kept[number].toreadonly()
-        except Exception as miss:
-            _reraise_if_foreign(miss)
-        if slot.__class__ is not int:
-            slot = index(slot)
-        try:
-            out = self._sizes.pop()
-        except IndexError:
-            out = _new_sizes()
-        try:
-            address = _read(self._handle, slot, out)
-        except OverflowError:
-            self._raise(lib.NDM_ERR_NO_SLOT, slot)
-        if not address:
-            self._raise(lib.ndm_last_error().status, slot)
-        size = out[0]
-        if size >= 0:
-            self._sizes.append(out)
-            return memoryview(_buffer(_gc(address, _release), size)).toreadonly()
-        number = out[1]
-        self._sizes.append(out)
-        view = memoryview(_buffer(_gc(address, _release), -1 - size))
-        kept = self._owned.kept
-        if number:
-            kept[number] = view
-            if self._stamps[slot] != number:  # a signal handler has freed the slot meanwhile
-                kept.pop(number, None)
-        else:
-            kept.clear()
-        return view.toreadonly()
+        view = _read(self._holder, slot)
+        if view is None:
+            self._raise(lib.ndm_last_error().status, index(slot))
+        return view
 
     def read_bytes(self, slot: int) -> bytes:
         """Copy a value out. Raises `InvalidSlotError` as `read` does."""
-        try:
-            number = self._stamps[slot]
-            if number > _WORTH_KEEPING and slot >= 0:
-                return self._owned.kept[number].tobytes()
-        except Exception as miss:
-            _reraise_if_foreign(miss)
-            number = _WORTH_KEEPING if miss.__class__ is KeyError else 0
-        if number == _WORTH_KEEPING:
-            return self.read(slot).tobytes()
-        if slot.__class__ is not int:
-            slot = index(slot)
-        try:
-            scratch = self._scratch.pop()
-        except IndexError:
-            scratch = _new_scratch()
-        try:
-            size = _read_into(self._handle, slot, scratch[0], _SCRATCH)
-            if 0 <= size <= _SCRATCH:
-                return scratch[1][:size]  # type: ignore[no-any-return]
-        except OverflowError:
-            self._raise(lib.NDM_ERR_NO_SLOT, slot)
-        finally:
-            self._scratch.append(scratch)
-        while size >= _LARGE:
-            data = bytes(size)  # nobody else has seen it, so it may still be filled
-            found = _read_into(self._handle, slot, _from_buffer(data), size)
-            if found == size:
-                return data
-            size = found  # a signal handler has replaced the value
-        if size < 0:
-            self._raise(size, slot)
-        return self.read(slot).tobytes()
+        data = _read_bytes(self._holder, slot)
+        if data is None:
+            self._raise(lib.ndm_last_error().status, index(slot))
+        return data
 
     def read_into(self, slot: int, buffer: Buffer) -> int:
         """Copy a value to the start of a writable, C-contiguous buffer.
@@ -635,7 +534,7 @@ class OverflowRegion:
         target = _exported(buffer, require_writable=True)
         room = len(target)
         try:
-            size: int = _read_into(self._handle, slot, target, room)
+            size: int = lib.ndm_region_read_into(self._handle, slot, target, room)
         except OverflowError:
             size = lib.NDM_ERR_NO_SLOT
         del target
@@ -653,19 +552,13 @@ class OverflowRegion:
         InvalidSlotError
             The slot never existed, or has been freed already.
         """
-        if slot.__class__ is not int:
-            slot = index(slot)
-        kept = self._owned.kept
-        if kept and 0 <= slot < _STAMPS:
-            kept.pop(self._stamps[slot], None)
+        slot = index(slot)
         try:
-            number = _free(self._handle, slot)
+            status = _free(self._handle, slot)
         except OverflowError:
-            number = lib.NDM_ERR_NO_SLOT
-        if number:
-            if number < 0:
-                self._raise(number, slot)
-            kept.pop(number, None)  # where a signal handler has read it meanwhile, or its stamp was disguised
+            status = lib.NDM_ERR_NO_SLOT
+        if status:
+            self._raise(status, slot)
         if self._parts:
             self._parts.pop(slot, None)
 
@@ -746,7 +639,6 @@ class OverflowRegion:
         int
             Bytes of disk given back.
         """
-        self._owned.kept.clear()
         return self._check(lib.ndm_region_trim(self._handle))
 
     def compact(self, budget: int | None = None) -> Compaction:
@@ -771,7 +663,6 @@ class OverflowRegion:
         if limit < 0:
             raise ValueError("budget must not be negative")
         out = ffi.new("ndm_compaction *")
-        self._owned.kept.clear()
         self._check(lib.ndm_region_compact(self._handle, min(limit, _NO_LIMIT), out))
         return Compaction(out.moved_bytes, out.remaining_bytes)
 
@@ -791,7 +682,6 @@ class OverflowRegion:
         RegionIOError
             Writing back failed.
         """
-        self._owned.kept.clear()
         if slots is None:
             self._check(lib.ndm_region_evict(self._handle, ffi.NULL, 0))
         else:
@@ -807,10 +697,7 @@ class OverflowRegion:
 
         A named file stays where it is.
         """
-        kept = self._owned.kept
-        kept.clear()
         self._check(lib.ndm_region_close(self._handle))
-        kept.clear()  # of what a signal handler has read meanwhile
 
     @property
     def path(self) -> str | None:
@@ -850,7 +737,6 @@ class OverflowRegion:
         if not 0 <= size < 1 << 63:
             raise ValueError("max_capacity must be positive and below 2**63")
         self._check(lib.ndm_region_set_max_capacity(self._handle, size))
-        self._owned.kept.clear()
 
     @property
     def used_bytes(self) -> int:
@@ -944,13 +830,18 @@ def _outside_stacklevel() -> int:
     return level
 
 
+def _raise_not_contiguous(error: ValueError) -> NoReturn:
+    """Raise what a refusal to export memory means: NumPy says with a ValueError that an array is not contiguous."""
+    if "contiguous" in str(error):
+        raise BufferError(str(error)) from None
+    raise error
+
+
 def _exported(data: Buffer, *, require_writable: bool = False) -> Any:
     try:
         return _from_buffer(data, require_writable=require_writable)
     except ValueError as error:
-        if "contiguous" in str(error):  # NumPy says it with a ValueError
-            raise BufferError(str(error)) from None
-        raise
+        _raise_not_contiguous(error)
 
 
 def _exported_all(buffers: Iterable[Buffer]) -> list[Any]:
@@ -958,23 +849,6 @@ def _exported_all(buffers: Iterable[Buffer]) -> list[Any]:
     if not sources:
         raise ValueError("no buffers given")
     return sources
-
-
-def _joined(values: list[Any]) -> tuple[bytes, Any] | None:
-    """Small values in one piece, and their sizes: that costs less than taking the address of each.
-
-    None where some are not `bytes`, whose sizes cannot change, or all are too large.
-    """
-    try:
-        sizes = list(map(bytes.__len__, values))
-    except TypeError:
-        return None
-    count = len(sizes)
-    if not sizes or sum(sizes) > count * _JOIN:
-        return None
-    if sizes.count(sizes[0]) == count:  # an array of one number costs less than converting a list
-        return b"".join(values), _from_buffer("int64_t[]", sizes[0].to_bytes(8, sys.byteorder) * count)
-    return b"".join(values), sizes
 
 
 def _check_lengths(lengths: list[int], size: int) -> None:
@@ -1022,26 +896,3 @@ def _slot_array(slots: Slots) -> Any:
         return ffi.new("int64_t[]", values)
     except OverflowError:
         raise InvalidSlotError(max(values, key=abs)) from None
-
-
-def _reraise_if_foreign(miss: Exception) -> None:
-    """Raise an exception again that did not arise in the `try` itself, but in a signal handler or an `__index__`."""
-    if miss.__traceback__ is not None and miss.__traceback__.tb_next is not None:
-        raise miss
-
-
-def _stamps_of(handle: Any) -> memoryview:
-    stamps = lib.ndm_region_stamps(handle)
-    if not stamps:
-        return memoryview(bytes(8)).cast("Q")
-    words = _buffer(_gc(stamps, lib.ndm_stamps_release), 8 * (_STAMPS + 1))
-    return memoryview(words).toreadonly().cast("Q")
-
-
-def _new_sizes() -> Any:
-    return ffi.new("int64_t[2]")
-
-
-def _new_scratch() -> tuple[Any, Any]:
-    memory = ffi.new("char[]", _SCRATCH)
-    return memory, _buffer(memory, _SCRATCH)

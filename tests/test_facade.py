@@ -1,15 +1,18 @@
-"""The short ways of the Python facade: views kept for reading a value again must not be noticed, except by a clock."""
+"""The Python objects: views and regions whoever holds them, whenever they go, and whatever interrupts a verb."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
+import io
 import os
 import platform
 import signal
 import sys
 import threading
+from array import array
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,10 +20,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nodedb_mem import EngineId, InvalidSlotError, OverflowRegion, RegionClosedError, WrongThreadError
+from nodedb_mem import (
+    EngineId,
+    InvalidSlotError,
+    OverflowReader,
+    OverflowRegion,
+    RegionClosedError,
+    WrongThreadError,
+    _objects,
+)
 from nodedb_mem._core import lib
 
-MOST_KEPT = 8192
 OLD, NEW = b"old!" * 16, b"NEW?" * 16
 
 
@@ -31,17 +41,11 @@ def region(tmp_path: Path) -> Iterator[OverflowRegion]:
         assert lib.ndm_region_check(region._handle) == 0
 
 
-def kept(region: OverflowRegion) -> int:
-    return len(region._owned.kept)
-
-
 def hot(region: OverflowRegion, value: bytes = OLD) -> int:
-    """Write a value and read it until its view is kept."""
+    """Write a value and read it a few times."""
     slot = region.write(value, EngineId.VECTOR)
-    before = kept(region)
     for _ in range(3):
         assert region.read(slot) == value
-    assert kept(region) == before + 1
     return slot
 
 
@@ -52,12 +56,7 @@ def raw_fork() -> int:
     return int(call(number, ctypes.c_long(signal.SIGCHLD), None, None, None, None))
 
 
-# What a kept view must not change
-
-
-def test_a_value_read_once_is_not_kept(region: OverflowRegion) -> None:
-    region.read(region.write(OLD, 0))
-    assert kept(region) == 0
+# Views
 
 
 def test_each_read_gives_a_view_of_its_own(region: OverflowRegion) -> None:
@@ -82,33 +81,81 @@ def test_values_of_any_size_come_back_however_often(region: OverflowRegion, size
         assert region.read_bytes(slot) == value
 
 
-def test_views_of_large_values_are_not_kept(region: OverflowRegion) -> None:
-    """Their pages leave the process's RSS with the last view."""
-    slot = region.write(bytes(64 << 10), 0)
-    for _ in range(20):
-        region.read(slot)
-        region.read_bytes(slot)
-    assert kept(region) == 0
+@pytest.mark.parametrize("way", ["read", "read_many", "reader", "borrow", "lease"])
+def test_nothing_that_leads_to_the_memory_of_a_read_view_is_writable(region: OverflowRegion, way: str) -> None:
+    slot = region.write(OLD, 0)
+    ref = region.share(slot)
+    with OverflowReader(ref) as reader, ExitStack() as stack:
+        views: dict[str, Callable[[], memoryview]] = {
+            "read": lambda: region.read(slot),
+            "read_many": lambda: region.read_many([slot])[0],
+            "reader": lambda: reader.read(ref),
+            "borrow": lambda: stack.enter_context(reader.borrow(ref)),
+            "lease": lambda: stack.enter_context(reader.lease(ref)),
+        }
+        view = views[way]()
+        assert view.readonly and memoryview(view.obj).readonly
+        for memory in (view, view.obj):
+            with pytest.raises(TypeError):
+                memoryview(memory)[:3] = b"new"
+            with pytest.raises((TypeError, BufferError)):
+                ctypes.c_char.from_buffer(memory)
+            with pytest.raises((TypeError, BufferError)):
+                io.BytesIO(NEW).readinto(memory)  # type: ignore[arg-type]
+            assert not np.frombuffer(memory, np.uint8).flags.writeable
+        del view, memory
+    assert region.read(slot) == OLD
 
 
-def test_without_a_limit_views_of_large_values_are_kept_until_they_are_freed(tmp_path: Path) -> None:
-    with OverflowRegion.open(tmp_path / "region", cache_limit=None) as region:
-        slots = [region.write(bytes([number]) * (1 << 20), 0) for number in range(3)]
-        for _ in range(3):
-            assert [region.read(slot)[-1] for slot in slots] == [0, 1, 2]
-        assert kept(region) == 3
-        for slot in slots:
-            region.free(slot)
-        assert kept(region) == 0
-        assert region.stats().pinned_bytes == 0
-        assert region.write(b"new", 0) == slots[-1]
-        assert region.read(slots[-1]) == b"new"
+def test_what_stands_for_memory_cannot_be_made_by_hand(region: OverflowRegion) -> None:
+    view = region.read(region.write(OLD, 0))
+    for kind in (type(view.obj), type(region._holder)):
+        with pytest.raises(TypeError):
+            kind()
+        with pytest.raises(TypeError):
+            kind.__new__(kind)
+        with pytest.raises(TypeError):
+            kind.size = 1 << 40
+
+
+def test_the_native_verbs_take_what_they_are_made_for_only(region: OverflowRegion, tmp_path: Path) -> None:
+    slot = region.write(OLD, 0)
+    with OverflowReader(tmp_path / "r") as reader:
+        for holder in (reader._holder, region, None, id(region), region._handle, region.read(slot).obj):
+            for call in (
+                lambda h: _objects.read(h, slot),
+                lambda h: _objects.read_bytes(h, slot),
+                lambda h: _objects.read_many(h, array("q", [slot])),
+                lambda h: _objects.write(h, OLD, 0),
+                lambda h: _objects.write_many(h, [OLD], 0),
+            ):
+                with pytest.raises(TypeError, match="holder"):
+                    call(holder)
+        with pytest.raises(TypeError, match="holder"):
+            _objects.read_shared(region._holder, slot, -1)
+    for few in ((), (region._holder,)):
+        for verb in (_objects.read, _objects.read_bytes, _objects.read_many, _objects.read_shared):
+            with pytest.raises(TypeError, match="arguments"):
+                verb(*few)
+    assert len(region) == 1
+
+
+def test_a_view_ends_with_the_last_object_made_from_it(region: OverflowRegion) -> None:
+    slot = region.write(OLD, 0)
+    derived: list[Any] = [region.read(slot)[8:24], np.frombuffer(region.read(slot), np.uint8)[::2], region.read(slot)]
+    region.free(slot)
+    while derived:
+        assert region.stats().pinned_bytes == 64
+        derived.pop()
+    assert region.stats().pinned_bytes == 0
+
+
+# Slots
 
 
 def test_a_freed_slot_is_gone_and_its_bytes_are_free(region: OverflowRegion) -> None:
     slot = hot(region)
     region.free(slot)
-    assert kept(region) == 0
     assert region.stats().pinned_bytes == 0
     for verb in (region.read, region.read_bytes, region.free):
         with pytest.raises(InvalidSlotError, match="freed"):
@@ -121,7 +168,6 @@ def test_a_freed_slot_is_gone_and_its_bytes_are_free(region: OverflowRegion) -> 
 def test_slots_freed_together_are_gone_and_their_bytes_are_free(region: OverflowRegion) -> None:
     slots = [hot(region) for _ in range(5)]
     region.free_many(slots[1:4])
-    assert kept(region) == 2
     assert region.stats().pinned_bytes == 0
     for slot in slots[1:4]:
         with pytest.raises(InvalidSlotError, match="freed"):
@@ -130,7 +176,7 @@ def test_slots_freed_together_are_gone_and_their_bytes_are_free(region: Overflow
     assert [bytes(region.read(slot)) for slot in slots] == [OLD, NEW, NEW, NEW, OLD]
 
 
-def test_a_view_of_the_caller_outlives_the_kept_one(region: OverflowRegion) -> None:
+def test_a_view_outlives_its_slot(region: OverflowRegion) -> None:
     slot = hot(region)
     view = region.read(slot)
     region.free(slot)
@@ -142,16 +188,16 @@ def test_a_view_of_the_caller_outlives_the_kept_one(region: OverflowRegion) -> N
     assert region.stats().pinned_bytes == 0
 
 
-def test_a_value_filled_in_place_is_seen_through_its_kept_view(region: OverflowRegion) -> None:
+def test_a_value_filled_in_place_is_seen_through_earlier_views(region: OverflowRegion) -> None:
     slot, view = region.allocate(64, 0)
-    for _ in range(3):
-        assert region.read(slot) == bytes(64)
+    earlier = region.read(slot)
+    assert earlier == bytes(64)
     view[:] = NEW
-    assert region.read(slot) == region.read_bytes(slot) == NEW
+    assert earlier == region.read(slot) == region.read_bytes(slot) == NEW
 
 
 @pytest.mark.parametrize("slot", [-1, -5, -(1 << 20), -(1 << 20) - 1, 1, 1 << 20, 1 << 40, 1 << 70, -(1 << 70)])
-def test_numbers_of_no_slot_are_refused_beside_a_kept_view(region: OverflowRegion, slot: int) -> None:
+def test_numbers_of_no_slot_are_refused(region: OverflowRegion, slot: int) -> None:
     hot(region)
     for verb in (region.read, region.read_bytes, region.free):
         with pytest.raises(InvalidSlotError, match="never existed"):
@@ -160,7 +206,7 @@ def test_numbers_of_no_slot_are_refused_beside_a_kept_view(region: OverflowRegio
 
 
 @pytest.mark.parametrize("slot", [0.0, "0", None, b"0", (0,), slice(0, 1), ..., [0], (), 0j, np.array([0, 0])])
-def test_what_is_no_integer_is_a_type_error_beside_a_kept_view(region: OverflowRegion, slot: Any) -> None:
+def test_what_is_no_integer_is_a_type_error(region: OverflowRegion, slot: Any) -> None:
     hot(region)
     for verb in (region.read, region.read_bytes, region.free):
         with pytest.raises(TypeError):
@@ -189,7 +235,7 @@ def test_an_error_from_an_index_comes_through(region: OverflowRegion, error: typ
             verb(Bad())  # type: ignore[arg-type]
 
 
-def test_closing_ends_kept_views_and_unlocks_the_file(tmp_path: Path) -> None:
+def test_closing_unlocks_the_file(tmp_path: Path) -> None:
     region = OverflowRegion(tmp_path / "r")
     slot = hot(region)
     region.close()
@@ -206,7 +252,7 @@ def test_dropping_the_region_unlocks_the_file(tmp_path: Path) -> None:
     OverflowRegion(tmp_path / "r").close()
 
 
-def test_kept_views_do_not_stop_compaction(region: OverflowRegion) -> None:
+def test_views_that_ended_do_not_stop_compaction(region: OverflowRegion) -> None:
     holes = [region.write(bytes(4096), 0) for _ in range(4)]
     slot = hot(region)
     region.free_many(holes)
@@ -218,7 +264,7 @@ def test_kept_views_do_not_stop_compaction(region: OverflowRegion) -> None:
     assert region.read(slot) == OLD
 
 
-def test_kept_views_do_not_keep_an_old_mapping(tmp_path: Path) -> None:
+def test_views_that_ended_do_not_keep_an_old_mapping(tmp_path: Path) -> None:
     def mappings() -> int:
         return Path("/proc/self/maps").read_text().count(f"{tmp_path}/r\n")
 
@@ -231,73 +277,34 @@ def test_kept_views_do_not_keep_an_old_mapping(tmp_path: Path) -> None:
         assert mappings() == 1
         for _ in range(3):
             assert [bytes(region.read(slot)) for slot in slots] == [bytes([i]) * 1000 for i in range(20)]
-        assert kept(region) == 20
 
 
-def test_a_value_that_was_dropped_from_ram_is_fetched_anew(tmp_path: Path) -> None:
-    """Otherwise it would come back unnoticed by the limit, and page by page."""
+def test_a_value_that_was_dropped_from_ram_comes_back(tmp_path: Path) -> None:
     with OverflowRegion(tmp_path / "r", cache_limit=4 << 20) as region:
         if lib.ndm_region_in_memory(region._handle):
             pytest.skip("a file in memory is never dropped from it")
-        slot = hot(region)
+        slots = [hot(region), hot(region, os.urandom(200_000))]
+        values = [region.read_bytes(slot) for slot in slots]
         for _ in range(40):
             region.write(os.urandom(1 << 20), 0)
         region.flush()
-        region.write(b"", 0)  # any call notices what has been dropped
-        assert region._stamps[slot] not in region._owned.kept
         for _ in range(3):
-            assert region.read(slot) == region.read_bytes(slot) == OLD
-        assert region._stamps[slot] in region._owned.kept
-        assert kept(region) == 1
-        region.free(slot)
-        assert kept(region) == 0
-        assert region.stats().pinned_bytes == 0
+            assert [region.read(slot) for slot in slots] == values
+            assert [region.read_bytes(slot) for slot in slots] == values
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_evicted_values_are_fetched_anew(region: OverflowRegion, named: bool) -> None:
+def test_evicted_values_come_back(region: OverflowRegion, named: bool) -> None:
     slots = [hot(region, os.urandom(8000)) for _ in range(10)]
     values = region.read_many(slots) if named else [bytes(region.read(slot)) for slot in slots]
     region.evict(slots if named else None)
-    assert kept(region) == 0
     assert [region.read(slot) for slot in slots] == values
-
-
-def test_as_many_views_are_kept_as_promised_and_new_ones_get_their_turn(region: OverflowRegion) -> None:
-    slots = [region.write(i.to_bytes(4, "little"), 0) for i in range(MOST_KEPT + 100)]
-    for _ in range(3):
-        for i, slot in enumerate(slots):
-            assert region.read(slot) == i.to_bytes(4, "little")
-        assert kept(region) <= MOST_KEPT
-    assert kept(region) == MOST_KEPT
-    late = slots[-100:]
-    for _ in range(3 * MOST_KEPT // len(late)):
-        for slot in late:
-            region.read(slot)
-    assert kept(region) == len(late)
-    for i, slot in enumerate(slots):
-        assert region.read(slot) == i.to_bytes(4, "little")
-        region.free(slot)
-    assert kept(region) == 0
-    assert region.stats().pinned_bytes == 0
-
-
-def test_copying_often_makes_a_kept_view_and_gets_its_turn(region: OverflowRegion) -> None:
-    slots = [region.write(i.to_bytes(4, "little"), 0) for i in range(MOST_KEPT)]
-    for _ in range(20):
-        for slot in slots:
-            region.read_bytes(slot)
-    assert kept(region) == MOST_KEPT
-    slot = region.write(b"late", 0)
-    for _ in range(2 * MOST_KEPT):
-        assert region.read_bytes(slot) == b"late"
-    assert kept(region) < MOST_KEPT
 
 
 # Who is asking
 
 
-def test_another_thread_does_not_find_a_kept_view(region: OverflowRegion) -> None:
+def test_another_thread_finds_nothing(region: OverflowRegion) -> None:
     slot = hot(region)
     errors: list[type[BaseException]] = []
 
@@ -343,7 +350,7 @@ def test_a_thread_that_inherits_the_owners_identity_finds_nothing(tmp_path: Path
 
 
 @pytest.mark.parametrize("fork", [os.fork, raw_fork])
-def test_a_forked_child_does_not_find_a_kept_view(region: OverflowRegion, fork: Callable[[], int]) -> None:
+def test_a_forked_child_finds_nothing(region: OverflowRegion, fork: Callable[[], int]) -> None:
     slot = hot(region)
     pid = fork()
     if pid == 0:
@@ -358,6 +365,56 @@ def test_a_forked_child_does_not_find_a_kept_view(region: OverflowRegion, fork: 
             os._exit(refused)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 3
     assert region.read(slot) == OLD
+
+
+# Collected with a cycle, whose finalizers run in any order
+
+
+@pytest.mark.parametrize("first", ["finalizer", "region"])
+def test_a_finalizer_in_the_same_cycle_finds_everything_alive(tmp_path: Path, first: str) -> None:
+    """Not as with ffi.gc(), a finalizer itself: what it ended would be freed memory to those that run after it."""
+    found: list[Any] = []
+
+    class Holds:
+        def __del__(self) -> None:
+            self.region.free(self.slot)
+            self.region.write(NEW, 0)  # into the same place, if nothing kept it
+            found.extend(
+                (bytes(self.view), bytes(self.array), bytes(self.copy), bytes(self.shared), bytes(self.leased))
+            )
+            found.append(self.region.read_bytes(self.other))
+            found.append(self.reader.read_bytes(self.other))
+            self.region.close()
+
+    def make() -> None:
+        if first == "finalizer":  # the collector goes by age
+            holds, region = Holds(), OverflowRegion(tmp_path / "r")
+        else:
+            region, holds = OverflowRegion(tmp_path / "r"), Holds()
+        holds.region, holds.slot, holds.other = region, region.write(OLD, 0), region.write(b"other", 0)
+        holds.view, holds.copy = region.read(holds.slot), region.restore(holds.slot)
+        holds.array = np.frombuffer(region.read(holds.slot), np.uint8)
+        holds.reader = OverflowReader(region.path)
+        ref = region.share(holds.slot)
+        holds.shared, holds.lease = holds.reader.read(ref), holds.reader.lease(ref)
+        holds.leased = holds.lease.view
+        holds.cycle = [holds, holds.view, holds.leased, region]
+
+    make()
+    gc.collect()
+    assert found == [OLD] * 5 + [b"other"] * 2
+    OverflowRegion(tmp_path / "r").close()  # all has ended
+
+
+def test_a_region_that_is_initialised_again_lets_the_first_file_go(tmp_path: Path) -> None:
+    region = OverflowRegion(tmp_path / "r")
+    slot = region.write(OLD, 0)
+    view = region.read(slot)
+    region.__init__(tmp_path / "other")  # type: ignore[misc]
+    assert (region.path, len(region), view) == (str(tmp_path / "other"), 0, OLD)
+    del view
+    OverflowRegion(tmp_path / "r").close()
+    region.close()
 
 
 # Interrupted between any two instructions
@@ -443,7 +500,7 @@ CALLS: dict[str, Callable[[OverflowRegion, int], Any]] = {
     "free": lambda region, slot: region.free(slot),
     "free_many": lambda region, slot: region.free_many([slot]),
 }
-READS = {"never read": 0, "read once": 1, "kept": 3}
+READS = {"never read": 0, "read": 3}
 
 
 @pytest.mark.parametrize("reads", READS.values(), ids=READS.keys())
@@ -484,6 +541,6 @@ def test_interrupted_anywhere(
         OverflowRegion(tmp_path / "r").close()  # nothing keeps the file locked
         (tmp_path / "r").unlink()
         if not done:
-            assert number > 10
+            assert number >= 5
             return
     pytest.fail("the verb has no end")

@@ -99,15 +99,6 @@ def test_where_the_core_knows_no_slot_none_is_named(new_region: NewRegion) -> No
     assert caught.value.slot is None
 
 
-def test_free_by_handle_returns_0_whatever_the_stamp_says(new_region: NewRegion) -> None:
-    region = new_region()
-    slot = region.write(bytes(100), 0)
-    for _ in range(100):
-        region.read_bytes(slot)
-        region.read(slot)
-    assert lib.ndm_h_free(region.handle, slot) == 0
-
-
 @pytest.mark.parametrize("number", [0, 1, 1 << 32, (1 << 32) - 1, 1 << 63, (1 << 64) - 1])
 def test_a_number_that_is_no_handle_is_refused(number: int) -> None:
     assert outcomes(number) == {lib.NDM_ERR_CLOSED}

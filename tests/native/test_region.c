@@ -9,6 +9,7 @@
 #include <linux/falloc.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdbool.h>
 #include <string.h>
 #include <sys/file.h>
 #include <sys/resource.h>
@@ -207,6 +208,46 @@ static void test_views(void)
     group("views outlast free, growth, close and destroy");
 }
 
+static bool waits(ndm_region *region, int64_t slot)
+{
+    uint64_t size = 77;
+    const char *view = ndm_region_try_read(region, slot, &size);
+    CHECK(view ? size != 77 : size == 77 && ndm_last_error()->status == NDM_ERR_WAIT);
+    ndm_view_release(view);
+    return !view;
+}
+
+/* After a read it is at hand for the rest of the second, which may end in between. */
+static bool waits_after_reading(ndm_region *region, int64_t slot)
+{
+    bool again = true;
+    for (int tries = 0; again && tries < 5; tries++) {
+        ndm_view_release(view_of(region, slot));
+        again = waits(region, slot);
+    }
+    return again;
+}
+
+static void test_reads_that_must_not_wait(void)
+{
+    ndm_region *region = open_new(&small);
+    const int64_t slots[] = {store(region, 0, 1), store(region, 100, 1), store(region, MIB, 2)};
+    CHECK(!waits(region, slots[0]) && !waits(region, slots[1]));
+    CHECK(waits(region, slots[2]) && !waits_after_reading(region, slots[2])); /* nobody has looked where a large one is */
+    CHECK(ndm_region_evict(region, NULL, 0) == NDM_OK);
+    CHECK(waits(region, slots[2]) && !waits_after_reading(region, slots[2]));
+    CHECK(waits(region, slots[1]) && !waits_after_reading(region, slots[1]));
+    CHECK(!waits(region, slots[0]));
+    CHECK(ndm_region_free(region, slots[1]) == NDM_OK);
+    uint64_t size = 77;
+    CHECK(!ndm_region_try_read(region, slots[1], &size) && size == 77);
+    CHECK(ndm_last_error()->status == NDM_ERR_FREED_SLOT);
+    ndm_stats stats;
+    CHECK(ndm_region_stats(region, &stats) == NDM_OK && stats.pinned_bytes == 0);
+    finish(region);
+    group("a read that must not wait says where it would");
+}
+
 static void test_space(void)
 {
     enum { COUNT = 200, SIZE = 20000 };
@@ -284,6 +325,7 @@ static void check_refused(ndm_region *region, int status)
     FAILS(status, ndm_region_write(region, "x", 1, 0));
     FAILS(status, ndm_region_free(region, 0));
     FAILS(status, ndm_region_read(region, 0, &size) ? 0 : ndm_last_error()->status);
+    FAILS(status, ndm_region_try_read(region, 0, &size) ? 0 : ndm_last_error()->status);
     FAILS(status, ndm_region_read_into(region, 0, buffer, sizeof buffer));
     FAILS(status, ndm_region_slot(region, 0, &facts));
     FAILS(status, ndm_region_contains(region, 0));
@@ -652,6 +694,7 @@ int main(void)
     test_first_opens();
     test_values();
     test_views();
+    test_reads_that_must_not_wait();
     test_space();
     test_arguments();
     test_threads();
