@@ -39,6 +39,11 @@
  * 65 us instead of 780. */
 #define UNMAP_FROM PWRITE_FROM
 
+static uint64_t moment(const ndm_i_grains *grains)
+{
+    return ndm_i_seen_moment(atomic_load_explicit(&grains->cache.drops, memory_order_acquire));
+}
+
 static uint64_t min(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 /* The grains that [start, end) touches are [start / GRAIN, end_of(end)). */
@@ -340,12 +345,15 @@ static int put(ndm_i_grains *grains, uint64_t offset, const void *data, uint64_t
 
 int ndm_i_grains_store(ndm_i_grains *grains, uint64_t offset, const void *data, uint64_t size, uint64_t vacant)
 {
-    if (!is_ready(grains, offset, offset + size)) {
-        int status = ndm_i_backing_check_writable(grains->file, offset + size);
-        if (status != NDM_OK)
-            return status;
-    }
-    return put(grains, offset, data, size, vacant);
+    const uint64_t before = size >= FETCH_FROM ? moment(grains) : 0; /* what is dropped meanwhile is not seen */
+    int status = NDM_OK;
+    if (!is_ready(grains, offset, offset + size))
+        status = ndm_i_backing_check_writable(grains->file, offset + size);
+    if (status == NDM_OK)
+        status = put(grains, offset, data, size, vacant);
+    if (status == NDM_OK && size >= FETCH_FROM)
+        ndm_i_seen_note(grains->seen, offset, before);
+    return status;
 }
 
 int ndm_i_grains_move(ndm_i_grains *grains, uint64_t from, uint64_t to, uint64_t size, _Atomic uint64_t *moved)
@@ -391,11 +399,6 @@ static bool is_queued(const ndm_i_grains *grains, uint64_t offset, uint64_t size
     for (uint64_t grain = offset / GRAIN; queued && grain < end_of(offset + size); grain++)
         queued = atomic_load_explicit(&grains->marks[grain], memory_order_relaxed) & NDM_I_QUEUED;
     return queued;
-}
-
-static uint64_t moment(const ndm_i_grains *grains)
-{
-    return ndm_i_seen_moment(atomic_load_explicit(&grains->cache.drops, memory_order_acquire));
 }
 
 bool ndm_i_grains_at_hand(const ndm_i_grains *grains, uint64_t offset, uint64_t size)

@@ -36,7 +36,7 @@ _from_buffer = ffi.from_buffer
 _write = _objects.write
 _read = _objects.read
 _read_bytes = _objects.read_bytes
-_free = lib.ndm_region_free
+_free = _objects.free
 
 _NO_LIMIT = (1 << 63) - 1
 _UNLIMITED = (1 << 64) - 1
@@ -552,15 +552,11 @@ class OverflowRegion:
         InvalidSlotError
             The slot never existed, or has been freed already.
         """
-        slot = index(slot)
-        try:
-            status = _free(self._handle, slot)
-        except OverflowError:
-            status = lib.NDM_ERR_NO_SLOT
+        status = _free(self._holder, slot)
         if status:
-            self._raise(status, slot)
+            self._raise(status, index(slot))
         if self._parts:
-            self._parts.pop(slot, None)
+            self._parts.pop(index(slot), None)
 
     def slot(self, slot: int) -> OverflowSlot:
         """Describe a slot, live or freed.

@@ -243,6 +243,20 @@ static PyObject *read_bytes(PyObject *Py_UNUSED(module), PyObject *const *argume
     Py_RETURN_NONE;
 }
 
+/* free(region, slot) -> status */
+static PyObject *free_value(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
+{
+    ndm_region *region;
+    int64_t slot;
+    int status;
+    if (!has_count(count, 2) || !(region = held_by(arguments[0], true)) || !get_slot(arguments[1], &slot))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = ndm_region_free(region, slot);
+    Py_END_ALLOW_THREADS
+    return PyLong_FromLong(status);
+}
+
 /* read_shared(reader, slot, generation) -> memoryview or None */
 static PyObject *read_shared(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
 {
@@ -399,6 +413,7 @@ static PyMethodDef functions[] = {
     {"write", FAST(write_value), METH_FASTCALL, NULL},
     {"read", FAST(read_value), METH_FASTCALL, NULL},
     {"read_bytes", FAST(read_bytes), METH_FASTCALL, NULL},
+    {"free", FAST(free_value), METH_FASTCALL, NULL},
     {"read_shared", FAST(read_shared), METH_FASTCALL, NULL},
     {"write_many", FAST(write_many), METH_FASTCALL, NULL},
     {"read_many", FAST(read_many), METH_FASTCALL, NULL},
