@@ -142,6 +142,14 @@ int ndm_reader_find(ndm_reader *reader, int64_t slot, int64_t generation, ndm_va
     return status;
 }
 
+/* The value is mapped, and about to be read. */
+static void fetch(const ndm_reader *reader, const ndm_value *value)
+{
+    if (value->size >= FETCH_FROM &&
+        !ndm_i_backing_is_cached(&reader->data, value->offset, value->offset + value->size))
+        ndm_i_mapping_fetch(reader->values->base + value->offset, value->size);
+}
+
 /* A view, with the lock held. */
 static const char *view_of(ndm_reader *reader, const ndm_value *value)
 {
@@ -156,9 +164,7 @@ static const char *view_of(ndm_reader *reader, const ndm_value *value)
         ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
         return NULL;
     }
-    if (value->size >= FETCH_FROM &&
-        !ndm_i_backing_is_cached(&reader->data, value->offset, value->offset + value->size))
-        ndm_i_mapping_fetch((void *)view, value->size);
+    fetch(reader, value);
     return view;
 }
 
@@ -194,15 +200,17 @@ int64_t ndm_reader_copy(ndm_reader *reader, int64_t slot, int64_t generation, vo
     status = ndm_i_fail(NDM_ERR_STALE, "the value keeps changing");
     for (int tries = 0; tries < RETRIES; tries++) {
         int found = ndm_i_reader_look_up(reader, slot, generation, &value);
-        if (found == NDM_OK && value.size > 0)
+        const bool copies = found == NDM_OK && value.size > 0 && value.size <= capacity;
+        if (copies)
             found = ndm_i_reader_reach(reader, &value);
         if (found != NDM_OK) {
             status = found;
             break;
         }
-        const bool fits = value.size <= capacity;
-        if (fits && value.size > 0)
+        if (copies) {
+            fetch(reader, &value);
             copy_racing(buffer, (const char *)reader->values->base + value.offset, value.size);
+        }
         if (ndm_i_reader_is_unchanged(reader, &value)) {
             status = (int64_t)value.size;
             break;

@@ -19,9 +19,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 _read = _objects.read_shared
+_read_bytes = _objects.read_shared_bytes
 
-_COPY_AT_ONCE = 4096
-_LARGE_HINT = 1 << 20
 _UNKNOWN = (1 << 64) - 1
 
 
@@ -189,15 +188,10 @@ class OverflowReader:
     def read_bytes(self, slot: int | SlotRef) -> bytes:
         """Copy a value, never torn. Raises as `read` does."""
         number, generation = self._name(slot)
-        room = _COPY_AT_ONCE
-        if isinstance(slot, SlotRef) and 0 <= slot.size <= _LARGE_HINT:  # a hint: references may be made by hand
-            room = slot.size
-        while True:
-            memory = ffi.new("char[]", room + 1)
-            size = self._check(lib.ndm_reader_copy(self._handle, number, generation, memory, room), number)
-            if size <= room:
-                return ffi.buffer(memory, size)[:]  # type: ignore[no-any-return]
-            room = size
+        data = _read_bytes(self._holder, number, generation)
+        if data is None:
+            self._raise(lib.ndm_last_error().status, number)
+        return data
 
     @contextmanager
     def borrow(self, slot: int | SlotRef) -> Iterator[memoryview]:

@@ -214,33 +214,60 @@ static PyObject *read_value(PyObject *Py_UNUSED(module), PyObject *const *argume
     return view_new(view, size, false);
 }
 
+/* A value that is to be copied: a region's, or a reader's. */
+typedef struct {
+    ndm_region *region;
+    ndm_reader *reader;
+    int64_t slot, generation;
+} source;
+
+static int64_t copy(const source *from, void *buffer, int64_t room)
+{
+    int64_t size;
+    Py_BEGIN_ALLOW_THREADS
+    size = from->region ? ndm_region_read_into(from->region, from->slot, buffer, (uint64_t)room)
+                        : ndm_reader_copy(from->reader, from->slot, from->generation, buffer, (uint64_t)room);
+    Py_END_ALLOW_THREADS
+    return size;
+}
+
+static PyObject *bytes_of(const source *from)
+{
+    char small[512];
+    int64_t size = copy(from, small, sizeof small), room = sizeof small;
+    PyObject *bytes = NULL;
+    while (size > room) { /* again where a larger value has come meanwhile */
+        Py_XDECREF(bytes);
+        if (!(bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size)))
+            return NULL;
+        room = size;
+        size = copy(from, PyBytes_AsString(bytes), room);
+    }
+    if (bytes && size == room)
+        return bytes;
+    const char *copied = bytes ? PyBytes_AsString(bytes) : small;
+    PyObject *result = size < 0 ? Py_NewRef(Py_None) : PyBytes_FromStringAndSize(copied, (Py_ssize_t)size);
+    Py_XDECREF(bytes);
+    return result;
+}
+
 /* read_bytes(region, slot) -> bytes or None */
 static PyObject *read_bytes(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
 {
-    char small[512];
-    ndm_region *region;
-    int64_t slot, size;
-    if (!has_count(count, 2) || !(region = held_by(arguments[0], true)) || !get_slot(arguments[1], &slot))
+    source from = {.generation = -1};
+    if (!has_count(count, 2) || !(from.region = held_by(arguments[0], true)) || !get_slot(arguments[1], &from.slot))
         return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    size = ndm_region_read_into(region, slot, small, sizeof small);
-    Py_END_ALLOW_THREADS
-    if (size >= 0 && size <= (int64_t)sizeof small)
-        return PyBytes_FromStringAndSize(small, (Py_ssize_t)size);
-    PyObject *bytes = NULL;
-    for (int64_t room = -1; size >= 0 && size != room;) { /* again where it was replaced meanwhile */
-        room = size;
-        Py_XDECREF(bytes);
-        if (!(bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)room)))
-            return NULL;
-        Py_BEGIN_ALLOW_THREADS
-        size = ndm_region_read_into(region, slot, PyBytes_AsString(bytes), (uint64_t)room);
-        Py_END_ALLOW_THREADS
-    }
-    if (size >= 0)
-        return bytes;
-    Py_XDECREF(bytes);
-    Py_RETURN_NONE;
+    return bytes_of(&from);
+}
+
+/* read_shared_bytes(reader, slot, generation) -> bytes or None */
+static PyObject *read_shared_bytes(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
+{
+    source from = {0};
+    if (!has_count(count, 3) || !(from.reader = held_by(arguments[0], false)) || !get_slot(arguments[1], &from.slot) ||
+        !get_slot(arguments[2], &from.generation))
+        return NULL;
+    return bytes_of(&from);
 }
 
 /* free(region, slot) -> status */
@@ -415,6 +442,7 @@ static PyMethodDef functions[] = {
     {"read_bytes", FAST(read_bytes), METH_FASTCALL, NULL},
     {"free", FAST(free_value), METH_FASTCALL, NULL},
     {"read_shared", FAST(read_shared), METH_FASTCALL, NULL},
+    {"read_shared_bytes", FAST(read_shared_bytes), METH_FASTCALL, NULL},
     {"write_many", FAST(write_many), METH_FASTCALL, NULL},
     {"read_many", FAST(read_many), METH_FASTCALL, NULL},
     {NULL, NULL, 0, NULL},
