@@ -14,8 +14,8 @@ SECONDS ?= 60
 
 CSOURCES := $(sort $(wildcard csrc/*.c))
 CHEADERS := $(wildcard csrc/*.h)
-BINDING  := csrc/python/objects.c
-BUILT_FROM := $(CSOURCES) $(CHEADERS) $(BINDING) $(wildcard native/*) setup.py pyproject.toml nodedb_mem/_build.py
+BINDING  := $(sort $(wildcard csrc/python/*.c))
+BUILT_FROM := $(CSOURCES) $(CHEADERS) $(BINDING) $(wildcard csrc/python/*.h native/*) setup.py pyproject.toml nodedb_mem/_build.py
 
 CWARN    := -std=c11 -pthread -Wall -Wextra -Wshadow -Werror
 SANITIZE := address,undefined

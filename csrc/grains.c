@@ -345,7 +345,7 @@ static int put(ndm_i_grains *grains, uint64_t offset, const void *data, uint64_t
 
 int ndm_i_grains_store(ndm_i_grains *grains, uint64_t offset, const void *data, uint64_t size, uint64_t vacant)
 {
-    const uint64_t before = size >= FETCH_FROM ? moment(grains) : 0; /* what is dropped meanwhile is not seen */
+    const uint64_t before = size >= FETCH_FROM ? moment(grains) : 0; /* as in ndm_i_grains_fetch() */
     int status = NDM_OK;
     if (!is_ready(grains, offset, offset + size))
         status = ndm_i_backing_check_writable(grains->file, offset + size);
@@ -413,10 +413,11 @@ void ndm_i_grains_fetch(ndm_i_grains *grains, uint64_t offset, uint64_t size)
     if (ndm_i_grains_at_hand(grains, offset, size))
         return;
     if (is_suspect(grains, offset, size)) {
+        const uint64_t before = moment(grains); /* what is dropped meanwhile is not seen */
         /* For pages that are there, madvise would look at each: 15 us for 1 MiB, against 0.3 for the count. */
         if (!ndm_i_backing_is_cached(grains->file, offset, offset + size))
             ndm_i_mapping_fetch(grains->file->mapping->base + offset, size);
-        ndm_i_seen_note(grains->seen, offset, moment(grains));
+        ndm_i_seen_note(grains->seen, offset, before);
     }
     if (grains->cache.limit == NDM_I_UNLIMITED)
         return;

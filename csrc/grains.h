@@ -58,7 +58,7 @@ typedef struct {
 typedef struct {
     ndm_i_backing *file;
     _Atomic uint8_t *states; /* of each grain of the capacity; written under the cache's lock */
-    _Atomic uint8_t *marks;  /* NDM_I_QUEUED, NDM_I_RECENT */
+    _Atomic uint8_t *marks;  /* NDM_I_QUEUED, ... */
     uint64_t room;           /* grains that `states` and `marks` have room for */
     uint64_t allocated;      /* EMPTY grains below have their blocks */
     uint64_t pwrite_from;    /* cold values from this size on go by pwrite */

@@ -7,8 +7,8 @@
  *
  *  - One owner. Every ndm_region_* function may be called only by the thread that opened the region, in the
  *    process that opened it; elsewhere it returns NDM_ERR_WRONG_THREAD and changes nothing. A forked child is
- *    not the owner. The exceptions, which any thread may call, are ndm_view_release(), ndm_region_unpin() and
- *    ndm_region_destroy().
+ *    not the owner. The exceptions, which any thread may call, are ndm_view_release(), ndm_view_try_release(),
+ *    ndm_region_unpin() and ndm_region_destroy().
  *  - A view (ndm_region_read) pins its slot: the bytes stay where they are, unchanged, until every view of them is
  *    released, even after the slot is freed or the region is closed. A view that is never released leaks its
  *    extent and keeps the mapping, and so the file's lock, until the process ends.
@@ -68,7 +68,7 @@ enum ndm_status {
     NDM_ERR_MEMORY = -9,       /* malloc failed */
     NDM_ERR_STALE = -10,       /* reader: the value is gone, or another has its slot, or the region was opened anew */
     NDM_ERR_UNCOMMITTED = -11, /* reader: the slot is allocated, and not committed yet */
-    NDM_ERR_WAIT = -12,        /* ndm_region_try_read(): not without waiting for the disk */
+    NDM_ERR_WAIT = -12,        /* ..._try_...(): not at once; nothing was done */
     NDM_ERR_VERSION = -20      /* ndm_check_abi(): the library is not the one that the caller was compiled for */
 };
 
@@ -175,8 +175,9 @@ int ndm_region_free_many(ndm_region *region, const int64_t *slots, uint64_t coun
 /* A read-only view of a slot's bytes, and its size. Each view must be given to ndm_view_release() once. */
 const char *ndm_region_read(ndm_region *region, int64_t slot, uint64_t *size);
 
-/* The same, but for callers that must not wait for the disk: NULL with NDM_ERR_WAIT where ndm_region_read() might. */
-const char *ndm_region_try_read(ndm_region *region, int64_t slot, uint64_t *size);
+/* The same, but for callers that must not wait for the disk: NDM_ERR_WAIT where ndm_region_read() might, which is no
+ * failure and leaves ndm_last_error() as it is. */
+int ndm_region_try_read(ndm_region *region, int64_t slot, const char **view, uint64_t *size);
 
 /* A private view that may be written to: copy-on-write, so that the stored bytes never change and untouched pages cost
  * no RAM of their own. It pins the slot like a read-only one. */
@@ -185,6 +186,10 @@ char *ndm_region_restore(ndm_region *region, int64_t slot, uint64_t *size);
 /* End a view. Any thread, at any time, also after ndm_region_destroy(). Does nothing in a forked child, and
  * for NULL. */
 void ndm_view_release(const char *view);
+
+/* The same, but NDM_ERR_WAIT, with the view as it was, where that would unmap memory: of a large value under a cache
+ * limit, of a restored one, or of a closed region. ndm_last_error() stays as it is. */
+int ndm_view_try_release(const char *view);
 
 /* Copy a slot's bytes to `buffer` and return their number. If that is more than `capacity`, copy nothing: the
  * number tells what is needed. */

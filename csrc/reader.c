@@ -201,7 +201,7 @@ int64_t ndm_reader_copy(ndm_reader *reader, int64_t slot, int64_t generation, vo
     for (int tries = 0; tries < RETRIES; tries++) {
         int found = ndm_i_reader_look_up(reader, slot, generation, &value);
         const bool copies = found == NDM_OK && value.size > 0 && value.size <= capacity;
-        if (copies)
+        if (copies || (found == NDM_OK && value.size >= FETCH_FROM)) /* a torn table may tell any size */
             found = ndm_i_reader_reach(reader, &value);
         if (found != NDM_OK) {
             status = found;

@@ -3,9 +3,8 @@
 
 #include <time.h>
 
-/* Ranges of 64 KiB and more, which are asked about each time, start in different 64 KiB: within 1 GiB none shares an
- * entry with another. */
-static uint64_t index_of(uint64_t offset) { return offset >> 16 & (NDM_I_SEEN_ENTRIES - 1); }
+/* Neighbours, small or of whole 64 KiB, have entries of their own. */
+static uint64_t index_of(uint64_t offset) { return (offset >> 16 ^ offset >> 6) & (NDM_I_SEEN_ENTRIES - 1); }
 
 uint64_t ndm_i_seen_moment(uint64_t drops)
 {

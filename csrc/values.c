@@ -306,22 +306,23 @@ const char *ndm_region_read(ndm_region *region, int64_t slot, uint64_t *size)
     return view;
 }
 
-const char *ndm_region_try_read(ndm_region *region, int64_t slot, uint64_t *size)
+int ndm_region_try_read(ndm_region *region, int64_t slot, const char **view, uint64_t *size)
 {
-    if (ndm_i_enter_to_look(region) != NDM_OK)
-        return NULL;
+    int status = ndm_i_enter_to_look(region);
+    if (status != NDM_OK)
+        return status;
     const ndm_i_record *record = ndm_i_live_record(region, slot);
     if (!record)
-        return NULL;
+        return ndm_last_error()->status;
     if (atomic_load_explicit(&region->grains.cache.error, memory_order_relaxed) ||
-        !ndm_i_grains_at_hand(&region->grains, ndm_i_record_offset(record), ndm_i_record_size(record))) {
-        ndm_i_fail(NDM_ERR_WAIT, "the disk may have to be waited for");
-        return NULL;
-    }
-    const char *view = add_view(region, record);
-    if (view)
-        *size = ndm_i_record_size(record);
-    return view;
+        !ndm_i_grains_at_hand(&region->grains, ndm_i_record_offset(record), ndm_i_record_size(record)))
+        return NDM_ERR_WAIT;
+    const char *added = add_view(region, record);
+    if (!added)
+        return ndm_last_error()->status;
+    *view = added;
+    *size = ndm_i_record_size(record);
+    return NDM_OK;
 }
 
 char *ndm_region_restore(ndm_region *region, int64_t slot, uint64_t *size)
@@ -355,7 +356,12 @@ char *ndm_region_restore(ndm_region *region, int64_t slot, uint64_t *size)
 void ndm_view_release(const char *view)
 {
     if (view && view != nothing)
-        ndm_i_views_drop(view);
+        ndm_i_views_drop(view, true);
+}
+
+int ndm_view_try_release(const char *view)
+{
+    return !view || view == nothing || ndm_i_views_drop(view, false) ? NDM_OK : NDM_ERR_WAIT;
 }
 
 int64_t ndm_region_read_into(ndm_region *region, int64_t slot, void *buffer, uint64_t capacity)

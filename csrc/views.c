@@ -196,19 +196,28 @@ bool ndm_i_views_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, 
     return added;
 }
 
-void ndm_i_views_drop(const void *address)
+/* Is the view the last of what keeps its pages, its mapping or its file? With the lock held. */
+static bool unmaps(const struct ndm_i_entry *view)
+{
+    const struct ndm_i_entry *pin = view->pin;
+    return view->count == 1 && (view->forget > 0 || atomic_load(&view->mapping->users) == 1 ||
+                                (pin->count == 1 && atomic_load(&pin->home->users) == 1));
+}
+
+bool ndm_i_views_drop(const void *address, bool may_unmap)
 {
     struct table *table = atomic_load(&current);
     if (!table || !ndm_i_is_process(table->process))
-        return;
+        return true;
     ndm_i_home *home = NULL;
 
     pthread_mutex_lock(&table->lock);
     struct ndm_i_entry **link = find(table, address, NDM_I_VIEW);
     struct ndm_i_entry *view = *link;
-    if (!view || --view->count > 0) { /* none: a view of before a fork, in the child */
+    const bool refused = view && !may_unmap && unmaps(view);
+    if (!view || refused || --view->count > 0) { /* none: a view of before a fork, in the child */
         pthread_mutex_unlock(&table->lock);
-        return;
+        return !refused;
     }
     *link = view->next;
     table->entry_count--;
@@ -236,6 +245,7 @@ void ndm_i_views_drop(const void *address)
     ndm_i_mapping_unref(mapping);
     if (home)
         ndm_i_home_leave(home);
+    return true;
 }
 
 /* The pin of an extent, NULL if it has none; with the lock held. */

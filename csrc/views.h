@@ -37,8 +37,8 @@ void ndm_i_home_leave(ndm_i_home *home);
 bool ndm_i_views_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, const void *address, uint64_t forget,
                      bool writable);
 
-/* End one view. Any thread. */
-void ndm_i_views_drop(const void *address);
+/* End one view. Any thread. false, and nothing is done, if that would unmap memory and `may_unmap` is not set. */
+bool ndm_i_views_drop(const void *address, bool may_unmap);
 
 /* Has the extent a live view? Owner only; the answer "no" stays true until the owner adds one. */
 bool ndm_i_views_pinned(ndm_i_home *home, uint32_t extent);

@@ -163,7 +163,7 @@ def _extension() -> dict[str, Any]:
     """How an extension module is compiled, whichever; setup.py links both with what `make_core` made."""
     limited = uses_limited_api()
     return {
-        "depends": sorted(path.as_posix() for path in _CSRC.glob("*.h")),
+        "depends": sorted(path.as_posix() for path in _CSRC.rglob("*.h")),
         "include_dirs": [_CSRC.as_posix()],
         "define_macros": [("Py_LIMITED_API", _ABI3_HEX)] if limited else [],
         "extra_compile_args": _compile_arguments(),
@@ -185,4 +185,6 @@ def make_ffi() -> FFI:
 
 def make_objects() -> Extension:
     """Return ``nodedb_mem._objects``: the Python objects that stand for the core's memory."""
-    return Extension("nodedb_mem._objects", [(_CSRC / "python" / "objects.c").as_posix()], **_extension())
+    return Extension(
+        "nodedb_mem._objects", sorted(path.as_posix() for path in _CSRC.glob("python/*.c")), **_extension()
+    )

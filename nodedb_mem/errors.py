@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nodedb_mem._core import ffi, lib
 
@@ -206,19 +206,22 @@ def _is_open_as(descriptor: Path, wanted: os.stat_result) -> bool:
         return False
 
 
-def raise_status(
+def error_of(
     status: int,
+    error: Any = None,
     *,
     path: str | None = None,
     slot: int | None = None,
     beside: tuple[str, str] | None = None,
-) -> NoReturn:
-    """Raise the exception that `status` stands for.
+) -> Exception:
+    """Return the exception that `status` stands for.
 
     Parameters
     ----------
     status
         A negative `ndm_status`, just returned by the C core to this thread.
+    error
+        Its `ndm_error`; None for what the core tells last.
     path
         The file concerned, for the message.
     slot
@@ -226,38 +229,43 @@ def raise_status(
     beside
         Paths of the region's slot table and leases, for the message where they are at fault; None where they have none.
     """
-    error = lib.ndm_last_error()
+    error = error or lib.ndm_last_error()
     if slot is None and error.slot_known:
         slot = error.slot
     file = path if error.file == lib.NDM_FILE_DATA or beside is None else beside[error.file - 1]
     message = ffi.string(error.message).decode() if error.message else ""
     match status:
         case lib.NDM_ERR_ARGUMENT:
-            raise ValueError(message)
+            return ValueError(message)
         case lib.NDM_ERR_NO_SLOT:
-            raise InvalidSlotError(slot, "never existed")
+            return InvalidSlotError(slot, "never existed")
         case lib.NDM_ERR_FREED_SLOT:
-            raise InvalidSlotError(slot, "has been freed")
+            return InvalidSlotError(slot, "has been freed")
         case lib.NDM_ERR_UNCOMMITTED:
-            raise InvalidSlotError(slot, "is not committed yet")
+            return InvalidSlotError(slot, "is not committed yet")
         case lib.NDM_ERR_CAPACITY:
-            raise CapacityExceededError(error.required, error.limit)
+            return CapacityExceededError(error.required, error.limit)
         case lib.NDM_ERR_WRONG_THREAD:
-            raise WrongThreadError(message)
+            return WrongThreadError(message)
         case lib.NDM_ERR_CLOSED:
-            raise RegionClosedError(message)
+            return RegionClosedError(message)
         case lib.NDM_ERR_BUSY:
             writers, readers = users_of(file) if file else ((), ())
             if beside is not None:  # a closed reader whose views live has the slot table open, no more
                 readers = tuple(sorted({*readers, *users_of(beside[0])[1]} - {*writers}))
-            raise RegionBusyError(file or "", writers, readers)
+            return RegionBusyError(file or "", writers, readers)
         case lib.NDM_ERR_IO:
             code = error.os_errno
-            raise RegionIOError(code, f"{message}: {os.strerror(code)}", file)
+            return RegionIOError(code, f"{message}: {os.strerror(code)}", file)
         case lib.NDM_ERR_STALE:
             where = f"{path}: " if path else ""
-            raise StaleSlotError(f"{where}{message}" + ("" if slot is None else f" (slot {slot})"))
+            return StaleSlotError(f"{where}{message}" + ("" if slot is None else f" (slot {slot})"))
         case lib.NDM_ERR_MEMORY:
-            raise MemoryError(message)
+            return MemoryError(message)
         case _:
-            raise SystemError(f"nodedb_mem: unknown status {status}")
+            return SystemError(f"nodedb_mem: unknown status {status}")
+
+
+def raise_status(status: int) -> NoReturn:
+    """Raise what a native call on this thread has just returned."""
+    raise error_of(status)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import weakref
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import index
@@ -11,8 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
 from nodedb_mem import _objects
 from nodedb_mem._core import ffi, lib
+from nodedb_mem._objects import CoreError
 from nodedb_mem.engine import KNOWN_ENGINES
-from nodedb_mem.errors import InvalidSlotError, RegionClosedError, StaleSlotError, WrongThreadError, raise_status
+from nodedb_mem.errors import InvalidSlotError, RegionClosedError, StaleSlotError, WrongThreadError, error_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -95,15 +95,15 @@ class Lease:
     `view` is the value, zero-copy and read-only. Works as a context manager.
     """
 
-    __slots__ = ("_end", "view")
+    __slots__ = ("_memory", "view")
 
-    def __init__(self, view: memoryview, end: weakref.finalize[..., Any]) -> None:
+    def __init__(self, view: memoryview) -> None:
         self.view = view
-        self._end = end
+        self._memory = view.obj  # its end is the lease's
 
     def release(self) -> None:
         """End the lease; ending it again does nothing. The view may be overwritten from now on."""
-        self._end()
+        _objects.end_lease(self._memory)
 
     def __enter__(self) -> memoryview:
         """Give the view."""
@@ -144,6 +144,8 @@ class OverflowReader:
     __slots__ = ("__weakref__", "_beside", "_handle", "_holder", "_incarnation", "_path")
 
     def __init__(self, source: str | os.PathLike[str] | SlotRef) -> None:
+        if hasattr(self, "_holder"):
+            raise RuntimeError("the reader is open already: make another")
         if isinstance(source, SlotRef):
             paths = source.path, source.slots_path, source.leases_path
         else:
@@ -154,13 +156,14 @@ class OverflowReader:
         names = [os.fsencode(path) for path in paths]
         if any(b"\0" in name for name in names):
             raise ValueError("embedded null byte in the path")
-        handle = lib.ndm_reader_open(*names)
-        if not handle:
-            self._raise(lib.ndm_last_error().status)
+        try:
+            holder = _objects.open_reader(*names)
+        except CoreError as caught:
+            raise self._error(caught) from None
         # The holder owns the reader, and each use of the handle keeps the holder.
-        self._holder = _objects.hold_reader(address_of(handle))
-        self._handle = ffi.from_buffer("ndm_reader *", self._holder)
+        self._handle = ffi.from_buffer("ndm_reader *", holder)
         self._incarnation = self.stats().incarnation
+        self._holder = holder
         if isinstance(source, SlotRef):
             self._check_ref(source)
 
@@ -180,18 +183,18 @@ class OverflowReader:
             A reference's value is gone or not committed yet, or the region has been opened anew.
         """
         number, generation = self._name(slot)
-        view = _read(self._holder, number, generation)
-        if view is None:
-            self._raise(lib.ndm_last_error().status, number)
-        return view
+        try:
+            return _read(self._holder, number, generation)
+        except CoreError as caught:
+            raise self._error(caught, number) from None
 
     def read_bytes(self, slot: int | SlotRef) -> bytes:
         """Copy a value, never torn. Raises as `read` does."""
         number, generation = self._name(slot)
-        data = _read_bytes(self._holder, number, generation)
-        if data is None:
-            self._raise(lib.ndm_last_error().status, number)
-        return data
+        try:
+            return _read_bytes(self._holder, number, generation)
+        except CoreError as caught:
+            raise self._error(caught, number) from None
 
     @contextmanager
     def borrow(self, slot: int | SlotRef) -> Iterator[memoryview]:
@@ -229,13 +232,10 @@ class OverflowReader:
             As `read`.
         """
         number, generation = self._name(slot)
-        view, value = ffi.new("const char **"), _new_value()
-        lease = self._check(lib.ndm_reader_lease(self._handle, number, generation, view, value), number)
-        # Every view that is made from this one keeps this object, and so the lease.
-        memory = _objects.view(address_of(view[0]), value.size, False)
-        end = weakref.finalize(memory.obj, lib.ndm_reader_release, self._handle, lease)
-        end.atexit = False
-        return Lease(memory, end)
+        try:
+            return Lease(_objects.lease(self._holder, number, generation))
+        except CoreError as caught:
+            raise self._error(caught, number) from None
 
     def is_current(self, ref: SlotRef) -> bool:
         """Tell whether a reference's value is still there."""
@@ -338,11 +338,12 @@ class OverflowReader:
 
     def _view(self, slot: int | SlotRef) -> tuple[memoryview, Any]:
         number, generation = self._name(slot)
-        value = _new_value()
-        view = lib.ndm_reader_read(self._handle, number, generation, value)
-        if not view:
-            self._raise(lib.ndm_last_error().status, number)
-        return _objects.view(address_of(view), value.size, False), value
+        try:
+            view, value = _objects.borrow(self._holder, number, generation)
+        except CoreError as caught:
+            raise self._error(caught, number) from None
+        else:
+            return view, ffi.from_buffer("ndm_value *", value)
 
     def _check(self, status: int, slot: int | None = None) -> int:
         if status < 0:
@@ -350,17 +351,20 @@ class OverflowReader:
         return status
 
     def _raise(self, status: int, slot: int | None = None) -> NoReturn:
+        raise self._error_of(status, slot)
+
+    def _error(self, refusal: CoreError, slot: int | None = None) -> Exception:
+        """What the refusal of a native verb means."""
+        error = ffi.from_buffer("ndm_error *", refusal.args[0])
+        return self._error_of(error.status, slot, error)
+
+    def _error_of(self, status: int, slot: int | None, error: Any = None) -> Exception:
         if status == lib.NDM_ERR_CLOSED:
-            raise RegionClosedError(f"{self._path}: the reader is closed")
+            return RegionClosedError(f"{self._path}: the reader is closed")
         if status == lib.NDM_ERR_WRONG_THREAD:
-            raise WrongThreadError(f"{self._path}: the reader belongs to the process that opened it")
-        raise_status(status, path=self._path, slot=slot, beside=self._beside)
+            return WrongThreadError(f"{self._path}: the reader belongs to the process that opened it")
+        return error_of(status, error, path=self._path, slot=slot, beside=self._beside)
 
 
 def _new_value() -> Any:
     return ffi.new("ndm_value *")
-
-
-def address_of(pointer: Any) -> int:
-    """Return where a cffi pointer points to."""
-    return int(ffi.cast("uintptr_t", pointer))

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from nodedb_mem import _objects
 from nodedb_mem._core import ffi, lib
+from nodedb_mem._objects import CoreError
 from nodedb_mem.engine import KNOWN_ENGINES, EngineId
-from nodedb_mem.errors import InvalidSlotError, RepeatedSlotError, raise_status
+from nodedb_mem.errors import InvalidSlotError, RepeatedSlotError, error_of
 from nodedb_mem.figures import Compaction, EngineUsage, OverflowSlot, RegionStats
 from nodedb_mem.parts import SlotParts
-from nodedb_mem.reader import SlotRef, address_of
+from nodedb_mem.reader import SlotRef
 from nodedb_mem.tuning import (
     DEFAULT_ALIGNMENT,
     DEFAULT_CACHE_LIMIT,
@@ -117,46 +118,45 @@ class OverflowRegion:
         cache_limit: int | None = DEFAULT_CACHE_LIMIT,
         recover: bool = False,
     ) -> None:
-        name = os.fsencode(path)
-        self._path: str | None = os.fsdecode(name)
+        name = os.fsdecode(path)
         # A later chdir() must not lead share() elsewhere.
-        self._absolute = os.path.join(os.getcwd(), self._path) if self._path else ""
-        self._open(
-            lib.ndm_region_open,
-            os.fsencode(self._absolute),
-            initial_capacity,
-            max_capacity,
-            alignment,
-            cache_limit,
-            recover,
-        )
+        absolute = os.path.join(os.getcwd(), name) if name else ""
+        self._open(name, absolute, initial_capacity, max_capacity, alignment, cache_limit, recover=recover)
 
     def _open(
         self,
-        function: Any,
-        name: bytes,
+        path: str | None,
+        where: str,
         initial: int,
         maximum: int,
         alignment: int,
         cache_limit: int | None,
+        *,
         recover: bool = False,
     ) -> None:
+        """Open the file at `where`; or an unnamed one in that folder, where `path` is None."""
+        if hasattr(self, "_holder"):
+            raise RuntimeError("the region is open already: make another")
+        name = os.fsencode(where)
         if b"\0" in name:
             raise ValueError("embedded null byte in the path")
-        self._where = self._path or os.fsdecode(name)
         sizes = [index(initial), index(maximum), index(alignment)]
         if not all(0 <= size < 1 << 63 for size in sizes):
             raise ValueError("capacities and alignment must be positive and below 2**63")
         limit = _UNLIMITED if cache_limit is None else index(cache_limit)
         if limit < 0:
             raise ValueError("cache_limit must not be negative")
-        sizes += [min(limit, _UNLIMITED), bool(recover)]
-        handle = function(name, ffi.new("ndm_options *", sizes))
-        if not handle:
-            self._raise(lib.ndm_last_error().status)
+        self._path = path
+        self._absolute = where
+        self._where = where if path is None else path
+        self._engines: dict[int, int] = KNOWN_ENGINES
+        self._parts: dict[int, SlotParts] = {}
+        try:
+            holder = _objects.open_region(name, path is None, *sizes, min(limit, _UNLIMITED), bool(recover))
+        except CoreError as caught:
+            raise self._error(caught) from None
         # The holder owns the region, and each use of the handle keeps the holder.
-        self._holder = _objects.hold_region(address_of(handle))
-        self._handle = _from_buffer("ndm_region *", self._holder)
+        self._handle = _from_buffer("ndm_region *", holder)
         if lib.ndm_region_in_memory(self._handle):
             message = f"{self._where} is on tmpfs: what is spilled there stays in RAM"
             try:
@@ -164,13 +164,12 @@ class OverflowRegion:
             except ResourceWarning:  # a filter has made it an error
                 lib.ndm_region_close(self._handle)
                 raise
-        self._engines: dict[int, int] = KNOWN_ENGINES
-        self._parts: dict[int, SlotParts] = {}
         self._alignment = sizes[2]
         if recover:  # that of the file holds
             figures = ffi.new("ndm_stats *")
             self._check(lib.ndm_region_stats(self._handle, figures))
             self._alignment = figures.alignment
+        self._holder = holder
 
     @classmethod
     def open(
@@ -229,9 +228,8 @@ class OverflowRegion:
             As for the class.
         """
         region = cls.__new__(cls)
-        region._path = None
-        name = os.fsencode(tempfile.gettempdir() if directory is None else directory)
-        region._open(lib.ndm_region_open_temporary, name, initial_capacity, max_capacity, alignment, cache_limit)
+        folder = os.fsdecode(tempfile.gettempdir() if directory is None else directory)
+        region._open(None, folder, initial_capacity, max_capacity, alignment, cache_limit)
         return region
 
     # -- values ---------------------------------------------------------------------------------------------------
@@ -265,12 +263,11 @@ class OverflowRegion:
         if engine.__class__ is not EngineId:
             self._learn_engine(engine)
         try:
-            slot = _write(self._holder, data, engine)
+            return _write(self._holder, data, engine)
+        except CoreError as caught:
+            raise self._error(caught) from None
         except ValueError as error:
             _raise_not_contiguous(error)
-        if slot < 0:
-            self._raise(slot)
-        return slot
 
     def write_vectored(self, buffers: Iterable[Buffer], engine: int, *, aligned: bool = False) -> int:
         """Gather several buffers into one slot, with one copy each.
@@ -299,13 +296,18 @@ class OverflowRegion:
         """
         if engine.__class__ is not EngineId:
             self._learn_engine(engine)
-        sources = _exported_all(buffers)
-        sizes = tuple(map(len, sources))
-        slot: int = lib.ndm_region_write_vectored(self._handle, sources, sizes, len(sizes), aligned, engine)
-        del sources
-        if slot < 0:
-            self._raise(slot)
-        self._parts[slot] = SlotParts.layout(sizes, self._alignment if aligned else 1)
+        try:
+            written = _objects.write_vectored(self._holder, buffers, engine, aligned)
+        except CoreError as caught:
+            raise self._error(caught) from None
+        except ValueError as error:
+            _raise_not_contiguous(error)
+        slot = written[0]
+        try:
+            self._parts[slot] = SlotParts.layout(written[1], self._alignment if aligned else 1)
+        except BaseException:
+            _free(self._holder, slot)
+            raise
         return slot
 
     def parts(self, slot: int) -> SlotParts:
@@ -348,16 +350,12 @@ class OverflowRegion:
             self._learn_engine(engine)
         if lengths is not None:
             return self._write_packed(buffers, lengths, engine)  # type: ignore[arg-type]
-        values: list[Any] = list(buffers)  # type: ignore[arg-type]
-        if not values:
-            raise ValueError("no buffers given")
         try:
-            slots = _objects.write_many(self._holder, values, engine)
+            return _objects.write_many(self._holder, buffers, engine)
+        except CoreError as caught:
+            raise self._error(caught) from None
         except ValueError as error:
             _raise_not_contiguous(error)
-        if isinstance(slots, int):
-            self._raise(slots)
-        return slots
 
     def _write_packed(self, data: Buffer, lengths: Buffer, engine: int) -> memoryview:
         sizes = _int64_array(lengths)
@@ -402,11 +400,10 @@ class OverflowRegion:
         length = index(size)
         if not 0 <= length < 1 << 63:
             raise ValueError("size must not be negative, and below 2**63")
-        view = ffi.new("char **")
-        slot: int = lib.ndm_region_allocate(self._handle, length, engine, view)
-        if slot < 0:
-            self._raise(slot)
-        return slot, _objects.view(address_of(view[0]), length, True)
+        try:
+            return _objects.allocate(self._holder, length, engine)
+        except CoreError as caught:
+            raise self._error(caught) from None
 
     def commit(self, slot: int) -> None:
         """Declare the value of an allocated slot complete. Its views stay writable, but should be left alone now."""
@@ -428,21 +425,17 @@ class OverflowRegion:
         RegionIOError
             The system has no room for one more mapping (ENOMEM).
         """
-        size = ffi.new("uint64_t *")
         try:
-            view = lib.ndm_region_restore(self._handle, index(slot), size)
-        except OverflowError:
-            self._raise(lib.NDM_ERR_NO_SLOT, slot)
-        if not view:
-            self._raise(lib.ndm_last_error().status, slot)
-        return _objects.view(address_of(view), size[0], True)
+            return _objects.restore(self._holder, slot)
+        except CoreError as caught:
+            raise self._error(caught, slot) from None
 
     def read_many(self, slots: Slots) -> list[memoryview]:
         """View many values, as `read` does, in one call; all or none. `slots` may be a buffer of int64."""
-        views = _objects.read_many(self._holder, ffi.buffer(_slot_array(slots)))
-        if views is None:
-            self._raise(lib.ndm_last_error().status)
-        return views
+        try:
+            return _objects.read_many(self._holder, ffi.buffer(_slot_array(slots)))
+        except CoreError as caught:
+            raise self._error(caught) from None
 
     def read_many_into(self, slots: Slots, buffer: Buffer) -> memoryview:
         """Copy many values to a writable buffer, one after the other.
@@ -503,17 +496,17 @@ class OverflowRegion:
         InvalidSlotError
             The slot never existed, or has been freed.
         """
-        view = _read(self._holder, slot)
-        if view is None:
-            self._raise(lib.ndm_last_error().status, index(slot))
-        return view
+        try:
+            return _read(self._holder, slot)
+        except CoreError as caught:
+            raise self._error(caught, slot) from None
 
     def read_bytes(self, slot: int) -> bytes:
         """Copy a value out. Raises `InvalidSlotError` as `read` does."""
-        data = _read_bytes(self._holder, slot)
-        if data is None:
-            self._raise(lib.ndm_last_error().status, index(slot))
-        return data
+        try:
+            return _read_bytes(self._holder, slot)
+        except CoreError as caught:
+            raise self._error(caught, slot) from None
 
     def read_into(self, slot: int, buffer: Buffer) -> int:
         """Copy a value to the start of a writable, C-contiguous buffer.
@@ -552,11 +545,16 @@ class OverflowRegion:
         InvalidSlotError
             The slot never existed, or has been freed already.
         """
-        status = _free(self._holder, slot)
-        if status:
-            self._raise(status, index(slot))
-        if self._parts:
-            self._parts.pop(index(slot), None)
+        if slot.__class__ is not int:
+            slot = index(slot)
+        try:
+            _free(self._holder, slot)
+        except CoreError as caught:
+            raise self._error(caught, slot) from None
+        else:
+            if self._parts:
+                self._parts.pop(slot, None)
+            return
 
     def slot(self, slot: int) -> OverflowSlot:
         """Describe a slot, live or freed.
@@ -814,8 +812,18 @@ class OverflowRegion:
         return status
 
     def _raise(self, status: int, slot: int | None = None) -> NoReturn:
-        beside = None if self._path is None else (self._where + ".slots", self._where + ".leases")
-        raise_status(status, path=self._where, slot=slot, beside=beside)
+        raise error_of(status, path=self._where, slot=slot, beside=self._beside)
+
+    def _error(self, refusal: CoreError, slot: int | None = None) -> Exception:
+        """What the refusal of a native verb means."""
+        error = _from_buffer("ndm_error *", refusal.args[0])
+        number = None if slot is None else index(slot)
+        return error_of(error.status, error, path=self._where, slot=number, beside=self._beside)
+
+    @property
+    def _beside(self) -> tuple[str, str] | None:
+        """The region's other files."""
+        return None if self._path is None else (self._where + ".slots", self._where + ".leases")
 
 
 def _outside_stacklevel() -> int:
@@ -838,13 +846,6 @@ def _exported(data: Buffer, *, require_writable: bool = False) -> Any:
         return _from_buffer(data, require_writable=require_writable)
     except ValueError as error:
         _raise_not_contiguous(error)
-
-
-def _exported_all(buffers: Iterable[Buffer]) -> list[Any]:
-    sources = [_exported(data) for data in buffers]
-    if not sources:
-        raise ValueError("no buffers given")
-    return sources
 
 
 def _check_lengths(lengths: list[int], size: int) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from nodedb_mem import (
+    CapacityExceededError,
     EngineId,
     InvalidSlotError,
     OverflowReader,
@@ -406,15 +407,160 @@ def test_a_finalizer_in_the_same_cycle_finds_everything_alive(tmp_path: Path, fi
     OverflowRegion(tmp_path / "r").close()  # all has ended
 
 
-def test_a_region_that_is_initialised_again_lets_the_first_file_go(tmp_path: Path) -> None:
-    region = OverflowRegion(tmp_path / "r")
-    slot = region.write(OLD, 0)
-    view = region.read(slot)
-    region.__init__(tmp_path / "other")  # type: ignore[misc]
-    assert (region.path, len(region), view) == (str(tmp_path / "other"), 0, OLD)
-    del view
-    OverflowRegion(tmp_path / "r").close()
-    region.close()
+@pytest.mark.parametrize("kind", ["region", "reader"])
+def test_what_is_open_cannot_be_opened_again(tmp_path: Path, kind: str) -> None:
+    """Half of its verbs would see the one file, half the other, in a thread that is in the middle of one."""
+    with OverflowRegion(tmp_path / "r") as region, OverflowRegion(tmp_path / "other") as other:
+        slot = region.write(OLD, 0)
+        other.write(NEW, 0)
+        opened = region if kind == "region" else OverflowReader(tmp_path / "r")
+        for path in ("other", "third"):
+            with pytest.raises(RuntimeError, match="open already"):
+                opened.__init__(tmp_path / path)  # type: ignore[misc]
+        assert opened.path == str(tmp_path / "r")
+        assert opened.read(slot) == opened.read_bytes(slot) == OLD
+        assert not (tmp_path / "third").exists()
+
+
+# Out of memory, anywhere
+
+LACKING: dict[str, Callable[[OverflowRegion, OverflowReader, int], object]] = {
+    "write": lambda region, reader, slot: region.write(NEW, 0),
+    "write_many": lambda region, reader, slot: region.write_many([NEW] * 20, 0),
+    "write_vectored": lambda region, reader, slot: region.write_vectored([NEW] * 3, 0),
+    "allocate": lambda region, reader, slot: region.allocate(64, 0),
+    "read": lambda region, reader, slot: region.read(slot),
+    "read_bytes": lambda region, reader, slot: region.read_bytes(slot),
+    "read_many": lambda region, reader, slot: region.read_many([slot] * 20),
+    "restore": lambda region, reader, slot: region.restore(slot),
+    "shared read": lambda region, reader, slot: reader.read(slot),
+    "shared bytes": lambda region, reader, slot: reader.read_bytes(slot),
+    "lease": lambda region, reader, slot: reader.lease(slot),
+}
+
+
+@pytest.mark.parametrize("call", LACKING.values(), ids=LACKING.keys())
+def test_a_verb_that_finds_no_memory_has_done_nothing(
+    region: OverflowRegion, call: Callable[[OverflowRegion, OverflowReader, int], object]
+) -> None:
+    memory = pytest.importorskip("_testcapi")  # CPython's own, which some distributions pack apart
+    slot = region.write(OLD * 100, 0)
+    for _ in range(300):  # numbers that Python has to make, where a batch gives them
+        region.write(b"", 0)
+    region.share(slot)
+    with OverflowReader(str(region.path)) as reader:
+        gc.collect()
+        before = len(region), region.live_bytes
+        refused = 0
+        for step in range(200):
+            try:
+                memory.set_nomemory(step, step + 1)
+                try:
+                    call(region, reader, slot)
+                finally:
+                    memory.remove_mem_hooks()
+            except MemoryError:
+                refused += 1
+                assert (len(region), region.live_bytes) == before
+            else:
+                for new in range(before[0], region.slot_count):
+                    if new in region:
+                        region.free(new)
+        assert refused > 0
+        region.free(slot)
+        assert (region.stats().pinned_bytes, reader.leased()) == (0, [])
+
+
+# Errors that a later call must not hide
+
+
+def test_a_read_from_disk_leaves_the_last_error_of_native_code_alone(region: OverflowRegion) -> None:
+    slots = [region.write(os.urandom(size), 0) for size in (100, 100_000)]
+    region.evict()
+    assert lib.ndm_region_free(region._handle, 77) == lib.ndm_last_error().status == lib.NDM_ERR_NO_SLOT
+    for slot in slots:
+        region.read(slot)
+    assert lib.ndm_last_error().status == lib.NDM_ERR_NO_SLOT
+
+
+def test_an_index_is_asked_once(region: OverflowRegion) -> None:
+    class Index:
+        def __init__(self, *values: int) -> None:
+            self.values = list(values)
+
+        def __index__(self) -> int:
+            return self.values.pop(0)
+
+    first, second = (region.write_vectored([OLD, NEW], 0) for _ in range(2))
+    region.free(Index(first, second))  # type: ignore[arg-type]
+    assert first not in region
+    assert region.parts(second).sizes == (64, 64)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="no __buffer__ before Python 3.12")
+@pytest.mark.parametrize("name", ["write", "write_many", "write_vectored"])
+def test_a_buffer_that_uses_the_region_when_it_is_asked_for(region: OverflowRegion, name: str) -> None:
+    class Busy:
+        def __buffer__(self, flags: int) -> memoryview:
+            region.free(region.write(NEW * 1000, 0))
+            with pytest.raises(InvalidSlotError):
+                region.read(1 << 20)
+            gc.collect()
+            return memoryview(OLD)
+
+        def __release_buffer__(self, view: memoryview) -> None:
+            with pytest.raises(InvalidSlotError):
+                region.read(1 << 20)
+
+    values: Any = Busy() if name == "write" else (item for item in (bytes(bytearray(65_000)), Busy(), Busy()))
+    slots: Any = getattr(region, name)(values, 0)
+    expected = {"write": [OLD], "write_many": [bytes(65_000), OLD, OLD], "write_vectored": [bytes(65_000) + OLD + OLD]}
+    assert [region.read(slot) for slot in (slots if name == "write_many" else [slots])] == expected[name]
+    big = Busy() if name == "write" else [Busy(), bytes(1 << 24)]
+    if name != "write":
+        with pytest.raises(CapacityExceededError) as caught:
+            getattr(region, name)(big, 0)
+        assert caught.value.required > caught.value.max_capacity == 1 << 24
+
+
+def test_a_signal_leaves_no_region_open_and_nothing_pinned(tmp_path: Path) -> None:
+    """A handler that raises does so as soon as the core has answered: what it gave has an owner by then."""
+
+    class StruckError(Exception):
+        pass
+
+    def strike(*_: object) -> None:
+        raise StruckError
+
+    def struck(work: Callable[[], object]) -> int:
+        count = 0
+        for delay in range(200):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-6 * (1 + delay))
+                for _ in range(10):
+                    work()
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except StruckError:
+                count += 1
+        return count
+
+    before = signal.signal(signal.SIGALRM, strike)
+    try:
+        with OverflowRegion(tmp_path / "r") as region:
+            slot = region.write(OLD, 0)
+            ref = region.share(slot)
+            with OverflowReader(ref) as reader:
+                assert struck(lambda: region.restore(slot)) > 0
+                assert struck(lambda: reader.lease(ref)) > 0
+                assert struck(lambda: OverflowReader(ref)) > 0
+                assert reader.leased() == []
+            region.free(slot)
+            assert region.stats().pinned_bytes == 0
+        assert struck(lambda: OverflowRegion(tmp_path / "r")) > 0
+        OverflowRegion(tmp_path / "r").close()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 # Interrupted between any two instructions

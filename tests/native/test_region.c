@@ -211,10 +211,13 @@ static void test_views(void)
 static bool waits(ndm_region *region, int64_t slot)
 {
     uint64_t size = 77;
-    const char *view = ndm_region_try_read(region, slot, &size);
-    CHECK(view ? size != 77 : size == 77 && ndm_last_error()->status == NDM_ERR_WAIT);
+    const char *view = NULL;
+    CHECK(ndm_region_free(region, 1 << 20) == NDM_ERR_NO_SLOT); /* which stays the last error */
+    const int status = ndm_region_try_read(region, slot, &view, &size);
+    CHECK(status == NDM_OK ? size != 77 : status == NDM_ERR_WAIT && size == 77 && !view);
+    CHECK(ndm_last_error()->status == NDM_ERR_NO_SLOT);
     ndm_view_release(view);
-    return !view;
+    return status == NDM_ERR_WAIT;
 }
 
 /* After a read it is at hand for the rest of the second, which may end in between. */
@@ -239,12 +242,23 @@ static void test_reads_that_must_not_wait(void)
     CHECK(!waits(region, slots[0]));
     CHECK(ndm_region_free(region, slots[1]) == NDM_OK);
     uint64_t size = 77;
-    CHECK(!ndm_region_try_read(region, slots[1], &size) && size == 77);
-    CHECK(ndm_last_error()->status == NDM_ERR_FREED_SLOT);
+    const char *view = NULL;
+    FAILS(NDM_ERR_FREED_SLOT, ndm_region_try_read(region, slots[1], &view, &size));
+    CHECK(!view && size == 77);
+    /* What ends at once, and what would unmap. */
+    CHECK(ndm_view_try_release(NULL) == NDM_OK && ndm_view_try_release(view_of(region, slots[0])) == NDM_OK);
+    view = view_of(region, slots[2]);
+    CHECK(ndm_view_try_release(view_of(region, slots[2])) == NDM_OK && ndm_view_try_release(view) == NDM_OK);
+    const char *restored = ndm_region_restore(region, slots[2], &size);
+    CHECK(restored && ndm_view_try_release(restored) == NDM_ERR_WAIT && holds(restored, MIB, 2));
+    ndm_view_release(restored);
     ndm_stats stats;
     CHECK(ndm_region_stats(region, &stats) == NDM_OK && stats.pinned_bytes == 0);
-    finish(region);
-    group("a read that must not wait says where it would");
+    view = view_of(region, slots[2]);
+    CHECK(ndm_region_close(region) == NDM_OK && ndm_view_try_release(view) == NDM_ERR_WAIT && holds(view, MIB, 2));
+    ndm_view_release(view);
+    ndm_region_destroy(region);
+    group("what must not wait says where it would");
 }
 
 static void test_space(void)
@@ -316,6 +330,7 @@ static void test_arguments(void)
 /* Every verb of `region` has to give this status. */
 static void check_refused(ndm_region *region, int status)
 {
+    const char *view = NULL;
     ndm_stats stats;
     ndm_slot facts;
     ndm_compaction done;
@@ -324,7 +339,7 @@ static void check_refused(ndm_region *region, int status)
     FAILS(status, ndm_region_write(region, "x", 1, 0));
     FAILS(status, ndm_region_free(region, 0));
     FAILS(status, ndm_region_read(region, 0, &size) ? 0 : ndm_last_error()->status);
-    FAILS(status, ndm_region_try_read(region, 0, &size) ? 0 : ndm_last_error()->status);
+    FAILS(status, ndm_region_try_read(region, 0, &view, &size));
     FAILS(status, ndm_region_read_into(region, 0, buffer, sizeof buffer));
     FAILS(status, ndm_region_slot(region, 0, &facts));
     FAILS(status, ndm_region_contains(region, 0));

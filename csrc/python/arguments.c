@@ -1,0 +1,83 @@
+#include "arguments.h"
+
+#include <stdlib.h>
+
+bool ndm_i_has_count(Py_ssize_t given, Py_ssize_t wanted)
+{
+    if (given == wanted)
+        return true;
+    PyErr_Format(PyExc_TypeError, "%zd arguments are needed", wanted);
+    return false;
+}
+
+bool ndm_i_get_slot(PyObject *object, int64_t *slot)
+{
+    int overflow = 0;
+    PyObject *number = PyNumber_Index(object);
+    if (!number)
+        return false;
+    *slot = PyLong_AsLongLongAndOverflow(number, &overflow);
+    Py_DECREF(number);
+    if (overflow)
+        *slot = -1;
+    return true;
+}
+
+bool ndm_i_get_number(PyObject *object, int64_t *number)
+{
+    *number = PyLong_AsLongLong(object);
+    return *number != -1 || !PyErr_Occurred();
+}
+
+bool ndm_i_get_data(PyObject *object, Py_buffer *buffer)
+{
+    if (!PyBytes_CheckExact(object))
+        return PyObject_GetBuffer(object, buffer, PyBUF_SIMPLE) == 0;
+    buffer->obj = NULL;
+    buffer->buf = PyBytes_AsString(object);
+    buffer->len = PyBytes_Size(object);
+    return true;
+}
+
+void ndm_i_let_go(Py_buffer *buffer)
+{
+    if (buffer->obj)
+        PyBuffer_Release(buffer);
+}
+
+void ndm_i_gathered_free(ndm_i_gathered *all)
+{
+    while (all->got > 0)
+        ndm_i_let_go(&all->buffers[--all->got]);
+    free(all->buffers);
+    free(all->parts);
+    free(all->sizes);
+    Py_XDECREF(all->values);
+}
+
+bool ndm_i_gather(PyObject *iterable, ndm_i_gathered *all)
+{
+    *all = (ndm_i_gathered){.values = PySequence_Tuple(iterable)};
+    if (!all->values)
+        return false;
+    all->count = PyTuple_Size(all->values);
+    if (all->count == 0) {
+        PyErr_SetString(PyExc_ValueError, "no buffers given");
+        return false;
+    }
+    all->buffers = calloc((size_t)all->count, sizeof *all->buffers);
+    all->parts = calloc((size_t)all->count, sizeof *all->parts);
+    all->sizes = calloc((size_t)all->count, sizeof *all->sizes);
+    if (!all->buffers || !all->parts || !all->sizes) {
+        PyErr_NoMemory();
+        return false;
+    }
+    for (; all->got < all->count; all->got++) {
+        Py_buffer *buffer = &all->buffers[all->got];
+        if (!ndm_i_get_data(PyTuple_GetItem(all->values, all->got), buffer))
+            return false;
+        all->parts[all->got] = buffer->buf;
+        all->sizes[all->got] = (uint64_t)buffer->len;
+    }
+    return true;
+}

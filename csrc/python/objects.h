@@ -1,0 +1,58 @@
+/* What cffi cannot give: Python objects that stand for the core's memory.
+ *
+ * A view has to be read-only for everybody who can reach its memory, memoryview.obj included, and has to end when the
+ * last object that uses it is gone, not before: the finalizers of a cycle run in any order, and cffi's ffi.gc() is one
+ * of them, so that a __del__ in the same cycle would meet a region, or a view, that has ended. The types here have no
+ * finalizer: the collector frees them after all finalizers have run. Nor can a signal part what the core has given from
+ * its owner: the object is there before the core is asked.
+ *
+ *   Holder    owns a region or a reader. cffi's functions get the pointer through its buffer, which keeps it alive.
+ *   View      owns one view, and the lease that keeps it, if any. Its buffer is the value.
+ *   CoreError an exception: what ndm_last_error() told, as the bytes of an ndm_error, for the facade to translate.
+ */
+#ifndef NDM_PYTHON_OBJECTS_H
+#define NDM_PYTHON_OBJECTS_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "nodedb_mem.h"
+
+#include <stdbool.h>
+
+typedef struct {
+    PyObject_HEAD
+    ndm_region *region; /* one of these */
+    ndm_reader *reader;
+} Holder;
+
+typedef struct {
+    PyObject_HEAD
+    const char *address; /* NULL until the core has given it */
+    uint64_t size;
+    bool writable;
+    Holder *leased_by; /* NULL: no lease */
+    int64_t lease;
+} View;
+
+/* Make the types, and enter into the module what Python needs of them. 0, or -1 with an exception. */
+int ndm_i_objects_add(PyObject *module);
+
+/* Objects to be filled in. NULL with an exception. */
+Holder *ndm_i_holder_new(void);
+View *ndm_i_view_new(bool writable);
+
+/* The memoryview of a view that is filled in; takes the caller's reference. NULL with an exception. */
+PyObject *ndm_i_view_memory(View *view);
+
+/* What a holder holds. NULL with an exception for anything else. */
+ndm_region *ndm_i_held_region(PyObject *holder);
+ndm_reader *ndm_i_held_reader(PyObject *holder);
+
+/* end_lease(view): ends the lease, if it has not ended. */
+PyObject *ndm_i_end_lease(PyObject *module, PyObject *view);
+
+/* Raise CoreError for what the core has just refused, on this thread. NULL, always. */
+PyObject *ndm_i_refuse(void);
+
+#endif
