@@ -5,6 +5,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <linux/fs.h>
 #include <linux/magic.h>
 #include <stdio.h>
@@ -42,6 +43,20 @@ static bool has_large_folios(int fd, uint64_t type)
         return version >= 5018;
     return type == EXT4_SUPER_MAGIC && version >= 6016 &&
            !(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, 0) != 0 && errno == EOPNOTSUPP);
+}
+
+int ndm_path_in_memory(const char *path)
+{
+    struct statfs system;
+    if (statfs(path, &system) == 0)
+        return system.f_type == TMPFS_MAGIC;
+    char folder[PATH_MAX] = ".";
+    const char *name = strrchr(path, '/');
+    if (name && (size_t)(name - path) + 1 < sizeof folder) {
+        memcpy(folder, path, (size_t)(name - path) + 1);
+        folder[name - path + 1] = 0;
+    }
+    return errno == ENOENT && statfs(folder, &system) == 0 && system.f_type == TMPFS_MAGIC;
 }
 
 static int examine(ndm_i_backing *backing)

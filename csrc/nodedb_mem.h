@@ -132,6 +132,9 @@ int ndm_region_is_closed(const ndm_region *region);
 /* 1 if the file is on tmpfs, which has no other place for it than RAM, else 0. Any thread. */
 int ndm_region_in_memory(const ndm_region *region);
 
+/* The same of a file or folder that is there, or a file that would be made. 0 also where it cannot be told. */
+int ndm_path_in_memory(const char *path);
+
 /* Give up the handle, closing the region if it is open. Any thread may do it, provided no other call on the
  * region is running or follows. Does nothing in a forked child. NULL is ignored. */
 void ndm_region_destroy(ndm_region *region);

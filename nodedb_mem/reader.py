@@ -138,34 +138,39 @@ class OverflowReader:
     RegionIOError
         A file is missing (ENOENT) or may not be read, or is no region's, of another version or cut short (EINVAL).
     StaleSlotError
-        `source` is a reference into a region that has been opened anew, or closed, since.
+        `source` is a reference into a region that has been opened anew since. Whether its value is still there is told
+        by the verbs. A named region may be read after it was closed; the files of a temporary one are gone then
+        (ENOENT, or EINVAL where the number of its descriptor stands for another file).
     """
 
     __slots__ = ("__weakref__", "_beside", "_handle", "_holder", "_incarnation", "_path")
 
     def __init__(self, source: str | os.PathLike[str] | SlotRef) -> None:
-        if hasattr(self, "_holder"):
-            raise RuntimeError("the reader is open already: make another")
         if isinstance(source, SlotRef):
             paths = source.path, source.slots_path, source.leases_path
         else:
             name = os.fsdecode(source)
             paths = name, name + ".slots", name + ".leases"
-        self._path = paths[0]
-        self._beside = paths[1], paths[2]
         names = [os.fsencode(path) for path in paths]
         if any(b"\0" in name for name in names):
             raise ValueError("embedded null byte in the path")
+        if hasattr(self, "_holder"):
+            raise RuntimeError(f"{paths[0]}: a reader is initialised once: make another")
+        self._path, self._beside = paths[0], paths[1:]
         try:
             holder = _objects.open_reader(*names)
         except CoreError as caught:
             raise self._error(caught) from None
         # The holder owns the reader, and each use of the handle keeps the holder.
         self._handle = ffi.from_buffer("ndm_reader *", holder)
-        self._incarnation = self.stats().incarnation
-        self._holder = holder
-        if isinstance(source, SlotRef):
-            self._check_ref(source)
+        try:
+            self._incarnation = self.stats().incarnation
+            if isinstance(source, SlotRef):
+                self._check_ref(source)
+            self._holder = holder
+        except BaseException:  # its traceback would keep the files open
+            self.close()
+            raise
 
     # -- values ---------------------------------------------------------------------------------------------------
 
@@ -315,9 +320,9 @@ class OverflowReader:
         if isinstance(slot, SlotRef):
             if slot.incarnation != self._incarnation:
                 self._raise_foreign(slot)
-            if not 0 <= index(slot.generation) < 1 << 32:  # -1 would be any
-                raise StaleSlotError(f"{self._path}: no value has generation {slot.generation} (slot {slot.slot})")
-            number, generation = index(slot.slot), slot.generation
+            number, generation = index(slot.slot), index(slot.generation)
+            if not 0 <= generation < 1 << 32:  # -1 would be any
+                raise StaleSlotError(f"{self._path}: no value has generation {generation} (slot {number})")
         else:
             number, generation = index(slot), -1
         if not 0 <= number < 1 << 32:  # it may be no int64_t

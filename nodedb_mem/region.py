@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 import warnings
+from contextlib import suppress
 from operator import index
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
@@ -50,7 +51,8 @@ class OverflowRegion:
     """One overflow file and its mapping, owned by the thread that opens it.
 
     Every verb raises `WrongThreadError` on any other thread and in a forked child, and `RegionClosedError` after
-    `close`. Only `path`, `closed` and `repr` work everywhere. When an error is raised, nothing has been changed.
+    `close`. Only `path`, `closed`, `repr` and `with` work everywhere. When an error is raised, nothing has been
+    changed.
 
     Parameters
     ----------
@@ -98,6 +100,7 @@ class OverflowRegion:
         "__weakref__",
         "_absolute",
         "_alignment",
+        "_beside",
         "_engines",
         "_handle",
         "_holder",
@@ -135,8 +138,6 @@ class OverflowRegion:
         recover: bool = False,
     ) -> None:
         """Open the file at `where`; or an unnamed one in that folder, where `path` is None."""
-        if hasattr(self, "_holder"):
-            raise RuntimeError("the region is open already: make another")
         name = os.fsencode(where)
         if b"\0" in name:
             raise ValueError("embedded null byte in the path")
@@ -146,30 +147,35 @@ class OverflowRegion:
         limit = _UNLIMITED if cache_limit is None else index(cache_limit)
         if limit < 0:
             raise ValueError("cache_limit must not be negative")
-        self._path = path
-        self._absolute = where
-        self._where = where if path is None else path
-        self._engines: dict[int, int] = KNOWN_ENGINES
-        self._parts: dict[int, SlotParts] = {}
+        shown = where if path is None else path
+        beside = None if path is None else (shown + ".slots", shown + ".leases")
+        if hasattr(self, "_holder"):
+            raise RuntimeError(f"{shown}: a region is initialised once: make another")
+        if lib.ndm_path_in_memory(name):
+            message = f"{shown} is on tmpfs: what is spilled there stays in RAM"
+            warnings.warn(message, ResourceWarning, stacklevel=_outside_stacklevel())
         try:
             holder = _objects.open_region(name, path is None, *sizes, min(limit, _UNLIMITED), bool(recover))
         except CoreError as caught:
-            raise self._error(caught) from None
+            raise _error_of(caught, path=shown, beside=beside) from None
         # The holder owns the region, and each use of the handle keeps the holder.
-        self._handle = _from_buffer("ndm_region *", holder)
-        if lib.ndm_region_in_memory(self._handle):
-            message = f"{self._where} is on tmpfs: what is spilled there stays in RAM"
-            try:
-                warnings.warn(message, ResourceWarning, stacklevel=_outside_stacklevel())
-            except ResourceWarning:  # a filter has made it an error
-                lib.ndm_region_close(self._handle)
-                raise
-        self._alignment = sizes[2]
-        if recover:  # that of the file holds
-            figures = ffi.new("ndm_stats *")
-            self._check(lib.ndm_region_stats(self._handle, figures))
-            self._alignment = figures.alignment
-        self._holder = holder
+        handle = _from_buffer("ndm_region *", holder)
+        try:
+            if recover:  # the alignment of the file holds
+                figures = ffi.new("ndm_stats *")
+                if (status := lib.ndm_region_stats(handle, figures)) < 0:
+                    raise error_of(status, path=shown, beside=beside)
+                sizes[2] = figures.alignment
+            if hasattr(self, "_holder"):
+                raise RuntimeError(f"{shown}: a region is initialised once: make another")
+            self._path, self._absolute, self._where, self._beside = path, where, shown, beside
+            self._engines: dict[int, int] = KNOWN_ENGINES
+            self._parts: dict[int, tuple[int, SlotParts]] = {}
+            self._alignment = sizes[2]
+            self._handle, self._holder = handle, holder
+        except BaseException:  # its traceback would keep the file open
+            lib.ndm_region_close(handle)
+            raise
 
     @classmethod
     def open(
@@ -195,7 +201,7 @@ class OverflowRegion:
     @classmethod
     def open_with_capacity(cls, path: str | os.PathLike[str], initial: int) -> Self:
         """Open with an initial capacity in bytes. The ceiling is the default, or `initial` where that is more."""
-        return cls(path, initial_capacity=initial, max_capacity=max(initial, DEFAULT_MAX_CAPACITY))
+        return cls(path, initial_capacity=initial, max_capacity=max(index(initial), DEFAULT_MAX_CAPACITY))
 
     @classmethod
     def open_with_config(cls, path: str | os.PathLike[str], initial: int, maximum: int) -> Self:
@@ -205,6 +211,8 @@ class OverflowRegion:
     @classmethod
     def open_with_tuning(cls, path: str | os.PathLike[str], tuning: MemoryTuning) -> Self:
         """Open with the sizes of a `MemoryTuning`."""
+        if not isinstance(tuning, MemoryTuning):
+            raise TypeError(f"a MemoryTuning is needed, not {type(tuning).__name__!r}")
         return cls(path, initial_capacity=tuning.overflow_initial_bytes, max_capacity=tuning.overflow_max_bytes)
 
     @classmethod
@@ -266,8 +274,6 @@ class OverflowRegion:
             return _write(self._holder, data, engine)
         except CoreError as caught:
             raise self._error(caught) from None
-        except ValueError as error:
-            _raise_not_contiguous(error)
 
     def write_vectored(self, buffers: Iterable[Buffer], engine: int, *, aligned: bool = False) -> int:
         """Gather several buffers into one slot, with one copy each.
@@ -296,17 +302,17 @@ class OverflowRegion:
         """
         if engine.__class__ is not EngineId:
             self._learn_engine(engine)
+        written = None
         try:
             written = _objects.write_vectored(self._holder, buffers, engine, aligned)
+            slot, (generation, sizes) = written
+            self._parts[slot] = generation, SlotParts.layout(sizes, self._alignment if aligned else 1)
         except CoreError as caught:
             raise self._error(caught) from None
-        except ValueError as error:
-            _raise_not_contiguous(error)
-        slot = written[0]
-        try:
-            self._parts[slot] = SlotParts.layout(written[1], self._alignment if aligned else 1)
         except BaseException:
-            _free(self._holder, slot)
+            if written is not None:
+                with suppress(CoreError):
+                    _free(self._holder, written[0])
             raise
         return slot
 
@@ -315,10 +321,12 @@ class OverflowRegion:
 
         The layout is the region object's knowledge, not the file's.
         """
-        facts = self.slot(slot)
+        slot = index(slot)
+        facts = self._facts(slot)
         if not facts.occupied:
             raise InvalidSlotError(slot, "has been freed")
-        return self._parts.get(slot) or SlotParts((0,), (facts.size,))
+        generation, layout = self._parts.get(slot, (None, None))
+        return layout if layout and generation == facts.generation else SlotParts((0,), (facts.size,))
 
     def write_many(
         self, buffers: Iterable[Buffer] | Buffer, engine: int, *, lengths: Buffer | None = None
@@ -354,22 +362,21 @@ class OverflowRegion:
             return _objects.write_many(self._holder, buffers, engine)
         except CoreError as caught:
             raise self._error(caught) from None
-        except ValueError as error:
-            _raise_not_contiguous(error)
 
     def _write_packed(self, data: Buffer, lengths: Buffer, engine: int) -> memoryview:
         sizes = _int64_array(lengths)
         source = _exported(data)
-        slots = bytearray(8 * len(sizes))
+        room, count = len(source), len(sizes)
+        slots = memoryview(bytearray(8 * count)).cast("q")
         target = _from_buffer("int64_t[]", slots)
-        status = lib.ndm_region_write_packed(self._handle, source, len(source), sizes, len(sizes), engine, target)
-        room = len(source)
-        del source, target
+        status = lib.ndm_region_write_packed(self._handle, source, room, sizes, count, engine, target)
+        refusal = _refusal(status)
+        del source, target  # or the exception's traceback would keep the buffer exported
         if status == lib.NDM_ERR_ARGUMENT:
-            _check_lengths(ffi.unpack(sizes, len(sizes)), room)
-        if status < 0:
-            self._raise(status)
-        return memoryview(slots).cast("q")
+            _check_lengths(ffi.unpack(sizes, count), room)
+        if refusal:
+            raise self._error(refusal)
+        return slots
 
     def allocate(self, size: int, engine: int) -> tuple[int, memoryview]:
         """Make room for a value that is filled in place, without a copy.
@@ -447,6 +454,8 @@ class OverflowRegion:
 
         Raises
         ------
+        TypeError, BufferError
+            `buffer` is no buffer; it is read-only, or not C-contiguous.
         ValueError
             The buffer is too small; nothing has been copied.
         InvalidSlotError
@@ -454,14 +463,17 @@ class OverflowRegion:
         """
         wanted = _slot_array(slots)
         target = _exported(buffer, require_writable=True)
-        lengths = bytearray(8 * len(wanted))
+        lengths = memoryview(bytearray(8 * len(wanted))).cast("q")
         out = _from_buffer("int64_t[]", lengths)
         room = len(target)
         size = lib.ndm_region_load_many(self._handle, wanted, len(wanted), target, room, out)
+        refusal = _refusal(size)
         del target, out
-        if self._check(size) > room:
+        if refusal:
+            raise self._error(refusal)
+        if size > room:
             raise ValueError(f"the values have {size} bytes, the buffer has room for {room}")
-        return memoryview(lengths).cast("q")
+        return lengths
 
     def free_many(self, slots: Slots) -> None:
         """Free many slots in one call, all or none. `slots` may be a buffer of int64.
@@ -518,24 +530,17 @@ class OverflowRegion:
 
         Raises
         ------
+        TypeError, BufferError
+            `buffer` is no buffer; it is read-only, or not C-contiguous.
         ValueError
             The buffer is smaller than the value; it is left as it was.
         InvalidSlotError
             The slot never existed, or has been freed.
         """
-        slot = index(slot)
-        target = _exported(buffer, require_writable=True)
-        room = len(target)
         try:
-            size: int = lib.ndm_region_read_into(self._handle, slot, target, room)
-        except OverflowError:
-            size = lib.NDM_ERR_NO_SLOT
-        del target
-        if size < 0:
-            self._raise(size, slot)
-        if size > room:
-            raise ValueError(f"slot {slot} holds {size} bytes, the buffer has room for {room}")
-        return size
+            return _objects.read_into(self._holder, slot, buffer)
+        except CoreError as caught:
+            raise self._error(caught, slot) from None
 
     def free(self, slot: int) -> None:
         """Free a slot. Its number is invalid at once; its bytes are reused when no view of them is left.
@@ -547,14 +552,13 @@ class OverflowRegion:
         """
         if slot.__class__ is not int:
             slot = index(slot)
+        layout = self._parts.get(slot) if self._parts else None
         try:
             _free(self._holder, slot)
         except CoreError as caught:
             raise self._error(caught, slot) from None
-        else:
-            if self._parts:
-                self._parts.pop(slot, None)
-            return
+        if layout and self._parts.get(slot) is layout:  # not that of a value written there meanwhile
+            del self._parts[slot]
 
     def slot(self, slot: int) -> OverflowSlot:
         """Describe a slot, live or freed.
@@ -564,14 +568,7 @@ class OverflowRegion:
         InvalidSlotError
             The slot never existed.
         """
-        slot = index(slot)
-        facts = ffi.new("ndm_slot *")
-        try:
-            status = lib.ndm_region_slot(self._handle, slot, facts)
-        except OverflowError:
-            status = lib.NDM_ERR_NO_SLOT
-        if status < 0:
-            self._raise(status, slot)
+        facts = self._facts(index(slot))
         engine = self._engines.get(facts.engine, facts.engine)
         return OverflowSlot(facts.offset, facts.size, engine, bool(facts.occupied))
 
@@ -609,7 +606,8 @@ class OverflowRegion:
         RegionIOError
             The leases file cannot be made.
         """
-        facts = self.slot(slot)
+        slot = index(slot)
+        facts = self._facts(slot)
         shared = ffi.new("ndm_shared *")
         self._check(lib.ndm_region_allow_leases(self._handle))
         self._slot_call(lib.ndm_region_share, slot, shared)
@@ -779,7 +777,11 @@ class OverflowRegion:
         if self.closed:
             state = "closed"
         elif (status := lib.ndm_region_stats(self._handle, out)) < 0:
-            state = "owned by another thread" if status == lib.NDM_ERR_WRONG_THREAD else "its figures cannot be had"
+            state = (
+                "owned by another thread or process"
+                if status == lib.NDM_ERR_WRONG_THREAD
+                else "its figures cannot be had"
+            )
         else:
             state = f"{out.live_slots} slots, {out.live_bytes} of {out.capacity} bytes"
         return f"<{type(self).__name__} {where}: {state}>"
@@ -798,6 +800,12 @@ class OverflowRegion:
         if engine.__class__ is not int and number not in KNOWN_ENGINES:
             self._engines = self._engines | {number: engine}
 
+    def _facts(self, slot: int) -> Any:
+        """The `ndm_slot` of a slot."""
+        facts = ffi.new("ndm_slot *")
+        self._slot_call(lib.ndm_region_slot, slot, facts)
+        return facts
+
     def _slot_call(self, function: Any, slot: int, *more: Any) -> None:
         try:
             status = function(self._handle, index(slot), *more)
@@ -815,15 +823,13 @@ class OverflowRegion:
         raise error_of(status, path=self._where, slot=slot, beside=self._beside)
 
     def _error(self, refusal: CoreError, slot: int | None = None) -> Exception:
-        """What the refusal of a native verb means."""
-        error = _from_buffer("ndm_error *", refusal.args[0])
         number = None if slot is None else index(slot)
-        return error_of(error.status, error, path=self._where, slot=number, beside=self._beside)
+        return _error_of(refusal, path=self._where, slot=number, beside=self._beside)
 
-    @property
-    def _beside(self) -> tuple[str, str] | None:
-        """The region's other files."""
-        return None if self._path is None else (self._where + ".slots", self._where + ".leases")
+
+def _refusal(status: int) -> CoreError | None:
+    """What cffi's function has just refused, before anything else can be: CoreError, not raised, or None."""
+    return CoreError(ffi.buffer(lib.ndm_last_error())[:]) if status < 0 else None
 
 
 def _outside_stacklevel() -> int:
@@ -834,18 +840,19 @@ def _outside_stacklevel() -> int:
     return level
 
 
-def _raise_not_contiguous(error: ValueError) -> NoReturn:
-    """Raise what a refusal to export memory means: NumPy says with a ValueError that an array is not contiguous."""
-    if "contiguous" in str(error):
-        raise BufferError(str(error)) from None
-    raise error
+def _error_of(refusal: CoreError, **where: Any) -> Exception:
+    """What the refusal of a native verb means."""
+    error = _from_buffer("ndm_error *", refusal.args[0])
+    return error_of(error.status, error, **where)
 
 
 def _exported(data: Buffer, *, require_writable: bool = False) -> Any:
     try:
         return _from_buffer(data, require_writable=require_writable)
     except ValueError as error:
-        _raise_not_contiguous(error)
+        if "contiguous" in str(error):  # NumPy says it with a ValueError
+            raise BufferError(str(error)) from None
+        raise
 
 
 def _check_lengths(lengths: list[int], size: int) -> None:

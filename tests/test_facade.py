@@ -10,6 +10,8 @@ import platform
 import signal
 import sys
 import threading
+import warnings
+import weakref
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -415,11 +417,58 @@ def test_what_is_open_cannot_be_opened_again(tmp_path: Path, kind: str) -> None:
         other.write(NEW, 0)
         opened = region if kind == "region" else OverflowReader(tmp_path / "r")
         for path in ("other", "third"):
-            with pytest.raises(RuntimeError, match="open already"):
+            with pytest.raises(RuntimeError, match="once"):
                 opened.__init__(tmp_path / path)  # type: ignore[misc]
         assert opened.path == str(tmp_path / "r")
         assert opened.read(slot) == opened.read_bytes(slot) == OLD
         assert not (tmp_path / "third").exists()
+
+
+def test_opening_within_opening_is_refused(tmp_path: Path) -> None:
+    class Meddles:
+        def __index__(self) -> int:
+            region.__init__(tmp_path / "inner")  # type: ignore[misc]
+            return 1 << 20
+
+    region = OverflowRegion.__new__(OverflowRegion)
+    with pytest.raises(RuntimeError, match="once"):
+        region.__init__(tmp_path / "outer", initial_capacity=Meddles())  # type: ignore[arg-type,misc]
+    assert region.path == str(tmp_path / "inner")
+    assert region.read(region.write(OLD, 0)) == OLD
+    assert region.stats().live_slots == 1
+    assert not (tmp_path / "outer").exists()
+    region.close()
+
+
+def test_a_warning_made_an_error_leaves_a_file_in_memory_as_it_was() -> None:
+    path = Path("/dev/shm", f"nodedb-mem-test-{os.getpid()}")
+    if not lib.ndm_path_in_memory(os.fsencode(path)):
+        pytest.skip("/dev/shm is no tmpfs")
+    try:
+        with OverflowRegion(path) as region:
+            slot = region.write(OLD, 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ResourceWarning)
+            with pytest.raises(ResourceWarning, match="tmpfs"):
+                OverflowRegion(path)
+            with pytest.raises(ResourceWarning, match="tmpfs"):
+                OverflowRegion.temporary("/dev/shm")
+        with OverflowRegion(path, recover=True) as region:
+            assert region.read(slot) == OLD
+    finally:
+        for name in (path, f"{path}.slots"):
+            Path(name).unlink(missing_ok=True)
+
+
+def test_a_failed_open_keeps_no_file_while_its_exception_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    OverflowRegion(tmp_path / "r").close()
+    with monkeypatch.context() as patch:
+        asked: list[int] = []  # the second question comes when the file is open
+        patch.setattr("nodedb_mem.region.hasattr", lambda *_: 1 / 0 if asked else asked.append(1), raising=False)
+        with pytest.raises(ZeroDivisionError) as caught:
+            OverflowRegion(tmp_path / "r")
+    OverflowRegion(tmp_path / "r").close()
+    assert caught.value.__traceback__ is not None
 
 
 # Out of memory, anywhere
@@ -471,7 +520,87 @@ def test_a_verb_that_finds_no_memory_has_done_nothing(
         assert (region.stats().pinned_bytes, reader.leased()) == (0, [])
 
 
+def test_a_collection_in_the_middle_of_a_batch_sees_no_half_made_list(region: OverflowRegion) -> None:
+    slots = [region.write(OLD, 0) for _ in range(3000)]
+
+    def look(phase: str, _: object) -> None:
+        for thing in gc.get_objects():
+            if type(thing) is list and len(thing) == 3000:
+                assert all(item is not None for item in thing)
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(look)
+    gc.set_threshold(50)
+    try:
+        views = region.read_many(slots)
+        again = region.write_many([OLD] * 3000, 0)
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(look)
+    assert [bytes(view) for view in views] == [OLD] * 3000
+    assert len(again) == 3000
+
+
 # Errors that a later call must not hide
+
+
+def test_the_error_of_a_generator_comes_through(region: OverflowRegion) -> None:
+    def numbers() -> Iterator[bytes]:
+        yield OLD
+        raise ValueError("the ids must be contiguous")
+
+    for verb in (region.write_many, region.write_vectored):
+        with pytest.raises(ValueError, match="ids"):
+            verb(numbers(), 0)
+    assert len(region) == 0
+
+
+@pytest.mark.parametrize("gaps", [np.arange(10)[::2], np.arange(12).reshape(3, 4).T, np.asfortranarray(np.eye(3))])
+def test_an_array_that_is_not_contiguous_is_a_buffer_error(region: OverflowRegion, gaps: Any) -> None:
+    slot = region.write(bytes(gaps.nbytes), 0)
+    for call in (
+        lambda: region.write(gaps, 0),
+        lambda: region.write_many([gaps], 0),
+        lambda: region.write_vectored([OLD, gaps], 0),
+        lambda: region.read_into(slot, gaps),
+    ):
+        with pytest.raises(BufferError, match="contiguous"):
+            call()
+    frozen = np.arange(5)
+    frozen.flags.writeable = False
+    with pytest.raises(BufferError, match="read-only"):
+        region.read_into(slot, frozen)
+    assert len(region) == 1
+
+
+def test_a_refused_call_keeps_nothing_of_its_caller_alive(region: OverflowRegion) -> None:
+    class Mark:
+        pass
+
+    def refused() -> weakref.ref[Mark]:
+        mark = Mark()
+        calls: list[Callable[[], object]] = [
+            lambda: region.read(77),
+            lambda: region.write_many([], 0),
+            lambda: region.write(np.arange(9)[::2], 0),
+            lambda: region.write_many(b"abc", 0, lengths=array("q", [9])),
+            lambda: region.allocate(1 << 40, 0),
+            lambda: region.free(77),
+        ]
+        for call in calls:
+            try:
+                call()
+            except Exception:
+                pass
+            else:
+                raise AssertionError
+        return weakref.ref(mark)
+
+    gc.disable()
+    try:
+        assert refused()() is None
+    finally:
+        gc.enable()
 
 
 def test_a_read_from_disk_leaves_the_last_error_of_native_code_alone(region: OverflowRegion) -> None:
@@ -497,6 +626,14 @@ def test_an_index_is_asked_once(region: OverflowRegion) -> None:
     assert region.parts(second).sizes == (64, 64)
 
 
+def test_parts_are_those_of_the_value_not_of_the_slot(region: OverflowRegion) -> None:
+    slot = region.write_vectored([b"aaaa", b"bb"], 0)
+    assert region.parts(slot).sizes == (4, 2)
+    assert lib.ndm_h_free(region.handle, slot) == 0
+    assert region.write(bytes(100), 0) == slot
+    assert region.parts(slot).sizes == (100,)
+
+
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="no __buffer__ before Python 3.12")
 @pytest.mark.parametrize("name", ["write", "write_many", "write_vectored"])
 def test_a_buffer_that_uses_the_region_when_it_is_asked_for(region: OverflowRegion, name: str) -> None:
@@ -512,10 +649,17 @@ def test_a_buffer_that_uses_the_region_when_it_is_asked_for(region: OverflowRegi
             with pytest.raises(InvalidSlotError):
                 region.read(1 << 20)
 
+    class BigBusy(Busy):
+        def __buffer__(self, flags: int) -> memoryview:
+            return memoryview(bytes(1 << 24))
+
     values: Any = Busy() if name == "write" else (item for item in (bytes(bytearray(65_000)), Busy(), Busy()))
     slots: Any = getattr(region, name)(values, 0)
     expected = {"write": [OLD], "write_many": [bytes(65_000), OLD, OLD], "write_vectored": [bytes(65_000) + OLD + OLD]}
     assert [region.read(slot) for slot in (slots if name == "write_many" else [slots])] == expected[name]
+    with pytest.raises(CapacityExceededError) as caught:
+        region.write_many(BigBusy(), 0, lengths=array("q", [1 << 24]))
+    assert caught.value.required > caught.value.max_capacity == 1 << 24
     big = Busy() if name == "write" else [Busy(), bytes(1 << 24)]
     if name != "write":
         with pytest.raises(CapacityExceededError) as caught:

@@ -29,10 +29,27 @@ bool ndm_i_get_number(PyObject *object, int64_t *number)
     return *number != -1 || !PyErr_Occurred();
 }
 
+bool ndm_i_get_buffer(PyObject *object, Py_buffer *buffer, int flags)
+{
+    if (PyObject_GetBuffer(object, buffer, flags) == 0)
+        return true;
+    /* NumPy says with a ValueError that an array is not contiguous, and gives it as it is when asked to. */
+    if (PyErr_ExceptionMatches(PyExc_ValueError)) {
+        PyErr_Clear();
+        if (PyObject_GetBuffer(object, buffer, PyBUF_FULL_RO) == 0) {
+            const bool writable = !buffer->readonly;
+            PyBuffer_Release(buffer);
+            PyErr_SetString(PyExc_BufferError, writable || flags == PyBUF_SIMPLE ? "the buffer is not C-contiguous"
+                                                                                 : "the buffer is read-only");
+        }
+    }
+    return false;
+}
+
 bool ndm_i_get_data(PyObject *object, Py_buffer *buffer)
 {
     if (!PyBytes_CheckExact(object))
-        return PyObject_GetBuffer(object, buffer, PyBUF_SIMPLE) == 0;
+        return ndm_i_get_buffer(object, buffer, PyBUF_SIMPLE);
     buffer->obj = NULL;
     buffer->buf = PyBytes_AsString(object);
     buffer->len = PyBytes_Size(object);

@@ -15,6 +15,9 @@ bool ndm_i_get_slot(PyObject *object, int64_t *slot);
 
 bool ndm_i_get_number(PyObject *object, int64_t *number);
 
+/* As PyObject_GetBuffer(), but what is not contiguous is always a BufferError. */
+bool ndm_i_get_buffer(PyObject *object, Py_buffer *buffer, int flags);
+
 /* The memory of a value, until ndm_i_let_go(). What cannot change needs no export: `buffer->obj` is NULL then, and the
  * caller has to hold the object. */
 bool ndm_i_get_data(PyObject *object, Py_buffer *buffer);

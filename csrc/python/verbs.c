@@ -24,15 +24,16 @@ static PyObject *list_of_numbers(const int64_t *numbers, Py_ssize_t count)
  * the reference to `more`, which is NULL with an exception, or None for nothing. */
 static PyObject *written(ndm_region *region, int64_t slot, PyObject *more)
 {
-    PyObject *number = PyLong_FromLongLong(slot), *result = NULL;
-    if (number && more == Py_None)
-        result = Py_NewRef(number);
-    else if (number && more)
-        result = PyTuple_Pack(2, number, more);
+    PyObject *number = more ? PyLong_FromLongLong(slot) : NULL, *result = NULL;
+    if (number)
+        result = more == Py_None ? Py_NewRef(number) : PyTuple_Pack(2, number, more);
     Py_XDECREF(number);
     Py_XDECREF(more);
-    if (!result)
+    if (!result) {
+        Py_BEGIN_ALLOW_THREADS
         ndm_region_free(region, slot);
+        Py_END_ALLOW_THREADS
+    }
     return result;
 }
 
@@ -117,10 +118,13 @@ static PyObject *write_many(PyObject *Py_UNUSED(module), PyObject *const *argume
     Py_BEGIN_ALLOW_THREADS
     status = ndm_region_write_many(region, all.parts, all.sizes, (uint64_t)all.count, engine, slots);
     Py_END_ALLOW_THREADS
-    if (status < 0)
+    if (status < 0) {
         ndm_i_refuse();
-    else if (!(result = list_of_numbers(slots, all.count)))
+    } else if (!(result = list_of_numbers(slots, all.count))) {
+        Py_BEGIN_ALLOW_THREADS
         ndm_region_free_many(region, slots, (uint64_t)all.count);
+        Py_END_ALLOW_THREADS
+    }
 
 end:
     free(slots);
@@ -128,7 +132,16 @@ end:
     return result;
 }
 
-/* write_vectored(region, buffers, engine, aligned) -> slot, list of sizes */
+/* What tells one value from a later one in the same slot, and the sizes of its parts. */
+static PyObject *layout(ndm_region *region, int64_t slot, const ndm_i_gathered *all)
+{
+    ndm_slot facts = {0};
+    ndm_region_slot(region, slot, &facts);
+    PyObject *sizes = list_of_numbers((const int64_t *)all->sizes, all->count);
+    return sizes ? Py_BuildValue("kN", (unsigned long)facts.generation, sizes) : NULL;
+}
+
+/* write_vectored(region, buffers, engine, aligned) -> slot, (generation, list of sizes) */
 static PyObject *write_vectored(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
 {
     ndm_i_gathered all;
@@ -142,8 +155,7 @@ static PyObject *write_vectored(PyObject *Py_UNUSED(module), PyObject *const *ar
         Py_BEGIN_ALLOW_THREADS
         slot = ndm_region_write_vectored(region, all.parts, all.sizes, (uint64_t)all.count, aligned != 0, engine);
         Py_END_ALLOW_THREADS
-        result = slot < 0 ? ndm_i_refuse()
-                          : written(region, slot, list_of_numbers((const int64_t *)all.sizes, all.count));
+        result = slot < 0 ? ndm_i_refuse() : written(region, slot, layout(region, slot, &all));
     }
     ndm_i_gathered_free(&all);
     return result;
@@ -223,6 +235,35 @@ static PyObject *restore(PyObject *Py_UNUSED(module), PyObject *const *arguments
     return viewed(view, address, size);
 }
 
+/* Memoryviews of views that the core has given; all are released where one cannot be had. The list is made when all are
+ * there: a collection on the way would show it to others, half empty. */
+static PyObject *list_of_views(const char **addresses, const uint64_t *sizes, Py_ssize_t count)
+{
+    PyObject **memories = calloc((size_t)count + 1, sizeof *memories), *list = NULL;
+    Py_ssize_t made = 0, taken = 0;
+    if (!memories)
+        PyErr_NoMemory();
+    while (memories && taken < count) {
+        View *view = ndm_i_view_new(false);
+        if (!view)
+            break;
+        PyObject *memory = viewed(view, addresses[taken], sizes[taken]);
+        taken++;
+        if (!memory)
+            break;
+        memories[made++] = memory;
+    }
+    if (memories && made == count && (list = PyList_New(count)))
+        for (; made > 0; made--)
+            PyList_SetItem(list, made - 1, memories[made - 1]);
+    while (made > 0)
+        Py_DECREF(memories[--made]);
+    while (taken < count)
+        ndm_view_release(addresses[taken++]);
+    free(memories);
+    return list;
+}
+
 /* read_many(region, buffer of int64) -> list of memoryviews */
 static PyObject *read_many(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
 {
@@ -235,31 +276,15 @@ static PyObject *read_many(PyObject *Py_UNUSED(module), PyObject *const *argumen
     PyObject *result = NULL;
     const char **addresses = calloc((size_t)total + 1, sizeof *addresses);
     uint64_t *sizes = calloc((size_t)total + 1, sizeof *sizes);
-    if (!addresses || !sizes) {
+    if (addresses && sizes) {
+        int status;
+        Py_BEGIN_ALLOW_THREADS
+        status = ndm_region_read_many(region, slots.buf, (uint64_t)total, addresses, sizes);
+        Py_END_ALLOW_THREADS
+        result = status < 0 ? ndm_i_refuse() : list_of_views(addresses, sizes, total);
+    } else {
         PyErr_NoMemory();
-        goto end;
     }
-    int status;
-    Py_BEGIN_ALLOW_THREADS
-    status = ndm_region_read_many(region, slots.buf, (uint64_t)total, addresses, sizes);
-    Py_END_ALLOW_THREADS
-    if (status < 0) {
-        ndm_i_refuse();
-        goto end;
-    }
-    result = PyList_New(total);
-    for (Py_ssize_t i = 0; i < total; i++) {
-        View *view = result ? ndm_i_view_new(false) : NULL;
-        PyObject *memory = view ? viewed(view, addresses[i], sizes[i]) : NULL;
-        if (!view)
-            ndm_view_release(addresses[i]);
-        if (!memory)
-            Py_CLEAR(result);
-        else
-            PyList_SetItem(result, i, memory);
-    }
-
-end:
     free(addresses);
     free(sizes);
     PyBuffer_Release(&slots);
@@ -332,6 +357,27 @@ static PyObject *read_bytes(PyObject *Py_UNUSED(module), PyObject *const *argume
     return bytes_of(&from);
 }
 
+/* read_into(region, slot, buffer) -> size */
+static PyObject *read_into(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
+{
+    source from = {.generation = -1};
+    Py_buffer target;
+    if (!ndm_i_has_count(count, 3) || !(from.region = ndm_i_held_region(arguments[0])) ||
+        !ndm_i_get_slot(arguments[1], &from.slot) || !ndm_i_get_buffer(arguments[2], &target, PyBUF_WRITABLE))
+        return NULL;
+    PyObject *result = NULL;
+    const int64_t size = copy(&from, target.buf, target.len);
+    if (size < 0)
+        ndm_i_refuse();
+    else if (size > target.len)
+        PyErr_Format(PyExc_ValueError, "slot %lld holds %lld bytes, the buffer has room for %zd", (long long)from.slot,
+                     (long long)size, target.len);
+    else
+        result = PyLong_FromLongLong(size);
+    PyBuffer_Release(&target);
+    return result;
+}
+
 /* ---- readers -------------------------------------------------------------------------------------------- */
 
 /* Every verb of a reader takes: reader, slot, generation. */
@@ -339,7 +385,7 @@ static bool get_shared(PyObject *const *arguments, Py_ssize_t count, source *fro
 {
     from->region = NULL;
     return ndm_i_has_count(count, 3) && (from->reader = ndm_i_held_reader(arguments[0])) && ndm_i_get_slot(arguments[1], &from->slot) &&
-           ndm_i_get_slot(arguments[2], &from->generation);
+           ndm_i_get_number(arguments[2], &from->generation);
 }
 
 /* read_shared(reader, slot, generation) -> memoryview */
@@ -420,6 +466,7 @@ static PyMethodDef functions[] = {
     FAST("read", read_value),
     FAST("read_bytes", read_bytes),
     FAST("read_many", read_many),
+    FAST("read_into", read_into),
     FAST("restore", restore),
     FAST("free", free_value),
     FAST("read_shared", read_shared),
