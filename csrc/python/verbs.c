@@ -388,19 +388,24 @@ static bool get_shared(PyObject *const *arguments, Py_ssize_t count, source *fro
            ndm_i_get_number(arguments[2], &from->generation);
 }
 
+static PyObject *view_shared(const source *from, ndm_value *value)
+{
+    const char *address;
+    View *view = ndm_i_view_new(false);
+    if (!view)
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    address = ndm_reader_read(from->reader, from->slot, from->generation, value);
+    Py_END_ALLOW_THREADS
+    return viewed(view, address, value->size);
+}
+
 /* read_shared(reader, slot, generation) -> memoryview */
 static PyObject *read_shared(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
 {
     source from;
     ndm_value value = {0};
-    const char *address;
-    View *view;
-    if (!get_shared(arguments, count, &from) || !(view = ndm_i_view_new(false)))
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    address = ndm_reader_read(from.reader, from.slot, from.generation, &value);
-    Py_END_ALLOW_THREADS
-    return viewed(view, address, value.size);
+    return get_shared(arguments, count, &from) ? view_shared(&from, &value) : NULL;
 }
 
 /* borrow(reader, slot, generation) -> memoryview, the bytes of an ndm_value */
@@ -408,14 +413,8 @@ static PyObject *borrow(PyObject *Py_UNUSED(module), PyObject *const *arguments,
 {
     source from;
     ndm_value value = {0};
-    const char *address;
-    View *view;
-    if (!get_shared(arguments, count, &from) || !(view = ndm_i_view_new(false)))
-        return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    address = ndm_reader_read(from.reader, from.slot, from.generation, &value);
-    Py_END_ALLOW_THREADS
-    PyObject *memory = viewed(view, address, value.size), *result = NULL;
+    PyObject *result = NULL;
+    PyObject *memory = get_shared(arguments, count, &from) ? view_shared(&from, &value) : NULL;
     PyObject *facts = memory ? PyBytes_FromStringAndSize((const char *)&value, sizeof value) : NULL;
     if (facts)
         result = PyTuple_Pack(2, memory, facts);
