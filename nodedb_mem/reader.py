@@ -161,15 +161,16 @@ class OverflowReader:
             holder = _objects.open_reader(*names)
         except CoreError as caught:
             raise self._error(caught) from None
-        # The holder owns the reader, and each use of the handle keeps the holder.
-        self._handle = ffi.from_buffer("ndm_reader *", holder)
         try:
+            # The holder owns the reader, and each use of the handle keeps the holder.
+            self._handle = ffi.from_buffer("ndm_reader *", holder)
             self._incarnation = self.stats().incarnation
             if isinstance(source, SlotRef):
                 self._check_ref(source)
             self._holder = holder
-        except BaseException:  # its traceback would keep the files open
-            self.close()
+        except BaseException:
+            del holder  # the traceback would keep the files open
+            self._handle = None
             raise
 
     # -- values ---------------------------------------------------------------------------------------------------

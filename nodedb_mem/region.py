@@ -158,9 +158,9 @@ class OverflowRegion:
             holder = _objects.open_region(name, path is None, *sizes, min(limit, _UNLIMITED), bool(recover))
         except CoreError as caught:
             raise _error_of(caught, path=shown, beside=beside) from None
-        # The holder owns the region, and each use of the handle keeps the holder.
-        handle = _from_buffer("ndm_region *", holder)
         try:
+            # The holder owns the region, and each use of the handle keeps the holder.
+            handle = _from_buffer("ndm_region *", holder)
             if recover:  # the alignment of the file holds
                 figures = ffi.new("ndm_stats *")
                 if (status := lib.ndm_region_stats(handle, figures)) < 0:
@@ -173,8 +173,9 @@ class OverflowRegion:
             self._parts: dict[int, tuple[int, SlotParts]] = {}
             self._alignment = sizes[2]
             self._handle, self._holder = handle, holder
-        except BaseException:  # its traceback would keep the file open
-            lib.ndm_region_close(handle)
+        except BaseException:
+            del holder  # the traceback would keep the file open
+            handle = None
             raise
 
     @classmethod
