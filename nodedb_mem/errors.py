@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nodedb_mem._core import ffi, lib
+from nodedb_mem._objects import CoreError
 
 
 class MemError(Exception):
@@ -264,6 +265,11 @@ def error_of(
             return MemoryError(message)
         case _:
             return SystemError(f"nodedb_mem: unknown status {status}")
+
+
+def details_of(refusal: CoreError) -> Any:
+    """Return the `ndm_error` of what a native verb, or the core itself, has refused."""
+    return ffi.from_buffer("ndm_error *", refusal.args[0])
 
 
 def raise_status(status: int) -> NoReturn:

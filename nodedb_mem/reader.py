@@ -12,7 +12,14 @@ from nodedb_mem import _objects
 from nodedb_mem._core import ffi, lib
 from nodedb_mem._objects import CoreError
 from nodedb_mem.engine import KNOWN_ENGINES
-from nodedb_mem.errors import InvalidSlotError, RegionClosedError, StaleSlotError, WrongThreadError, error_of
+from nodedb_mem.errors import (
+    InvalidSlotError,
+    RegionClosedError,
+    StaleSlotError,
+    WrongThreadError,
+    details_of,
+    error_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -215,15 +222,20 @@ class OverflowReader:
         InvalidSlotError, StaleSlotError
             On entering: as `read`.
         """
-        view, value = self._view(slot)
+        number, generation = self._name(slot)
+        try:
+            view, facts = _objects.borrow(self._holder, number, generation)
+        except CoreError as caught:
+            raise self._error(caught, number) from None
+        value = ffi.from_buffer("ndm_value *", facts)
         try:
             yield view
         except Exception as error:
             if lib.ndm_reader_is_unchanged(self._handle, value) in (0, lib.NDM_ERR_STALE):
-                raise self._changed(value.slot) from error
+                raise self._changed(number) from error
             raise
-        if not self._check(lib.ndm_reader_is_unchanged(self._handle, value), value.slot):
-            raise self._changed(value.slot)
+        if not self._check(lib.ndm_reader_is_unchanged(self._handle, value), number):
+            raise self._changed(number)
 
     def lease(self, slot: int | SlotRef) -> Lease:
         """Keep a value in place, through the owner's `free` and `compact`, and through its death: see `Lease`.
@@ -342,15 +354,6 @@ class OverflowReader:
     def _changed(self, slot: int) -> StaleSlotError:
         return StaleSlotError(f"{self._path}: slot {slot} was freed or moved while it was borrowed")
 
-    def _view(self, slot: int | SlotRef) -> tuple[memoryview, Any]:
-        number, generation = self._name(slot)
-        try:
-            view, value = _objects.borrow(self._holder, number, generation)
-        except CoreError as caught:
-            raise self._error(caught, number) from None
-        else:
-            return view, ffi.from_buffer("ndm_value *", value)
-
     def _check(self, status: int, slot: int | None = None) -> int:
         if status < 0:
             self._raise(status, slot)
@@ -361,7 +364,7 @@ class OverflowReader:
 
     def _error(self, refusal: CoreError, slot: int | None = None) -> Exception:
         """What the refusal of a native verb means."""
-        error = ffi.from_buffer("ndm_error *", refusal.args[0])
+        error = details_of(refusal)
         return self._error_of(error.status, slot, error)
 
     def _error_of(self, status: int, slot: int | None, error: Any = None) -> Exception:

@@ -14,7 +14,7 @@ from nodedb_mem import _objects
 from nodedb_mem._core import ffi, lib
 from nodedb_mem._objects import CoreError
 from nodedb_mem.engine import KNOWN_ENGINES, EngineId
-from nodedb_mem.errors import InvalidSlotError, RepeatedSlotError, error_of
+from nodedb_mem.errors import InvalidSlotError, RepeatedSlotError, details_of, error_of
 from nodedb_mem.figures import Compaction, EngineUsage, OverflowSlot, RegionStats
 from nodedb_mem.parts import SlotParts
 from nodedb_mem.reader import SlotRef
@@ -843,7 +843,7 @@ def _outside_stacklevel() -> int:
 
 def _error_of(refusal: CoreError, **where: Any) -> Exception:
     """What the refusal of a native verb means."""
-    error = _from_buffer("ndm_error *", refusal.args[0])
+    error = details_of(refusal)
     return error_of(error.status, error, **where)
 
 

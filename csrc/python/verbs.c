@@ -39,6 +39,15 @@ static PyObject *written(ndm_region *region, int64_t slot, PyObject *more)
 
 /* ---- opening -------------------------------------------------------------------------------------------- */
 
+static PyObject *opened(Holder *holder, bool done)
+{
+    if (done)
+        return (PyObject *)holder;
+    ndm_i_refuse();
+    Py_DECREF(holder);
+    return NULL;
+}
+
 /* open_region(path or directory, temporary, the fields of ndm_options) -> Holder */
 static PyObject *open_region(PyObject *Py_UNUSED(module), PyObject *arguments)
 {
@@ -54,11 +63,7 @@ static PyObject *open_region(PyObject *Py_UNUSED(module), PyObject *arguments)
     Py_BEGIN_ALLOW_THREADS
     holder->region = temporary ? ndm_region_open_temporary(name, &options) : ndm_region_open(name, &options);
     Py_END_ALLOW_THREADS
-    if (holder->region)
-        return (PyObject *)holder;
-    ndm_i_refuse();
-    Py_DECREF(holder);
-    return NULL;
+    return opened(holder, holder->region != NULL);
 }
 
 /* open_reader(paths of data, slots and leases) -> Holder */
@@ -73,11 +78,7 @@ static PyObject *open_reader(PyObject *Py_UNUSED(module), PyObject *arguments)
     Py_BEGIN_ALLOW_THREADS
     holder->reader = ndm_reader_open(data, slots, leases);
     Py_END_ALLOW_THREADS
-    if (holder->reader)
-        return (PyObject *)holder;
-    ndm_i_refuse();
-    Py_DECREF(holder);
-    return NULL;
+    return opened(holder, holder->reader != NULL);
 }
 
 /* ---- writing -------------------------------------------------------------------------------------------- */
