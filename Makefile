@@ -12,10 +12,10 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 BUDGET ?= 16MiB
 SECONDS ?= 60
 
-CSOURCES := $(sort $(wildcard csrc/*.c))
-CHEADERS := $(wildcard csrc/*.h)
+CSOURCES := $(sort $(wildcard csrc/os/*.c csrc/store/*.c csrc/region/*.c csrc/native/*.c))
+CHEADERS := $(wildcard csrc/*.h csrc/*/*.h)
 BINDING  := $(sort $(wildcard csrc/python/*.c))
-BUILT_FROM := $(CSOURCES) $(CHEADERS) $(BINDING) $(wildcard csrc/python/*.h native/*) setup.py pyproject.toml nodedb_mem/_build.py
+BUILT_FROM := $(CSOURCES) $(CHEADERS) $(BINDING) $(wildcard native/*) setup.py pyproject.toml
 
 CWARN    := -std=c11 -pthread -Wall -Wextra -Wshadow -Werror
 SANITIZE := address,undefined
@@ -79,14 +79,14 @@ run: $(VENV)/.installed $(VENV)/.extra-cli
 
 test: test-native test-python
 
-NATIVE := $(patsubst tests/native/%.c,build/native/%,$(sort $(wildcard tests/native/test_*.c)))
+NATIVE := $(patsubst tests/core/%.c,build/native/%,$(sort $(wildcard tests/core/test_*.c)))
 
 test-native: $(NATIVE)
 	@set -e; for program in $^; do echo "$$program"; "$$program"; done
 
-build/native/%: tests/native/%.c $(CSOURCES) $(CHEADERS) $(wildcard tests/native/*.h)
+build/native/%: tests/core/%.c $(CSOURCES) $(CHEADERS) $(wildcard tests/core/*.h)
 	@mkdir -p $(@D)
-	$(CC) $(CWARN) $(CSAN) -Icsrc -Itests/native -o $@ $< $(CSOURCES)
+	$(CC) $(CWARN) $(CSAN) -Icsrc -Itests/core -o $@ $< $(CSOURCES)
 
 test-python: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-native-test
 	$(BIN)/pytest $(ARGS)
@@ -164,7 +164,7 @@ sanitize: $(SAN)/.extra-test
 tsan: build/tsan/test_writer build/tsan/test_readers
 	@set -e; for program in $^; do echo "$$program"; setarch -R "$$program"; done
 
-build/tsan/%: tests/native/%.c $(CSOURCES) $(CHEADERS) $(wildcard tests/native/*.h)
+build/tsan/%: tests/core/%.c $(CSOURCES) $(CHEADERS) $(wildcard tests/core/*.h)
 	@mkdir -p $(@D)
 	$(CC) $(CWARN) -O1 -g -fno-omit-frame-pointer -fsanitize=thread -Wno-tsan -Icsrc -o $@ $< $(CSOURCES)
 
@@ -180,7 +180,7 @@ $(FUZZ)/%.o: csrc/%.c $(CHEADERS) tests/fuzz/faults.h
 	@mkdir -p $(@D)
 	$(CLANG) $(CFUZZ) -include tests/fuzz/faults.h -c -o $@ $<
 
-$(FUZZ)/fuzz_extents: tests/fuzz/fuzz_extents.c $(wildcard csrc/extents*.c) $(wildcard csrc/extents*.h)
+$(FUZZ)/fuzz_extents: tests/fuzz/fuzz_extents.c $(wildcard csrc/store/extents*.c) $(wildcard csrc/store/extents*.h)
 	@mkdir -p $(@D)
 	$(CLANG) $(CFUZZ) -fsanitize=fuzzer -o $@ $(filter %.c,$^)
 
@@ -201,9 +201,9 @@ fuzz: $(addprefix $(FUZZ)/,$(FUZZERS))
 # Not test_writer: it duplicates mappings by mremap of 0 bytes, which valgrind refuses. It runs under ASan and TSan.
 CHECKED := $(patsubst build/native/%,build/valgrind/%,$(filter-out %/test_writer,$(NATIVE)))
 
-build/valgrind/%: tests/native/%.c $(CSOURCES) $(CHEADERS) $(wildcard tests/native/*.h)
+build/valgrind/%: tests/core/%.c $(CSOURCES) $(CHEADERS) $(wildcard tests/core/*.h)
 	@mkdir -p $(@D)
-	$(CC) $(CWARN) -O1 -g -Icsrc -Itests/native -o $@ $< $(CSOURCES)
+	$(CC) $(CWARN) -O1 -g -Icsrc -Itests/core -o $@ $< $(CSOURCES)
 
 valgrind: $(CHECKED)
 	@set -e; for program in $^; do echo "$$program"; \

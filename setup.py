@@ -16,7 +16,7 @@ from setuptools.command.build_py import build_py
 from setuptools.command.sdist import sdist
 from setuptools.errors import PlatformError
 
-BUILD_SCRIPT = "nodedb_mem/_build.py"
+BUILD_SCRIPT = "native/build.py"
 PACKAGE = "nodedb_mem"
 
 

@@ -96,7 +96,8 @@ def allocators() -> tuple[list[Allocator], str]:
 def build(program: str, directory: Path) -> Path:
     """Compile a program of benchmarks/native with the C core."""
     target = directory / program
-    sources = [ROOT / "benchmarks/native" / f"{program}.c", *sorted((ROOT / "csrc").glob("*.c"))]
+    core = sorted(path for path in (ROOT / "csrc").rglob("*.c") if path.parent.name != "python")
+    sources = [ROOT / "benchmarks/native" / f"{program}.c", *core]
     command = [os.environ.get("CC", "gcc"), "-std=c11", "-O2", "-DNDEBUG", "-pthread", f"-I{ROOT / 'csrc'}"]
     subprocess.run([*command, "-o", target, *sources, "-lm", "-ldl"], check=True)
     return target

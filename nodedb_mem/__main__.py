@@ -2,7 +2,7 @@
 
 import sys
 
-from nodedb_mem.cli import main
+from nodedb_mem.tools.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nodedb_mem._core import ffi, lib
-from nodedb_mem._objects import CoreError
+from nodedb_mem._memory import CoreError
 
 
 class MemError(Exception):

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from operator import index
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
 
-from nodedb_mem import _objects
+from nodedb_mem import _memory
 from nodedb_mem._core import ffi, lib
-from nodedb_mem._objects import CoreError
+from nodedb_mem._memory import CoreError
 from nodedb_mem.engine import KNOWN_ENGINES
 from nodedb_mem.errors import (
     InvalidSlotError,
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
-_read = _objects.read_shared
-_read_bytes = _objects.read_shared_bytes
+_read = _memory.read_shared
+_read_bytes = _memory.read_shared_bytes
 
 _UNKNOWN = (1 << 64) - 1
 
@@ -110,7 +110,7 @@ class Lease:
 
     def release(self) -> None:
         """End the lease; ending it again does nothing. The view may be overwritten from now on."""
-        _objects.end_lease(self._memory)
+        _memory.end_lease(self._memory)
 
     def __enter__(self) -> memoryview:
         """Give the view."""
@@ -165,7 +165,7 @@ class OverflowReader:
             raise RuntimeError(f"{paths[0]}: a reader is initialised once: make another")
         self._path, self._beside = paths[0], paths[1:]
         try:
-            holder = _objects.open_reader(*names)
+            holder = _memory.open_reader(*names)
         except CoreError as caught:
             raise self._error(caught) from None
         try:
@@ -224,7 +224,7 @@ class OverflowReader:
         """
         number, generation = self._name(slot)
         try:
-            view, facts = _objects.borrow(self._holder, number, generation)
+            view, facts = _memory.borrow(self._holder, number, generation)
         except CoreError as caught:
             raise self._error(caught, number) from None
         value = ffi.from_buffer("ndm_value *", facts)
@@ -251,7 +251,7 @@ class OverflowReader:
         """
         number, generation = self._name(slot)
         try:
-            return Lease(_objects.lease(self._holder, number, generation))
+            return Lease(_memory.lease(self._holder, number, generation))
         except CoreError as caught:
             raise self._error(caught, number) from None
 

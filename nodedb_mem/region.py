@@ -10,14 +10,14 @@ from contextlib import suppress
 from operator import index
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-from nodedb_mem import _objects
+from nodedb_mem import _memory
 from nodedb_mem._core import ffi, lib
-from nodedb_mem._objects import CoreError
+from nodedb_mem._memory import CoreError
 from nodedb_mem.engine import KNOWN_ENGINES, EngineId
 from nodedb_mem.errors import InvalidSlotError, RepeatedSlotError, details_of, error_of
-from nodedb_mem.figures import Compaction, EngineUsage, OverflowSlot, RegionStats
-from nodedb_mem.parts import SlotParts
 from nodedb_mem.reader import SlotRef
+from nodedb_mem.refs import SlotParts
+from nodedb_mem.stats import Compaction, EngineUsage, OverflowSlot, RegionStats
 from nodedb_mem.tuning import (
     DEFAULT_ALIGNMENT,
     DEFAULT_CACHE_LIMIT,
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
     Slots = Iterable[int] | Buffer  # slot numbers, or a buffer of int64
 
 _from_buffer = ffi.from_buffer
-_write = _objects.write
-_read = _objects.read
-_read_bytes = _objects.read_bytes
-_free = _objects.free
+_write = _memory.write
+_read = _memory.read
+_read_bytes = _memory.read_bytes
+_free = _memory.free
 
 _NO_LIMIT = (1 << 63) - 1
 _UNLIMITED = (1 << 64) - 1
@@ -155,7 +155,7 @@ class OverflowRegion:
             message = f"{shown} is on tmpfs: what is spilled there stays in RAM"
             warnings.warn(message, ResourceWarning, stacklevel=_outside_stacklevel())
         try:
-            holder = _objects.open_region(name, path is None, *sizes, min(limit, _UNLIMITED), bool(recover))
+            holder = _memory.open_region(name, path is None, *sizes, min(limit, _UNLIMITED), bool(recover))
         except CoreError as caught:
             raise _error_of(caught, path=shown, beside=beside) from None
         try:
@@ -305,7 +305,7 @@ class OverflowRegion:
             self._learn_engine(engine)
         written = None
         try:
-            written = _objects.write_vectored(self._holder, buffers, engine, aligned)
+            written = _memory.write_vectored(self._holder, buffers, engine, aligned)
             slot, (generation, sizes) = written
             self._parts[slot] = generation, SlotParts.layout(sizes, self._alignment if aligned else 1)
         except CoreError as caught:
@@ -360,7 +360,7 @@ class OverflowRegion:
         if lengths is not None:
             return self._write_packed(buffers, lengths, engine)  # type: ignore[arg-type]
         try:
-            return _objects.write_many(self._holder, buffers, engine)
+            return _memory.write_many(self._holder, buffers, engine)
         except CoreError as caught:
             raise self._error(caught) from None
 
@@ -409,7 +409,7 @@ class OverflowRegion:
         if not 0 <= length < 1 << 63:
             raise ValueError("size must not be negative, and below 2**63")
         try:
-            return _objects.allocate(self._holder, length, engine)
+            return _memory.allocate(self._holder, length, engine)
         except CoreError as caught:
             raise self._error(caught) from None
 
@@ -434,14 +434,14 @@ class OverflowRegion:
             The system has no room for one more mapping (ENOMEM).
         """
         try:
-            return _objects.restore(self._holder, slot)
+            return _memory.restore(self._holder, slot)
         except CoreError as caught:
             raise self._error(caught, slot) from None
 
     def read_many(self, slots: Slots) -> list[memoryview]:
         """View many values, as `read` does, in one call; all or none. `slots` may be a buffer of int64."""
         try:
-            return _objects.read_many(self._holder, ffi.buffer(_slot_array(slots)))
+            return _memory.read_many(self._holder, ffi.buffer(_slot_array(slots)))
         except CoreError as caught:
             raise self._error(caught) from None
 
@@ -539,7 +539,7 @@ class OverflowRegion:
             The slot never existed, or has been freed.
         """
         try:
-            return _objects.read_into(self._holder, slot, buffer)
+            return _memory.read_into(self._holder, slot, buffer)
         except CoreError as caught:
             raise self._error(caught, slot) from None
 

@@ -23,8 +23,9 @@ import pyarrow  # noqa: F401
 import pytest
 
 import nodedb_mem
-from nodedb_mem import OverflowRegion, cli
+from nodedb_mem import OverflowRegion
 from nodedb_mem._core import lib
+from nodedb_mem.tools import cli
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs this in the background has it ignored
 

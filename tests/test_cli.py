@@ -21,7 +21,8 @@ from typing import ClassVar
 
 import pytest
 
-from nodedb_mem import OverflowRegion, RegionIOError, SlotRef, cli, spill
+from nodedb_mem import OverflowRegion, RegionIOError, SlotRef
+from nodedb_mem.tools import cli, spill
 
 CHUNK = 64 * 1024
 SIZES = (0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * 1024 * 1024, 5 * 1024 * 1024 + 13)
@@ -594,7 +595,7 @@ def test_a_full_disk_is_status_2_and_one_line(tree: Path, mount: Callable[..., P
 
 @pytest.mark.parametrize("library", ["rich", "zict"])
 def test_a_missing_extra_is_named_with_its_remedy(tree: Path, library: str) -> None:
-    program = f"import sys; sys.modules[{library!r}] = None; from nodedb_mem.cli import main; sys.exit(main())"
+    program = f"import sys; sys.modules[{library!r}] = None; from nodedb_mem.tools.cli import main; sys.exit(main())"
     done = subprocess.run(
         [sys.executable, "-c", program, "spill", str(tree)], capture_output=True, text=True, check=False
     )

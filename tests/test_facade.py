@@ -30,7 +30,7 @@ from nodedb_mem import (
     OverflowRegion,
     RegionClosedError,
     WrongThreadError,
-    _objects,
+    _memory,
 )
 from nodedb_mem._core import lib
 
@@ -126,18 +126,18 @@ def test_the_native_verbs_take_what_they_are_made_for_only(region: OverflowRegio
     with OverflowReader(tmp_path / "r") as reader:
         for holder in (reader._holder, region, None, id(region), region._handle, region.read(slot).obj):
             for call in (
-                lambda h: _objects.read(h, slot),
-                lambda h: _objects.read_bytes(h, slot),
-                lambda h: _objects.read_many(h, array("q", [slot])),
-                lambda h: _objects.write(h, OLD, 0),
-                lambda h: _objects.write_many(h, [OLD], 0),
+                lambda h: _memory.read(h, slot),
+                lambda h: _memory.read_bytes(h, slot),
+                lambda h: _memory.read_many(h, array("q", [slot])),
+                lambda h: _memory.write(h, OLD, 0),
+                lambda h: _memory.write_many(h, [OLD], 0),
             ):
                 with pytest.raises(TypeError, match="holder"):
                     call(holder)
         with pytest.raises(TypeError, match="holder"):
-            _objects.read_shared(region._holder, slot, -1)
+            _memory.read_shared(region._holder, slot, -1)
     for few in ((), (region._holder,)):
-        for verb in (_objects.read, _objects.read_bytes, _objects.read_many, _objects.read_shared):
+        for verb in (_memory.read, _memory.read_bytes, _memory.read_many, _memory.read_shared):
             with pytest.raises(TypeError, match="arguments"):
                 verb(*few)
     assert len(region) == 1

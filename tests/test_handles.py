@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 import nodedb_mem
-from nodedb_mem import InvalidSlotError, OverflowRegion, RegionClosedError, WrongThreadError, cli, native
+from nodedb_mem import InvalidSlotError, OverflowRegion, RegionClosedError, WrongThreadError, native
 from nodedb_mem._core import ffi, lib
 from nodedb_mem.errors import raise_status
+from nodedb_mem.tools import cli
 
 NewRegion = Callable[..., OverflowRegion]
 

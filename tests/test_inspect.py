@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from nodedb_mem import EngineId, OverflowReader, OverflowRegion, inspect
+from nodedb_mem import EngineId, OverflowReader, OverflowRegion
+from nodedb_mem.tools import inspect
 
 Run = Callable[..., tuple[int, str, str]]
 Terminal = Callable[[], AbstractContextManager[tuple[int, bytearray]]]
@@ -356,7 +357,7 @@ def test_plot_into_nowhere_is_status_2(run: Run, path: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize(("library", "extra"), [("matplotlib", "plot"), ("rich", "cli")])
 def test_a_missing_extra_is_named_with_its_remedy(path: Path, library: str, extra: str) -> None:
     OverflowRegion(path).close()
-    program = f"import sys; sys.modules[{library!r}] = None; from nodedb_mem.cli import main; sys.exit(main())"
+    program = f"import sys; sys.modules[{library!r}] = None; from nodedb_mem.tools.cli import main; sys.exit(main())"
     done = subprocess.run(
         [sys.executable, "-c", program, "inspect", path, "--plot", path.with_suffix(".png")]
         if library == "matplotlib"
@@ -372,7 +373,7 @@ def test_json_needs_no_extra(path: Path) -> None:
     OverflowRegion(path).close()
     program = (
         "import sys; sys.modules.update(rich=None, zict=None, matplotlib=None); "
-        "from nodedb_mem.cli import main; sys.exit(main())"
+        "from nodedb_mem.tools.cli import main; sys.exit(main())"
     )
     command = [sys.executable, "-c", program, "inspect", str(path), "--json"]
     assert json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["owner"] is None

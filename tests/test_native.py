@@ -377,7 +377,8 @@ def other_abi(installed: Installed, tmp_path_factory: pytest.TempPathFactory) ->
     header.write_text(re.sub(r'(#define NDM_VERSION) ".*"', r'\1 "9.8.7"', text))
     name = installed.library.name
     flags = ["-std=c11", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden", f"-Wl,-soname,{name}"]
-    run("gcc", *flags, *(scratch / "csrc").glob("*.c"), "-o", scratch / name, cwd=scratch)
+    sources = [path for path in (scratch / "csrc").rglob("*.c") if path.parent.name != "python"]
+    run("gcc", *flags, f"-I{scratch / 'csrc'}", *sources, "-o", scratch / name, cwd=scratch)
     return scratch
 
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nodedb_mem import CapacityExceededError, InvalidSlotError, OverflowRegion
-from nodedb_mem.parts import SlotParts
+from nodedb_mem.refs import SlotParts
 
 NewRegion = Callable[..., OverflowRegion]
 Check = Callable[[OverflowRegion], None]

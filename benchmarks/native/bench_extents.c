@@ -1,6 +1,6 @@
 /* What a release + find + take costs, by the number of free extents.
  *
- *   cc -std=c11 -O2 -Icsrc benchmarks/native/bench_extents.c csrc/extents*.c -o bench_extents && ./bench_extents
+ *   cc -std=c11 -O2 -Icsrc benchmarks/native/bench_extents.c csrc/store/extents?*.c csrc/store/extents.c -o bench_extents && ./bench_extents
  *
  * The space is built from used extents; every fourth one is then released, so the holes lie apart, scattered over
  * the space. Two loads, each of pairs "release a random used extent; find and take a random length":
@@ -10,7 +10,7 @@
  *            towards N by releasing or taking some more.
  * A batch is 1000 pairs, timed as a whole; the figure is the median over the batches. */
 #define _GNU_SOURCE
-#include "extents.h"
+#include "store/extents.h"
 #include "timing.h"
 
 enum { BATCH = 1000, BATCHES = 401 };

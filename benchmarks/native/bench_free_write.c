@@ -13,7 +13,7 @@
  * at random among as many cache lines as there are free extents. A batch is 500 pairs; the two kinds of batch take turns; figures are
  * medians over the batches. */
 #define _GNU_SOURCE
-#include "region.h" /* for the number of holes, which is not public */
+#include "region/ledger.h" /* for the number of holes, which is not public */
 #include "timing.h"
 
 #include <math.h>

@@ -1,6 +1,6 @@
 /* The core from C, beside a plain memcpy: samples for benchmarks/write_path.py.
  *
- *   cc -std=c11 -O2 -pthread -Icsrc benchmarks/native/region_writes.c csrc/<all>.c -o region_writes
+ *   cc -std=c11 -O2 -pthread -Icsrc benchmarks/native/region_writes.c $(find csrc/os csrc/store csrc/region -name "*.c") -o region_writes
  *   ./region_writes DIRECTORY [ROUNDS]
  *
  * Prints a line per sample: what, bytes of a value, rival, figure. The rivals take turns, round by round.

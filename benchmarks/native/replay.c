@@ -20,7 +20,7 @@
  * it. `metadata` is what the C core keeps in RAM beside the file: a record for each slot, a node for each extent.
  * Values are compared with what was written when they are deleted. */
 #define _GNU_SOURCE
-#include "region.h" /* for the number of extents, which is not public */
+#include "region/ledger.h" /* for the number of extents, which is not public */
 #include "timing.h"
 
 #include <dlfcn.h>

@@ -1,11 +1,11 @@
-/* What the thresholds in csrc/grains.c and csrc/copy.c rest on: the ways into a file, bare, without the core.
+/* What the thresholds in csrc/store/grains.c and csrc/store/copy.c rest on: the ways into a file, bare, without the core.
  *
  *   cc -std=c11 -O2 -pthread -Icsrc benchmarks/native/write_paths.c -o write_paths && ./write_paths DIRECTORY [ROUNDS]
  *
  * Prints Markdown tables of us per MiB, medians of interleaved rounds. Every pass but the warm ones has a fresh file,
  * whose creation, sizing and mapping are not timed; what a way asks of the file system on the way is. */
 #define _GNU_SOURCE
-#include "copy.c" /* for its streaming loops, each by itself */
+#include "store/copy.c" /* for its streaming loops, each by itself */
 #include "timing.h"
 
 #include <fcntl.h>
@@ -14,7 +14,7 @@
 #define KIB ((size_t)1 << 10)
 #define MIB ((size_t)1 << 20)
 #define TOTAL (64 * MIB)  /* written in a pass */
-#define STEP (16 * MIB)   /* fallocate()d at a time, as in csrc/grains.c */
+#define STEP (16 * MIB)   /* fallocate()d at a time, as in csrc/store/grains.c */
 #define GRAIN (512 * KIB) /* zeroed at a time, and the longest pwrite(), as there */
 #define PAGE (4 * KIB)
 

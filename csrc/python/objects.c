@@ -140,7 +140,7 @@ static PyType_Slot holder_slots[] = {
     {Py_tp_dealloc, (void *)holder_free}, {Py_bf_getbuffer, (void *)holder_export}, {0, NULL}};
 
 static PyType_Spec holder_spec = {
-    .name = "nodedb_mem._objects.Holder",
+    .name = "nodedb_mem._memory.Holder",
     .basicsize = sizeof(Holder),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION | Py_TPFLAGS_IMMUTABLETYPE,
     .slots = holder_slots,
@@ -150,7 +150,7 @@ static PyType_Slot view_slots[] = {
     {Py_tp_dealloc, (void *)view_free}, {Py_bf_getbuffer, (void *)view_export}, {0, NULL}};
 
 static PyType_Spec view_spec = {
-    .name = "nodedb_mem._objects.View",
+    .name = "nodedb_mem._memory.View",
     .basicsize = sizeof(View),
     .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION | Py_TPFLAGS_IMMUTABLETYPE,
     .slots = view_slots,
@@ -160,7 +160,7 @@ int ndm_i_objects_add(PyObject *module)
 {
     holder_type = (PyTypeObject *)PyType_FromSpec(&holder_spec);
     view_type = (PyTypeObject *)PyType_FromSpec(&view_spec);
-    error_type = PyErr_NewException("nodedb_mem._objects.CoreError", NULL, NULL);
+    error_type = PyErr_NewException("nodedb_mem._memory.CoreError", NULL, NULL);
     if (!holder_type || !view_type || !error_type)
         return -1;
     return PyModule_AddObjectRef(module, "CoreError", error_type);

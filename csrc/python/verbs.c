@@ -1,4 +1,4 @@
-/* nodedb_mem._objects: the verbs that take or give Python's memory. What the core refuses is raised as CoreError, for
+/* nodedb_mem._memory: the verbs that take or give Python's memory. What the core refuses is raised as CoreError, for
  * the facade to translate. The core is called without the GIL, but for a read that need not wait. */
 #include "arguments.h"
 #include "objects.h"
@@ -477,9 +477,9 @@ static PyMethodDef functions[] = {
 };
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, .m_name = "nodedb_mem._objects", .m_size = -1, .m_methods = functions};
+    PyModuleDef_HEAD_INIT, .m_name = "nodedb_mem._memory", .m_size = -1, .m_methods = functions};
 
-PyMODINIT_FUNC PyInit__objects(void)
+PyMODINIT_FUNC PyInit__memory(void)
 {
     PyObject *module = PyModule_Create(&definition);
     if (module && ndm_i_objects_add(module) < 0)

@@ -2,7 +2,7 @@
 #ifndef NDM_FUZZ_DISK_H
 #define NDM_FUZZ_DISK_H
 
-#include "region.h"
+#include "region/ledger.h"
 
 enum { DISK_BLOCK = 4096, DISK_BLOCKS = 8192, DISK_FILES = 64 };
 

@@ -1,6 +1,6 @@
 /* Free space against a model that searches a plain list: every input is a sequence of operations, and after each one
  * the structure is checked and compared with the model, extent by extent. Built and run by `make fuzz`. */
-#include "extents.h"
+#include "store/extents.h"
 
 #include <stdio.h>
 #include <stdlib.h>

@@ -1,0 +1,374 @@
+/* The read-only side: any thread, any process, while the owner works. How it stays true without a lock on the owner's
+ * path is told in slots.h. */
+#define _GNU_SOURCE
+#include "region/reader.h"
+
+#include "os/owner.h"
+#include "os/status.h"
+
+#include <errno.h>
+#include <stddef.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+/* How often a value that keeps changing is tried again. */
+enum { RETRIES = 1000 };
+
+/* Larger values that are not in RAM are fetched in one go. */
+#define FETCH_FROM ((uint64_t)64 << 10)
+
+/* ---- opening and closing -------------------------------------------------------------------------------- */
+
+static void free_paths(ndm_reader *reader)
+{
+    free(reader->data_path);
+    free(reader->leases_path);
+}
+
+static void let_go(ndm_reader *reader)
+{
+    if (atomic_fetch_sub(&reader->holders, 1) > 1)
+        return;
+    pthread_mutex_destroy(&reader->lock);
+    free_paths(reader);
+    free(reader);
+}
+
+/* The reader is closed and its last view has ended. Until then its lock keeps the owner from shortening the file. */
+static void last_use(ndm_i_home *home)
+{
+    ndm_reader *reader = (ndm_reader *)((char *)home - offsetof(ndm_reader, home));
+    ndm_i_backing_close(&reader->slots, NULL);
+    let_go(reader);
+}
+
+static void close_files(ndm_reader *reader)
+{
+    ndm_i_leases_close(&reader->leases);
+    if (reader->values)
+        ndm_i_mapping_unref(reader->values);
+    if (reader->table)
+        ndm_i_mapping_unref(reader->table);
+    reader->values = reader->table = NULL;
+    ndm_i_backing_close(&reader->data, NULL);
+}
+
+static int open_slots(ndm_reader *reader, const char *path)
+{
+    if (ndm_i_backing_open_to_read(&reader->slots, path) != NDM_OK)
+        return ndm_i_fail_io(ndm_last_error()->os_errno, "cannot open the slot table");
+    int status = ndm_i_backing_flock_to_read(&reader->slots);
+    if (status != NDM_OK)
+        return status;
+    if (ndm_i_backing_size(&reader->slots) < NDM_I_HEADER_ROOM)
+        return ndm_i_fail_io(EINVAL, "the slot table is cut short");
+    reader->table = ndm_i_backing_map_to_read(&reader->slots, ndm_i_backing_size(&reader->slots));
+    if (!reader->table)
+        return ndm_last_error()->status;
+    const ndm_i_header *header = ndm_i_reader_header(reader);
+    if ((status = ndm_i_header_check(header, reader->data.inode, reader->data.born)) != NDM_OK)
+        return status;
+    const uint64_t count = atomic_load(&header->count);
+    reader->incarnation = atomic_load(&header->incarnation);
+    if (reader->incarnation == 0 || count > (reader->table->length - NDM_I_HEADER_ROOM) / sizeof(ndm_i_record))
+        return ndm_i_fail_io(EINVAL, "the slot table is cut short, or being made");
+    return NDM_OK;
+}
+
+static int open_files(ndm_reader *reader, const char *data_path, const char *slots_path)
+{
+    const int status = ndm_i_backing_open_to_read(&reader->data, data_path);
+    return status == NDM_OK ? (int)ndm_i_of_file(NDM_FILE_SLOTS, open_slots(reader, slots_path)) : status;
+}
+
+ndm_reader *ndm_reader_open(const char *data_path, const char *slots_path, const char *leases_path)
+{
+    ndm_reader *reader = calloc(1, sizeof *reader);
+    if (!reader || !(reader->data_path = strdup(data_path)) || !(reader->leases_path = strdup(leases_path))) {
+        if (reader)
+            free_paths(reader);
+        free(reader);
+        ndm_i_fail(NDM_ERR_MEMORY, "no memory for a reader");
+        return NULL;
+    }
+    reader->data.fd = reader->slots.fd = reader->leases.file.fd = -1;
+    reader->process = ndm_i_process();
+    atomic_init(&reader->holders, 2);
+    pthread_mutex_init(&reader->lock, NULL);
+    ndm_i_home_init(&reader->home, last_use);
+    if (open_files(reader, data_path, slots_path) == NDM_OK)
+        return reader;
+    close_files(reader);
+    ndm_i_backing_close(&reader->slots, NULL);
+    pthread_mutex_destroy(&reader->lock);
+    free_paths(reader);
+    free(reader);
+    return NULL;
+}
+
+void ndm_reader_close(ndm_reader *reader)
+{
+    if (!reader || !ndm_i_is_process(reader->process))
+        return;
+    pthread_mutex_lock(&reader->lock);
+    const bool open = reader->table != NULL;
+    if (open)
+        close_files(reader);
+    pthread_mutex_unlock(&reader->lock);
+    if (open)
+        ndm_i_home_leave(&reader->home);
+}
+
+void ndm_reader_destroy(ndm_reader *reader)
+{
+    if (!reader || !ndm_i_is_process(reader->process))
+        return;
+    ndm_reader_close(reader);
+    let_go(reader);
+}
+
+/* ---- the verbs ------------------------------------------------------------------------------------------ */
+
+int ndm_reader_find(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out)
+{
+    ndm_value found;
+    int status = ndm_i_reader_enter(reader);
+    if (status != NDM_OK)
+        return status;
+    if ((status = ndm_i_reader_look_up(reader, slot, generation, &found)) == NDM_OK)
+        *out = found;
+    pthread_mutex_unlock(&reader->lock);
+    return status;
+}
+
+/* The value is mapped, and about to be read. */
+static void fetch(const ndm_reader *reader, const ndm_value *value)
+{
+    if (value->size >= FETCH_FROM &&
+        !ndm_i_backing_is_cached(&reader->data, value->offset, value->offset + value->size))
+        ndm_i_mapping_fetch(reader->values->base + value->offset, value->size);
+}
+
+/* A view, with the lock held. */
+static const char *view_of(ndm_reader *reader, const ndm_value *value)
+{
+    static const char nothing[1];
+    if (value->size == 0)
+        return nothing;
+    if (ndm_i_reader_reach(reader, value) != NDM_OK)
+        return NULL;
+    const char *view = (const char *)reader->values->base + value->offset;
+    /* The pages stay mapped after the view: a reader reads again; it is the owner who spills. */
+    if (!ndm_i_views_add(&reader->home, (uint32_t)value->slot, reader->values, view, 0, false)) {
+        ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
+        return NULL;
+    }
+    fetch(reader, value);
+    return view;
+}
+
+const char *ndm_reader_read(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out)
+{
+    ndm_value found;
+    if (ndm_i_reader_enter(reader) != NDM_OK)
+        return NULL;
+    const char *view = NULL;
+    if (ndm_i_reader_look_up(reader, slot, generation, &found) == NDM_OK && (view = view_of(reader, &found)))
+        *out = found;
+    pthread_mutex_unlock(&reader->lock);
+    return view;
+}
+
+/* The owner may be writing these bytes: what is copied counts only if the record is unchanged afterwards. */
+__attribute__((no_sanitize("thread"))) static void copy_racing(char *to, const char *from, uint64_t size)
+{
+#if defined(__SANITIZE_THREAD__)
+    for (uint64_t i = 0; i < size; i++)
+        to[i] = ((const volatile char *)from)[i];
+#else
+    memcpy(to, from, size);
+#endif
+}
+
+int64_t ndm_reader_copy(ndm_reader *reader, int64_t slot, int64_t generation, void *buffer, uint64_t capacity)
+{
+    ndm_value value;
+    int64_t status = ndm_i_reader_enter(reader);
+    if (status != NDM_OK)
+        return status;
+    status = ndm_i_fail(NDM_ERR_STALE, "the value keeps changing");
+    for (int tries = 0; tries < RETRIES; tries++) {
+        int found = ndm_i_reader_look_up(reader, slot, generation, &value);
+        const bool copies = found == NDM_OK && value.size > 0 && value.size <= capacity;
+        if (copies || (found == NDM_OK && value.size >= FETCH_FROM)) /* a torn table may tell any size */
+            found = ndm_i_reader_reach(reader, &value);
+        if (found != NDM_OK) {
+            status = found;
+            break;
+        }
+        if (copies) {
+            fetch(reader, &value);
+            copy_racing(buffer, (const char *)reader->values->base + value.offset, value.size);
+        }
+        if (ndm_i_reader_is_unchanged(reader, &value)) {
+            status = (int64_t)value.size;
+            break;
+        }
+        if (ndm_i_reader_check(reader) != NDM_OK)
+            break;
+    }
+    pthread_mutex_unlock(&reader->lock);
+    return status;
+}
+
+int ndm_reader_is_unchanged(ndm_reader *reader, const ndm_value *value)
+{
+    int status = ndm_i_reader_enter(reader);
+    if (status != NDM_OK)
+        return status;
+    status = ndm_i_reader_is_unchanged(reader, value);
+    pthread_mutex_unlock(&reader->lock);
+    return status;
+}
+
+int ndm_reader_next(ndm_reader *reader, int64_t from, ndm_value *out)
+{
+    ndm_value found;
+    int status = ndm_i_reader_enter(reader);
+    if (status != NDM_OK)
+        return status;
+    const uint64_t count = ndm_i_acquire(&ndm_i_reader_header(reader)->count);
+    status = ndm_i_fail(NDM_ERR_NO_SLOT, "no live slot follows");
+    for (uint64_t slot = from < 0 ? 0 : (uint64_t)from; slot < count; slot++) {
+        if (ndm_i_reader_look_up(reader, (int64_t)slot, -1, &found) == NDM_OK) {
+            *out = found;
+            status = NDM_OK;
+            break;
+        }
+    }
+    pthread_mutex_unlock(&reader->lock);
+    return status;
+}
+
+int ndm_reader_stats(ndm_reader *reader, ndm_reader_figures *out)
+{
+    int status = ndm_i_reader_enter(reader);
+    if (status != NDM_OK)
+        return status;
+    const ndm_i_header *header = ndm_i_reader_header(reader);
+    uint64_t resident, unwritten;
+    const int64_t leases = ndm_i_leases_look(reader->leases_path, NULL);
+    reader->data.capacity = ndm_i_backing_size(&reader->data);
+    if ((status = ndm_i_backing_residency(&reader->data, &resident, &unwritten)) == NDM_OK)
+        *out = (ndm_reader_figures){.incarnation = reader->incarnation,
+                                    .capacity = reader->data.capacity,
+                                    .max_capacity = ndm_i_acquire(&header->max_capacity),
+                                    .used_bytes = ndm_i_acquire(&header->used_bytes),
+                                    .live_bytes = ndm_i_acquire(&header->live_bytes),
+                                    .slot_count = ndm_i_acquire(&header->count),
+                                    .alignment = header->alignment,
+                                    .owner = ndm_i_backing_is_byte_locked(&reader->slots, 0) ? ndm_i_acquire(&header->owner) : 0,
+                                    .pinned_bytes = ndm_i_acquire(&header->pinned_bytes),
+                                    .leases = leases < 0 ? UINT64_MAX : (uint64_t)leases,
+                                    .resident_bytes = resident};
+    pthread_mutex_unlock(&reader->lock);
+    return status;
+}
+
+/* ---- leases --------------------------------------------------------------------------------------------- */
+
+/* Open the leases file. It is found by its path: if other files stand there by now, our owner does not look into it. */
+static int join_leases(ndm_reader *reader)
+{
+    ndm_i_backing there;
+    int status = ndm_i_leases_join(&reader->leases, reader->leases_path, false);
+    if (status != NDM_OK)
+        return status;
+    reader->leases.incarnation = reader->incarnation;
+    status = ndm_i_backing_open_to_read(&there, reader->data_path);
+    if (status != NDM_OK && ndm_last_error()->os_errno == ENOENT)
+        return NDM_OK; /* gone, but nobody's */
+    if (status == NDM_OK && (there.inode != reader->data.inode || there.born != reader->data.born))
+        status = ndm_i_fail(NDM_ERR_STALE, "another region's files stand at the path by now");
+    ndm_i_backing_close(&there, NULL);
+    if (status != NDM_OK)
+        ndm_i_leases_close(&reader->leases);
+    return status;
+}
+
+/* Claim a lease of a value with the place where it is. What is found afterwards counts: only then the owner is sure to
+ * see the lease. An entry that names another place than that would not keep the value past the owner's death. */
+static int64_t claim_in_place(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out)
+{
+    for (int tries = 0; tries < RETRIES; tries++) {
+        ndm_value before;
+        int status = ndm_i_reader_look_up(reader, slot, generation, &before);
+        if (status != NDM_OK)
+            return status;
+        const ndm_i_span place = {before.offset, before.size};
+        const int64_t entry = ndm_i_leases_claim(&reader->leases, (uint32_t)slot, before.generation, place);
+        if (entry < 0)
+            return entry;
+        status = ndm_i_reader_look_up(reader, slot, before.generation, out);
+        if (status == NDM_OK)
+            status = ndm_i_reader_check(reader);
+        if (status == NDM_OK && out->place == before.place)
+            return entry;
+        ndm_i_leases_release(&reader->leases, (uint64_t)entry);
+        if (status != NDM_OK)
+            return status;
+    }
+    return ndm_i_fail(NDM_ERR_STALE, "the value keeps moving");
+}
+
+int64_t ndm_reader_lease(ndm_reader *reader, int64_t slot, int64_t generation, const char **view, ndm_value *out)
+{
+    ndm_value value;
+    int64_t status = ndm_i_reader_enter(reader);
+    if (status != NDM_OK)
+        return status;
+    if (!reader->leases.table)
+        status = join_leases(reader);
+    const int64_t entry = status == NDM_OK ? claim_in_place(reader, slot, generation, &value) : status;
+    const char *address = entry >= 0 ? view_of(reader, &value) : NULL;
+    if (address) {
+        *view = address;
+        *out = value;
+        status = entry;
+    } else {
+        status = ndm_last_error()->status;
+        if (entry >= 0)
+            ndm_i_leases_release(&reader->leases, (uint64_t)entry);
+    }
+    pthread_mutex_unlock(&reader->lock);
+    return status;
+}
+
+int ndm_reader_release(ndm_reader *reader, int64_t lease)
+{
+    if (!reader)
+        return NDM_OK;
+    if (!ndm_i_is_process(reader->process))
+        return ndm_i_fail(NDM_ERR_WRONG_THREAD, "the reader belongs to the process that opened it");
+    pthread_mutex_lock(&reader->lock);
+    if (lease >= 0 && lease < NDM_I_LEASES && reader->leases.table) /* else it went with the files */
+        ndm_i_leases_release(&reader->leases, (uint64_t)lease);
+    pthread_mutex_unlock(&reader->lock);
+    return NDM_OK;
+}
+
+int64_t ndm_reader_leases(ndm_reader *reader, ndm_leased *places, uint64_t capacity)
+{
+    int64_t status = ndm_i_reader_enter(reader);
+    if (status != NDM_OK)
+        return status;
+    ndm_i_span *found = malloc(NDM_I_LEASES * sizeof *found);
+    status = found ? ndm_i_leases_look(reader->leases_path, found)
+                   : ndm_i_fail(NDM_ERR_MEMORY, "no memory to look at the leases");
+    for (int64_t i = 0; i < status && (uint64_t)i < capacity; i++)
+        places[i] = (ndm_leased){found[i].offset, found[i].size};
+    free(found);
+    pthread_mutex_unlock(&reader->lock);
+    return status;
+}

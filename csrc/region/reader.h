@@ -1,0 +1,49 @@
+/* A reader as its verbs see it: reader.c has them, lookup.c finds values. */
+#ifndef NDM_READER_H
+#define NDM_READER_H
+
+#include "store/leases.h"
+#include "nodedb_mem.h"
+#include "store/slots.h"
+#include "store/pins.h"
+
+#include <pthread.h>
+
+struct ndm_reader {
+    ndm_i_backing data, slots;
+    ndm_i_mapping *values, *table;
+    ndm_i_leases leases;
+    char *data_path, *leases_path;
+    ndm_i_home home;
+    pthread_mutex_t lock; /* of the mappings and the leases */
+    uint64_t process;
+    uint64_t incarnation;
+    _Atomic unsigned holders; /* of this struct: the handle, and the files until the last view has ended */
+};
+
+static inline const ndm_i_header *ndm_i_reader_header(const ndm_reader *reader)
+{
+    return (const ndm_i_header *)reader->table->base;
+}
+
+static inline uint64_t ndm_i_acquire(const _Atomic uint64_t *word)
+{
+    return atomic_load_explicit(word, memory_order_acquire);
+}
+
+/* Take the lock if the reader may be used. The others want it held. */
+int ndm_i_reader_enter(ndm_reader *reader);
+
+/* Is it still the region that the reader was opened for? */
+int ndm_i_reader_check(const ndm_reader *reader);
+
+/* Find the value in a slot; `generation` negative: any. */
+int ndm_i_reader_look_up(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out);
+
+/* Are the value's bytes where they were, and unchanged since it was looked up? */
+bool ndm_i_reader_is_unchanged(const ndm_reader *reader, const ndm_value *value);
+
+/* Have its bytes mapped. */
+int ndm_i_reader_reach(ndm_reader *reader, const ndm_value *value);
+
+#endif

@@ -1,0 +1,297 @@
+#include "store/pins.h"
+
+#include "os/owner.h"
+
+#include <pthread.h>
+#include <stdlib.h>
+
+enum { FIRST_BUCKETS = 256, MOST_SPARES = 256 };
+
+#define NDM_I_VIEW UINT32_MAX
+
+/* A view (where = its address, pin = its extent's pin) or a pin (where = its home, extent = which one). */
+struct ndm_i_entry {
+    struct ndm_i_entry *next;
+    const void *where;
+    uint64_t forget; /* view: so many bytes leave the RSS with it */
+    uint64_t count;  /* view: times handed out; pin: views of it */
+    struct ndm_i_entry *pin;
+    union {
+        ndm_i_mapping *mapping; /* view */
+        ndm_i_home *home;       /* pin */
+    };
+    uint32_t extent; /* NDM_I_VIEW for a view */
+    bool orphan;     /* pin: freed by the owner */
+    bool writable;   /* pin: counted in home->writable */
+};
+
+struct table {
+    uint64_t process;
+    pthread_mutex_t lock;
+    struct ndm_i_entry **buckets;
+    uint64_t bucket_count; /* a power of two */
+    uint64_t entry_count;
+    struct ndm_i_entry *spares; /* unused entries: views come and go faster than malloc */
+    uint64_t spare_count;
+};
+
+static _Atomic(struct table *) current;
+
+static struct table *table_new(uint64_t process)
+{
+    struct table *table = calloc(1, sizeof *table);
+    if (!table)
+        return NULL;
+    table->process = process;
+    table->bucket_count = FIRST_BUCKETS;
+    table->buckets = calloc(FIRST_BUCKETS, sizeof *table->buckets);
+    if (!table->buckets) {
+        free(table);
+        return NULL;
+    }
+    pthread_mutex_init(&table->lock, NULL);
+    return table;
+}
+
+/* This process's table; a table inherited by fork is abandoned, its lock may be held by a thread that is gone. */
+static struct table *table_here(void)
+{
+    struct table *table = atomic_load(&current);
+    if (table && ndm_i_is_process(table->process))
+        return table;
+    struct table *fresh = table_new(ndm_i_process());
+    if (!fresh)
+        return NULL;
+    if (atomic_compare_exchange_strong(&current, &table, fresh))
+        return fresh;
+    free(fresh->buckets);
+    free(fresh);
+    return table;
+}
+
+static struct ndm_i_entry **bucket(struct table *table, const void *where, uint32_t extent)
+{
+    uint64_t hash = ((uint64_t)(uintptr_t)where ^ ((uint64_t)extent << 32)) * 0x9E3779B97F4A7C15u;
+    return &table->buckets[(hash >> 32) & (table->bucket_count - 1)]; /* an extent reaches no lower bit */
+}
+
+/* The link that points to the entry, or to the end of its chain. */
+static struct ndm_i_entry **find(struct table *table, const void *where, uint32_t extent)
+{
+    struct ndm_i_entry **link = bucket(table, where, extent);
+    while (*link && ((*link)->where != where || (*link)->extent != extent))
+        link = &(*link)->next;
+    return link;
+}
+
+static void widen(struct table *table)
+{
+    struct ndm_i_entry **old = table->buckets;
+    uint64_t old_count = table->bucket_count;
+    struct ndm_i_entry **wide = calloc(old_count * 2, sizeof *wide);
+    if (!wide)
+        return; /* longer chains are slower, not wrong */
+    table->buckets = wide;
+    table->bucket_count = old_count * 2;
+    for (uint64_t i = 0; i < old_count; i++) {
+        while (old[i]) {
+            struct ndm_i_entry *entry = old[i];
+            old[i] = entry->next;
+            struct ndm_i_entry **link = bucket(table, entry->where, entry->extent);
+            entry->next = *link;
+            *link = entry;
+        }
+    }
+    free(old);
+}
+
+/* Hang an entry on the end of its chain that find() gave. */
+static void insert(struct table *table, struct ndm_i_entry **link, struct ndm_i_entry *entry)
+{
+    entry->next = NULL;
+    *link = entry;
+    if (++table->entry_count > table->bucket_count)
+        widen(table);
+}
+
+static bool fill_spares(struct table *table, uint64_t count)
+{
+    while (table->spare_count < count) {
+        struct ndm_i_entry *entry = malloc(sizeof *entry);
+        if (!entry)
+            return false;
+        entry->next = table->spares;
+        table->spares = entry;
+        table->spare_count++;
+    }
+    return true;
+}
+
+static struct ndm_i_entry *take_spare(struct table *table)
+{
+    struct ndm_i_entry *entry = table->spares;
+    table->spares = entry->next;
+    table->spare_count--;
+    return entry;
+}
+
+static void give_spare(struct table *table, struct ndm_i_entry *entry)
+{
+    if (table->spare_count == MOST_SPARES) {
+        free(entry);
+        return;
+    }
+    entry->next = table->spares;
+    table->spares = entry;
+    table->spare_count++;
+}
+
+void ndm_i_home_init(ndm_i_home *home, void (*last)(ndm_i_home *))
+{
+    atomic_init(&home->users, 1);
+    atomic_init(&home->writable, 0);
+    atomic_init(&home->returned, NULL);
+    home->last = last;
+}
+
+void ndm_i_home_leave(ndm_i_home *home)
+{
+    if (atomic_fetch_sub(&home->users, 1) == 1)
+        home->last(home);
+}
+
+bool ndm_i_views_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, const void *address, uint64_t forget,
+                     bool writable)
+{
+    struct table *table = table_here();
+    if (!table)
+        return false;
+    pthread_mutex_lock(&table->lock);
+    struct ndm_i_entry **link = find(table, address, NDM_I_VIEW);
+    bool added = true;
+    if (*link) {
+        (*link)->count++;
+    } else if ((added = fill_spares(table, 2))) {
+        struct ndm_i_entry *view = take_spare(table);
+        *view = (struct ndm_i_entry){
+            .where = address, .forget = forget, .count = 1, .mapping = mapping, .extent = NDM_I_VIEW};
+        ndm_i_mapping_ref(mapping);
+        insert(table, link, view);
+        link = find(table, home, extent);
+        struct ndm_i_entry *pin = *link;
+        if (!pin) {
+            pin = take_spare(table);
+            *pin = (struct ndm_i_entry){.where = home, .home = home, .extent = extent};
+            atomic_fetch_add(&home->users, 1);
+            insert(table, link, pin);
+        }
+        pin->count++;
+        view->pin = pin;
+        if (writable && !pin->writable) {
+            pin->writable = true;
+            atomic_fetch_add(&home->writable, 1);
+        }
+    }
+    pthread_mutex_unlock(&table->lock);
+    return added;
+}
+
+/* Is the view the last of what keeps its pages, its mapping or its file? With the lock held. */
+static bool unmaps(const struct ndm_i_entry *view)
+{
+    const struct ndm_i_entry *pin = view->pin;
+    return view->count == 1 && (view->forget > 0 || atomic_load(&view->mapping->users) == 1 ||
+                                (pin->count == 1 && atomic_load(&pin->home->users) == 1));
+}
+
+bool ndm_i_views_drop(const void *address, bool may_unmap)
+{
+    struct table *table = atomic_load(&current);
+    if (!table || !ndm_i_is_process(table->process))
+        return true;
+    ndm_i_home *home = NULL;
+
+    pthread_mutex_lock(&table->lock);
+    struct ndm_i_entry **link = find(table, address, NDM_I_VIEW);
+    struct ndm_i_entry *view = *link;
+    const bool refused = view && !may_unmap && unmaps(view);
+    if (!view || refused || --view->count > 0) { /* none: a view of before a fork, in the child */
+        pthread_mutex_unlock(&table->lock);
+        return !refused;
+    }
+    *link = view->next;
+    table->entry_count--;
+    struct ndm_i_entry *pin = view->pin;
+    if (--pin->count == 0) {
+        home = pin->home;
+        *find(table, home, pin->extent) = pin->next;
+        table->entry_count--;
+        if (pin->writable)
+            atomic_fetch_sub(&home->writable, 1);
+        if (pin->orphan) {
+            pin->next = atomic_load(&home->returned);
+            atomic_store(&home->returned, pin);
+        } else {
+            give_spare(table, pin);
+        }
+    }
+    ndm_i_mapping *mapping = view->mapping;
+    const uint64_t forget = view->forget;
+    give_spare(table, view);
+    pthread_mutex_unlock(&table->lock);
+
+    if (forget > 0)
+        ndm_i_mapping_forget((void *)address, forget);
+    ndm_i_mapping_unref(mapping);
+    if (home)
+        ndm_i_home_leave(home);
+    return true;
+}
+
+/* The pin of an extent, NULL if it has none; with the lock held. */
+static struct ndm_i_entry *locked_pin(ndm_i_home *home, uint32_t extent, struct table **locked)
+{
+    *locked = NULL;
+    if (atomic_load_explicit(&home->users, memory_order_acquire) == 1)
+        return NULL;
+    struct table *table = table_here();
+    pthread_mutex_lock(&table->lock); /* there are pins, so the table exists */
+    *locked = table;
+    return *find(table, home, extent);
+}
+
+bool ndm_i_views_pinned(ndm_i_home *home, uint32_t extent)
+{
+    struct table *locked;
+    bool pinned = locked_pin(home, extent, &locked) != NULL;
+    if (locked)
+        pthread_mutex_unlock(&locked->lock);
+    return pinned;
+}
+
+bool ndm_i_views_writable(ndm_i_home *home) { return atomic_load(&home->writable) > 0; }
+
+bool ndm_i_views_orphan(ndm_i_home *home, uint32_t extent)
+{
+    struct table *locked;
+    struct ndm_i_entry *pin = locked_pin(home, extent, &locked);
+    if (pin)
+        pin->orphan = true;
+    if (locked)
+        pthread_mutex_unlock(&locked->lock);
+    return pin != NULL;
+}
+
+bool ndm_i_views_collect(ndm_i_home *home, uint32_t *extent)
+{
+    if (!atomic_load_explicit(&home->returned, memory_order_acquire))
+        return false;
+    struct table *table = table_here();
+    pthread_mutex_lock(&table->lock);
+    struct ndm_i_entry *pin = atomic_load(&home->returned);
+    atomic_store(&home->returned, pin->next);
+    *extent = pin->extent;
+    give_spare(table, pin);
+    pthread_mutex_unlock(&table->lock);
+    return true;
+}
