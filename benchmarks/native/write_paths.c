@@ -1,4 +1,4 @@
-/* What the thresholds in csrc/store/grains.c and csrc/store/copy.c rest on: the ways into a file, bare, without the core.
+/* What the thresholds in csrc/store/store.c and csrc/store/copy.c rest on: the ways into a file, bare, without the core.
  *
  *   cc -std=c11 -O2 -pthread -Icsrc benchmarks/native/write_paths.c -o write_paths && ./write_paths DIRECTORY [ROUNDS]
  *
@@ -14,7 +14,7 @@
 #define KIB ((size_t)1 << 10)
 #define MIB ((size_t)1 << 20)
 #define TOTAL (64 * MIB)  /* written in a pass */
-#define STEP (16 * MIB)   /* fallocate()d at a time, as in csrc/store/grains.c */
+#define STEP (16 * MIB)   /* fallocate()d at a time, as in csrc/store/store.c */
 #define GRAIN (512 * KIB) /* zeroed at a time, and the longest pwrite(), as there */
 #define PAGE (4 * KIB)
 

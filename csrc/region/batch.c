@@ -1,10 +1,10 @@
 /* Many values in one call, all or nothing. */
-#include "region/ledger.h"
+#include "region/batch.h"
 
 #include "os/status.h"
+#include "region/read.h"
 
 #include <stdlib.h>
-#include <string.h>
 
 /* ---- writing -------------------------------------------------------------------------------------------- */
 
@@ -22,106 +22,44 @@ static uint64_t size_at(const values *batch, uint64_t i)
     return batch->parts ? batch->sizes[i] : (uint64_t)batch->lengths[i];
 }
 
-typedef struct {
-    uint32_t extent;
-    uint64_t vacant;
-} taken;
-
-/* The space as it was before a batch. */
-typedef struct {
-    uint64_t mark, capacity;
-} before;
-
-static void give_back(ndm_region *region, const taken *places, uint64_t count, before was)
-{
-    for (uint64_t i = 0; i < count; i++)
-        if (places[i].extent != NDM_I_NONE)
-            ndm_i_extents_release(&region->extents, places[i].extent);
-    ndm_i_extents_lower(&region->extents, was.mark);
-    if (region->data.capacity > was.capacity)
-        ndm_i_grains_shrink(&region->grains, was.capacity);
-}
-
-/* Take an extent for each value, and make the file reach the furthest. */
-static int take_places(ndm_region *region, const values *batch, taken *places, before was)
-{
-    uint64_t furthest = 0, i;
-    int status = NDM_OK;
-    for (i = 0; i < batch->count && status == NDM_OK; i++) {
-        const uint64_t size = size_at(batch, i);
-        places[i].extent = NDM_I_NONE;
-        if (size == 0)
-            continue;
-        if (size >= NDM_I_SIZE_LIMIT / 2 || furthest >= NDM_I_SIZE_LIMIT / 2)
-            status = ndm_i_fail_capacity(size, ndm_i_ceiling(region->max_capacity));
-        else if (!ndm_i_extents_reserve(&region->extents))
-            status = ndm_i_fail(NDM_ERR_MEMORY, "no memory for an extent");
-        if (status != NDM_OK)
-            break;
-        const ndm_i_place place = ndm_i_extents_find(&region->extents, ndm_i_units(region, size));
-        const uint64_t end = (place.offset << region->unit_shift) + size;
-        furthest = end > furthest ? end : furthest;
-        places[i].vacant = ndm_i_vacant(region, place);
-        places[i].extent = ndm_i_extents_take(&region->extents, place, ndm_i_units(region, size), NDM_I_NONE);
-    }
-    if (status == NDM_OK && furthest > region->data.capacity)
-        ndm_i_leased_collect(region, true); /* too late for these places; growing is when space is short */
-    if (status == NDM_OK)
-        status = ndm_i_reach(region, furthest);
-    if (status != NDM_OK)
-        give_back(region, places, i, was);
-    return status;
-}
-
-static int store_all(ndm_region *region, const values *batch, const taken *places)
+static int store_all(ndm_region *region, const values *batch, const ndm_i_room *rooms)
 {
     const uint8_t *packed = batch->data;
     for (uint64_t i = 0; i < batch->count; i++) {
-        const uint64_t size = size_at(batch, i);
-        if (size > 0) {
-            const uint64_t offset = ndm_i_extents_offset(&region->extents, places[i].extent) << region->unit_shift;
-            const void *source = batch->parts ? batch->parts[i] : packed;
-            int status = ndm_i_grains_store(&region->grains, offset, source, size, places[i].vacant);
-            if (status != NDM_OK)
-                return status;
-        }
+        const ndm_i_room *room = &rooms[i];
+        const void *source = batch->parts ? batch->parts[i] : packed;
+        const int status =
+            room->size > 0 ? ndm_i_store_put(&region->store, room->offset, source, room->size, room->vacant) : NDM_OK;
+        if (status != NDM_OK)
+            return status;
         if (!batch->parts)
-            packed += size;
+            packed += room->size;
     }
     return NDM_OK;
 }
 
 static int write_batch(ndm_region *region, const values *batch, int64_t engine, int64_t *slots)
 {
+    ndm_i_before before;
     int status = ndm_i_check_engine(engine);
-    if (status == NDM_OK)
-        status = ndm_i_slots_reserve(&region->slots, batch->count);
     if (status != NDM_OK || batch->count == 0)
         return status;
-    taken *places = malloc(batch->count * sizeof *places);
-    if (!places)
+    if (batch->count > NDM_I_NO_SLOT) /* no table has so many slots */
+        return ndm_i_slots_reserve(&region->slots, batch->count);
+    ndm_i_room *rooms = malloc(batch->count * sizeof *rooms);
+    if (!rooms)
         return ndm_i_fail(NDM_ERR_MEMORY, "no memory for a batch");
-    const before was = {region->extents.mark, region->data.capacity};
-    status = take_places(region, batch, places, was);
-    if (status == NDM_ERR_CAPACITY) /* leases of the dead came home meanwhile */
-        status = take_places(region, batch, places, was);
-    if (status != NDM_OK)
-        goto fail;
-    if ((status = store_all(region, batch, places)) != NDM_OK) {
-        give_back(region, places, batch->count, was);
-        goto fail;
-    }
-    region->growths += region->data.capacity > was.capacity;
-    for (uint64_t i = 0; i < batch->count; i++) {
-        const uint32_t extent = places[i].extent;
-        const uint64_t offset =
-            extent == NDM_I_NONE ? 0 : ndm_i_extents_offset(&region->extents, extent) << region->unit_shift;
-        slots[i] = ndm_i_enter_value(region, offset, size_at(batch, i), extent, (uint8_t)engine,
-                                     NDM_I_LIVE);
-    }
+    for (uint64_t i = 0; i < batch->count; i++)
+        rooms[i].size = size_at(batch, i);
+    if ((status = ndm_i_take(region, rooms, batch->count, &before)) != NDM_OK)
+        goto end;
+    if ((status = store_all(region, batch, rooms)) == NDM_OK)
+        ndm_i_enter_values(region, rooms, batch->count, before, (uint8_t)engine, NDM_I_LIVE, slots);
+    else
+        ndm_i_undo(region, rooms, batch->count, before);
 
-fail:
-    free(places);
+end:
+    free(rooms);
     return status;
 }
 
@@ -220,7 +158,7 @@ int64_t ndm_region_load_many(ndm_region *region, const int64_t *slots, uint64_t 
         const ndm_i_record *record = ndm_i_slots_record(&region->slots, slots[i]);
         const uint64_t size = ndm_i_record_size(record);
         if (size > 0)
-            status = ndm_i_grains_load(&region->grains, ndm_i_record_offset(record), next, size);
+            status = ndm_i_store_load(&region->store, ndm_i_record_offset(record), next, size);
         if (status != NDM_OK)
             return status;
         lengths[i] = (int64_t)size;

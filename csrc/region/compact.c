@@ -1,119 +1,15 @@
-/* Space that is no longer needed: trim gives it back to the file system, compact gathers it. */
-#include "region/ledger.h"
+/* Compaction: free space is gathered by moving values. */
+#include "region/trim.h"
 
 #include "os/status.h"
 
-#include <stdbool.h>
-
-#define PUNCH_FROM ((uint64_t)64 << 10) /* a hole costs a system call and, later, blocks again: not for less */
-#define WASTE_SHARE 100                 /* compaction is done when the holes are under 1/100 of the live bytes */
-
-static uint64_t bytes_of(const ndm_region *region, uint64_t units) { return units << region->unit_shift; }
-
-static uint64_t min(uint64_t a, uint64_t b) { return a < b ? a : b; }
-
-/* Let go of free space at the end; used_bytes follows. */
-static void lower_mark(ndm_region *region)
-{
-    const ndm_i_extents *extents = &region->extents;
-    const uint64_t mark = extents->mark;
-    if (ndm_i_extents_trim(&region->extents) == mark)
-        return;
-    const uint32_t last = ndm_i_extents_last(extents);
-    uint64_t end = 0;
-    if (last != NDM_I_NONE) {
-        const uint32_t slot = ndm_i_extents_tag(extents, last);
-        const ndm_i_record *record = slot != NDM_I_NONE ? ndm_i_slots_record(&region->slots, slot) : NULL;
-        end = bytes_of(region, ndm_i_extents_offset(extents, last)) +
-              (record ? ndm_i_record_size(record) : bytes_of(region, ndm_i_extents_length(extents, last)));
-    }
-    region->used_bytes = min(region->used_bytes, end);
-}
-
-int64_t ndm_region_trim(ndm_region *region)
-{
-    uint64_t before, after;
-    int status = ndm_i_enter(region);
-    if (status == NDM_OK)
-        status = ndm_i_backing_disk_bytes(&region->data, &before);
-    if (status != NDM_OK)
-        return status;
-
-    ndm_i_leased_collect(region, true);
-    lower_mark(region);
-    const bool stored_to = ndm_i_views_writable(&region->home);
-    const uint64_t used = region->used_bytes;
-    const uint64_t capacity = used > region->initial_capacity ? used : region->initial_capacity;
-    /* Cutting pages off under a reader's view would be SIGBUS: with readers the end becomes a hole instead. */
-    if (capacity < region->data.capacity && ndm_i_slots_bar_readers(&region->slots)) {
-        ndm_i_grains_shrink(&region->grains, capacity);
-        ndm_i_slots_let_readers(&region->slots);
-    }
-    ndm_i_grains_punch(&region->grains, used, region->data.capacity - used, stored_to);
-    const ndm_i_extents *extents = &region->extents;
-    for (uint32_t e = ndm_i_extents_first_hole(&region->extents); e != NDM_I_NONE; e = ndm_i_extents_next(extents, e)) {
-        const uint64_t size = bytes_of(region, ndm_i_extents_length(extents, e));
-        if (size >= PUNCH_FROM && ndm_i_extents_is_free(extents, e))
-            ndm_i_grains_punch(&region->grains, bytes_of(region, ndm_i_extents_offset(extents, e)), size, stored_to);
-    }
-    ndm_i_publish(region);
-    if ((status = ndm_i_backing_disk_bytes(&region->data, &after)) != NDM_OK)
-        return status;
-    return before > after ? (int64_t)(before - after) : 0;
-}
-
-/* ---- leaving RAM ---------------------------------------------------------------------------------------- */
-
-/* Everything but the values that have a view, in runs between these. */
-static int evict_unpinned(ndm_region *region)
-{
-    const ndm_i_extents *extents = &region->extents;
-    uint64_t start = 0;
-    for (uint32_t e = ndm_i_extents_first(extents); e != NDM_I_NONE; e = ndm_i_extents_next(extents, e)) {
-        const uint64_t offset = bytes_of(region, ndm_i_extents_offset(extents, e));
-        if (ndm_i_extents_is_free(extents, e) || !ndm_i_views_pinned(&region->home, e))
-            continue;
-        int status = offset > start ? ndm_i_grains_evict(&region->grains, start, offset, false) : NDM_OK;
-        if (status != NDM_OK)
-            return status;
-        start = offset + bytes_of(region, ndm_i_extents_length(extents, e));
-    }
-    const uint64_t end = region->data.capacity;
-    return end > start ? ndm_i_grains_evict(&region->grains, start, end, false) : NDM_OK;
-}
-
-int ndm_region_evict(ndm_region *region, const int64_t *slots, uint64_t count)
-{
-    int status = ndm_i_enter(region);
-    if (status != NDM_OK || !slots)
-        return status == NDM_OK ? evict_unpinned(region) : status;
-    if ((status = ndm_i_check_slots(region, slots, count, false)) != NDM_OK)
-        return status;
-    for (uint64_t i = 0; i < count && status == NDM_OK; i++) {
-        const ndm_i_record *record = ndm_i_live_record(region, slots[i]);
-        const uint64_t offset = ndm_i_record_offset(record), size = ndm_i_record_size(record);
-        if (size > 0)
-            status = ndm_i_grains_evict(&region->grains, offset, offset + size, true);
-    }
-    return status;
-}
-
-int ndm_region_flush(ndm_region *region)
-{
-    int status = ndm_i_enter(region);
-    if (status != NDM_OK)
-        return status;
-    int refused = ndm_i_cache_settle(&region->grains, 0, region->data.capacity, false);
-    return refused ? ndm_i_fail_io(refused, "cannot write the file back to disk") : NDM_OK;
-}
-
-/* ---- compaction ----------------------------------------------------------------------------------------- */
+#define WASTE_SHARE 100 /* compaction is done when the holes are under 1/100 of the live bytes */
 
 /* Size of the value in a used extent if it may be moved, 0 if not. */
 static uint64_t movable(ndm_region *region, uint32_t extent, uint64_t budget)
 {
     const uint32_t slot = ndm_i_extents_tag(&region->extents, extent);
-    if (slot == NDM_I_NONE || ndm_i_views_pinned(&region->home, extent))
+    if (slot == NDM_I_NONE || ndm_i_pins_pinned(&region->home, extent))
         return 0;
     const ndm_i_record *record = ndm_i_slots_record(&region->slots, slot);
     if (ndm_i_leases_has(&region->leases, slot, ndm_i_record_generation(record)))
@@ -130,7 +26,7 @@ static int move_bytes(ndm_region *region, uint32_t slot, uint64_t from, uint64_t
     ndm_i_slots_move_begin(&region->slots, slot, to);
     int status = ndm_i_leases_has(&region->leases, slot, generation)
                      ? ndm_i_fail(NDM_ERR_STALE, "the value is leased")
-                     : ndm_i_grains_move(&region->grains, from, to, size, &header->moved);
+                     : ndm_i_store_move(&region->store, from, to, size, &header->moved);
     if (status != NDM_OK)
         ndm_i_slots_move_cancel(&region->slots, slot);
     return status;
@@ -141,16 +37,14 @@ static int relocate(ndm_region *region, uint32_t extent, ndm_i_place place, uint
 {
     ndm_i_extents *extents = &region->extents;
     const uint32_t slot = ndm_i_extents_tag(extents, extent);
-    const uint64_t from = bytes_of(region, ndm_i_extents_offset(extents, extent));
-    const uint64_t to = bytes_of(region, place.offset);
+    const uint64_t from = ndm_i_bytes(region, ndm_i_extents_offset(extents, extent));
+    const uint64_t to = ndm_i_bytes(region, place.offset);
     if (!ndm_i_extents_reserve(extents))
         return ndm_i_fail(NDM_ERR_MEMORY, "no memory for an extent");
     int status = move_bytes(region, slot, from, to, size);
     if (status != NDM_OK)
         return status;
-    const uint32_t fresh = ndm_i_extents_take(extents, place, ndm_i_extents_length(extents, extent), slot);
-    ndm_i_slots_move_end(&region->slots, slot, to, fresh);
-    ndm_i_extents_release(extents, extent);
+    ndm_i_value_moved(region, extent, place);
     return NDM_OK;
 }
 
@@ -159,14 +53,13 @@ static int slide(ndm_region *region, uint32_t *hole, uint64_t size)
 {
     ndm_i_extents *extents = &region->extents;
     const uint32_t extent = ndm_i_extents_next(extents, *hole);
-    const uint64_t from = bytes_of(region, ndm_i_extents_offset(extents, extent));
-    const uint64_t to = bytes_of(region, ndm_i_extents_offset(extents, *hole));
+    const uint64_t from = ndm_i_bytes(region, ndm_i_extents_offset(extents, extent));
+    const uint64_t to = ndm_i_bytes(region, ndm_i_extents_offset(extents, *hole));
     const uint32_t slot = ndm_i_extents_tag(extents, extent);
     int status = move_bytes(region, slot, from, to, size);
     if (status != NDM_OK)
         return status;
-    *hole = ndm_i_extents_slide(extents, *hole);
-    ndm_i_slots_move_end(&region->slots, slot, to, extent);
+    *hole = ndm_i_value_slid(region, *hole);
     return NDM_OK;
 }
 
@@ -177,7 +70,7 @@ static uint32_t next_hole(ndm_region *region, uint32_t extent, uint64_t budget, 
     while (extent != NDM_I_NONE) {
         const uint32_t next = ndm_i_extents_next(extents, extent);
         if (next != NDM_I_NONE && ndm_i_extents_is_free(extents, extent) && (*size = movable(region, next, budget)) &&
-            (region->data.keeps_blocks || *size <= bytes_of(region, ndm_i_extents_length(extents, extent))))
+            (region->data.keeps_blocks || *size <= ndm_i_bytes(region, ndm_i_extents_length(extents, extent))))
             break; /* overlapping moves are for file systems where a write to a block that is there cannot fail */
         extent = next;
     }
@@ -198,7 +91,7 @@ static reserve_state look_around(const ndm_region *region, uint64_t budget)
     const uint64_t units = budget >> region->unit_shift;
     return (reserve_state){.longest = ndm_i_extents_find(extents, length).hole,
                            .length = length,
-                           .reserve = units < extents->mark ? min(units, extents->mark / WASTE_SHARE) : 0};
+                           .reserve = units < extents->mark ? ndm_i_min(units, extents->mark / WASTE_SHARE) : 0};
 }
 
 /* May this value move, and is there a hole for it? The one that fits best. */
@@ -248,8 +141,8 @@ static uint32_t choose(ndm_region *region, uint64_t budget, const reserve_state 
 static int64_t compact_step(ndm_region *region, uint64_t budget, uint64_t left, uint32_t *hole, bool *stopped)
 {
     ndm_i_extents *extents = &region->extents;
-    lower_mark(region);
-    if (bytes_of(region, extents->free_units) <= region->live_bytes / WASTE_SHARE)
+    ndm_i_lower_mark(region);
+    if (ndm_i_bytes(region, extents->free_units) <= region->live_bytes / WASTE_SHARE)
         return 0;
     int status;
     uint64_t size;
@@ -280,23 +173,24 @@ int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out)
     int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
-    ndm_i_leased_collect(region, true);
+    ndm_i_limbo_reap(&region->limbo);
     uint64_t left = budget;
+    int64_t moved = 1;
     uint32_t hole = NDM_I_NONE;
     bool stopped = false;
-    while (budget > 0 && !stopped) {
-        int64_t moved = compact_step(region, budget, left, &hole, &stopped);
+    while (budget > 0 && !stopped && moved != 0) {
+        moved = compact_step(region, budget, left, &hole, &stopped);
         if (moved == NDM_ERR_STALE)
             continue; /* the next step sees the lease */
         if (moved < 0)
-            return (int)moved;
-        if (moved == 0)
             break;
         left -= (uint64_t)moved;
         region->moved_bytes += (uint64_t)moved;
     }
-    ndm_i_publish(region);
+    ndm_i_publish(region); /* also of a compaction that was cut short */
+    if (moved < 0 && moved != NDM_ERR_STALE)
+        return (int)moved;
     *out = (ndm_compaction){.moved_bytes = budget - left,
-                            .remaining_bytes = stopped ? bytes_of(region, region->extents.free_units) : 0};
+                            .remaining_bytes = stopped ? ndm_i_bytes(region, region->extents.free_units) : 0};
     return NDM_OK;
 }

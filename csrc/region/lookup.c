@@ -1,6 +1,6 @@
 /* Finding a value in a table that its owner, in another thread or process, is writing to. */
 #define _GNU_SOURCE
-#include "region/reader.h"
+#include "region/lookup.h"
 
 #include "os/owner.h"
 #include "os/status.h"
@@ -37,17 +37,16 @@ int ndm_i_reader_enter(ndm_reader *reader)
 }
 
 /* Have `length` bytes of a file mapped; views keep an outgrown mapping. */
-static int reach(const ndm_i_backing *file, ndm_i_mapping **mapping, uint64_t needed, uint64_t wanted)
+static int reach(const ndm_i_file *file, ndm_i_mapping **mapping, uint64_t needed, uint64_t wanted)
 {
     if (*mapping && (*mapping)->length >= needed)
         return NDM_OK;
-    ndm_i_mapping *fresh = ndm_i_backing_map_to_read(file, wanted);
+    ndm_i_mapping *fresh = ndm_i_mapping_new_to_read(file->fd, wanted);
     if (!fresh && wanted > needed)
-        fresh = ndm_i_backing_map_to_read(file, needed);
+        fresh = ndm_i_mapping_new_to_read(file->fd, needed);
     if (!fresh)
         return ndm_last_error()->status;
-    if (*mapping)
-        ndm_i_mapping_unref(*mapping);
+    ndm_i_mapping_unref(*mapping);
     *mapping = fresh;
     return NDM_OK;
 }
@@ -90,7 +89,7 @@ int ndm_i_reader_look_up(ndm_reader *reader, int64_t slot, int64_t generation, n
         return ndm_i_fail_slot(NDM_ERR_NO_SLOT, slot);
     const uint64_t needed = NDM_I_HEADER_ROOM + ((uint64_t)slot + 1) * sizeof(ndm_i_record);
     if (reader->table->length < needed) {
-        const uint64_t size = ndm_i_backing_size(&reader->slots);
+        const uint64_t size = ndm_i_file_size(&reader->slots);
         if (size < needed)
             return (int)ndm_i_of_file(NDM_FILE_SLOTS, ndm_i_fail_io(EIO, "the slot table is cut short"));
         int status = reach(&reader->slots, &reader->table, needed, size);
@@ -98,7 +97,7 @@ int ndm_i_reader_look_up(ndm_reader *reader, int64_t slot, int64_t generation, n
             return (int)ndm_i_of_file(NDM_FILE_SLOTS, status);
     }
     for (int pauses = 0; pauses < PAUSES * ROUNDS; pauses++) {
-        if (pauses > 0 && pauses % PAUSES == 0 && !ndm_i_backing_is_byte_locked(&reader->slots, 0))
+        if (pauses > 0 && pauses % PAUSES == 0 && !ndm_i_file_is_byte_locked(&reader->slots, 0))
             break;
         const bool whole = read_record(record_of(reader, slot), out);
         if (whole && out->state == NDM_I_LIVE) {
@@ -128,7 +127,7 @@ bool ndm_i_reader_is_unchanged(const ndm_reader *reader, const ndm_value *value)
 int ndm_i_reader_reach(ndm_reader *reader, const ndm_value *value)
 {
     const uint64_t end = value->offset + value->size, ceiling = ndm_i_acquire(&ndm_i_reader_header(reader)->max_capacity);
-    if (end > ndm_i_backing_size(&reader->data))
+    if (end > ndm_i_file_size(&reader->data))
         return ndm_i_fail_io(EIO, "the file is shorter than its table says");
     return reach(&reader->data, &reader->values, end, ceiling > end ? ceiling : end);
 }

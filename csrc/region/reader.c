@@ -1,9 +1,10 @@
 /* The read-only side: any thread, any process, while the owner works. How it stays true without a lock on the owner's
  * path is told in slots.h. */
 #define _GNU_SOURCE
-#include "region/reader.h"
+#include "region/lookup.h"
 
 #include "os/owner.h"
+#include "os/residency.h"
 #include "os/status.h"
 
 #include <errno.h>
@@ -39,31 +40,29 @@ static void let_go(ndm_reader *reader)
 static void last_use(ndm_i_home *home)
 {
     ndm_reader *reader = (ndm_reader *)((char *)home - offsetof(ndm_reader, home));
-    ndm_i_backing_close(&reader->slots, NULL);
+    ndm_i_file_close(&reader->slots, NULL);
     let_go(reader);
 }
 
 static void close_files(ndm_reader *reader)
 {
     ndm_i_leases_close(&reader->leases);
-    if (reader->values)
-        ndm_i_mapping_unref(reader->values);
-    if (reader->table)
-        ndm_i_mapping_unref(reader->table);
+    ndm_i_mapping_unref(reader->values);
+    ndm_i_mapping_unref(reader->table);
     reader->values = reader->table = NULL;
-    ndm_i_backing_close(&reader->data, NULL);
+    ndm_i_file_close(&reader->data, NULL);
 }
 
 static int open_slots(ndm_reader *reader, const char *path)
 {
-    if (ndm_i_backing_open_to_read(&reader->slots, path) != NDM_OK)
+    if (ndm_i_file_open_to_read(&reader->slots, path) != NDM_OK)
         return ndm_i_fail_io(ndm_last_error()->os_errno, "cannot open the slot table");
-    int status = ndm_i_backing_flock_to_read(&reader->slots);
+    int status = ndm_i_file_flock_to_read(&reader->slots);
     if (status != NDM_OK)
         return status;
-    if (ndm_i_backing_size(&reader->slots) < NDM_I_HEADER_ROOM)
+    if (ndm_i_file_size(&reader->slots) < NDM_I_HEADER_ROOM)
         return ndm_i_fail_io(EINVAL, "the slot table is cut short");
-    reader->table = ndm_i_backing_map_to_read(&reader->slots, ndm_i_backing_size(&reader->slots));
+    reader->table = ndm_i_mapping_new_to_read(reader->slots.fd, ndm_i_file_size(&reader->slots));
     if (!reader->table)
         return ndm_last_error()->status;
     const ndm_i_header *header = ndm_i_reader_header(reader);
@@ -78,7 +77,7 @@ static int open_slots(ndm_reader *reader, const char *path)
 
 static int open_files(ndm_reader *reader, const char *data_path, const char *slots_path)
 {
-    const int status = ndm_i_backing_open_to_read(&reader->data, data_path);
+    const int status = ndm_i_file_open_to_read(&reader->data, data_path);
     return status == NDM_OK ? (int)ndm_i_of_file(NDM_FILE_SLOTS, open_slots(reader, slots_path)) : status;
 }
 
@@ -100,7 +99,7 @@ ndm_reader *ndm_reader_open(const char *data_path, const char *slots_path, const
     if (open_files(reader, data_path, slots_path) == NDM_OK)
         return reader;
     close_files(reader);
-    ndm_i_backing_close(&reader->slots, NULL);
+    ndm_i_file_close(&reader->slots, NULL);
     pthread_mutex_destroy(&reader->lock);
     free_paths(reader);
     free(reader);
@@ -146,21 +145,20 @@ int ndm_reader_find(ndm_reader *reader, int64_t slot, int64_t generation, ndm_va
 static void fetch(const ndm_reader *reader, const ndm_value *value)
 {
     if (value->size >= FETCH_FROM &&
-        !ndm_i_backing_is_cached(&reader->data, value->offset, value->offset + value->size))
+        !ndm_i_is_cached(&reader->data, value->offset, value->offset + value->size))
         ndm_i_mapping_fetch(reader->values->base + value->offset, value->size);
 }
 
 /* A view, with the lock held. */
 static const char *view_of(ndm_reader *reader, const ndm_value *value)
 {
-    static const char nothing[1];
     if (value->size == 0)
-        return nothing;
+        return ndm_i_empty_view;
     if (ndm_i_reader_reach(reader, value) != NDM_OK)
         return NULL;
     const char *view = (const char *)reader->values->base + value->offset;
     /* The pages stay mapped after the view: a reader reads again; it is the owner who spills. */
-    if (!ndm_i_views_add(&reader->home, (uint32_t)value->slot, reader->values, view, 0, false)) {
+    if (!ndm_i_pins_add(&reader->home, (uint32_t)value->slot, reader->values, view, 0, false)) {
         ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
         return NULL;
     }
@@ -259,8 +257,8 @@ int ndm_reader_stats(ndm_reader *reader, ndm_reader_figures *out)
     const ndm_i_header *header = ndm_i_reader_header(reader);
     uint64_t resident, unwritten;
     const int64_t leases = ndm_i_leases_look(reader->leases_path, NULL);
-    reader->data.capacity = ndm_i_backing_size(&reader->data);
-    if ((status = ndm_i_backing_residency(&reader->data, &resident, &unwritten)) == NDM_OK)
+    reader->data.capacity = ndm_i_file_size(&reader->data);
+    if ((status = ndm_i_residency(&reader->data, &resident, &unwritten)) == NDM_OK)
         *out = (ndm_reader_figures){.incarnation = reader->incarnation,
                                     .capacity = reader->data.capacity,
                                     .max_capacity = ndm_i_acquire(&header->max_capacity),
@@ -268,7 +266,7 @@ int ndm_reader_stats(ndm_reader *reader, ndm_reader_figures *out)
                                     .live_bytes = ndm_i_acquire(&header->live_bytes),
                                     .slot_count = ndm_i_acquire(&header->count),
                                     .alignment = header->alignment,
-                                    .owner = ndm_i_backing_is_byte_locked(&reader->slots, 0) ? ndm_i_acquire(&header->owner) : 0,
+                                    .owner = ndm_i_file_is_byte_locked(&reader->slots, 0) ? ndm_i_acquire(&header->owner) : 0,
                                     .pinned_bytes = ndm_i_acquire(&header->pinned_bytes),
                                     .leases = leases < 0 ? UINT64_MAX : (uint64_t)leases,
                                     .resident_bytes = resident};
@@ -281,17 +279,17 @@ int ndm_reader_stats(ndm_reader *reader, ndm_reader_figures *out)
 /* Open the leases file. It is found by its path: if other files stand there by now, our owner does not look into it. */
 static int join_leases(ndm_reader *reader)
 {
-    ndm_i_backing there;
+    ndm_i_file there;
     int status = ndm_i_leases_join(&reader->leases, reader->leases_path, false);
     if (status != NDM_OK)
         return status;
     reader->leases.incarnation = reader->incarnation;
-    status = ndm_i_backing_open_to_read(&there, reader->data_path);
+    status = ndm_i_file_open_to_read(&there, reader->data_path);
     if (status != NDM_OK && ndm_last_error()->os_errno == ENOENT)
         return NDM_OK; /* gone, but nobody's */
     if (status == NDM_OK && (there.inode != reader->data.inode || there.born != reader->data.born))
         status = ndm_i_fail(NDM_ERR_STALE, "another region's files stand at the path by now");
-    ndm_i_backing_close(&there, NULL);
+    ndm_i_file_close(&there, NULL);
     if (status != NDM_OK)
         ndm_i_leases_close(&reader->leases);
     return status;

@@ -1,6 +1,6 @@
 /* Taking over what a dead owner left: every value that was written stays under its slot, and every freed one that a
  * living reader leases stays where it is. */
-#include "region/ledger.h"
+#include "region/recover.h"
 
 #include "os/status.h"
 
@@ -53,9 +53,9 @@ static int finish_move(ndm_region *region)
     if (from == to || !fits(region, from, size) || !fits(region, to, size) || to % unit != 0 ||
         ndm_i_word(&header->moved) > size)
         return torn("the slot table is torn: a value was moved to no place");
-    ndm_i_grains_adopt(&region->grains, from, size);
-    ndm_i_grains_adopt(&region->grains, to, size);
-    int status = ndm_i_grains_move(&region->grains, from, to, size, &header->moved);
+    ndm_i_grains_adopt(&region->store.grains, from, size);
+    ndm_i_grains_adopt(&region->store.grains, to, size);
+    int status = ndm_i_store_move(&region->store, from, to, size, &header->moved);
     if (status == NDM_OK)
         ndm_i_slots_move_end(&region->slots, (uint32_t)(number - 1), to, NDM_I_NONE);
     return status;
@@ -86,55 +86,22 @@ static int list_values(ndm_region *region, found *values, uint64_t *count)
     return NDM_OK;
 }
 
-/* A freed extent that a reader keeps. */
-static int keep(ndm_region *region, const found *place, uint32_t extent)
-{
-    const uint64_t end = place->offset + place->size;
-    ndm_i_orphan_leaves(region, extent);
-    if (region->used_bytes < end)
-        region->used_bytes = end < region->data.capacity ? end : region->data.capacity;
-    return ndm_i_leased_keep(region, extent, NDM_I_NO_SLOT, 0)
-               ? NDM_OK
-               : ndm_i_fail(NDM_ERR_MEMORY, "no memory to keep a leased value");
-}
-
 /* Take an extent for each value, in order; the gaps between become free. */
 static int take_extents(ndm_region *region, const found *values, uint64_t count)
 {
-    ndm_i_extents *extents = &region->extents;
     int status = NDM_OK;
     for (uint64_t i = 0; i < count && status == NDM_OK; i++) {
-        const uint64_t units = ndm_i_units(region, values[i].size), start = values[i].offset >> region->unit_shift;
-        uint32_t gap = NDM_I_NONE;
-        if (units == 0)
-            continue;
-        if (start < extents->mark)
+        if (values[i].size > 0 && values[i].offset >> region->unit_shift < region->extents.mark)
             return torn("the slot table is torn: two values overlap");
-        if (start > extents->mark) {
-            if (!ndm_i_extents_reserve(extents))
-                return ndm_i_fail(NDM_ERR_MEMORY, "no memory for an extent");
-            const ndm_i_place place = {.offset = extents->mark, .hole = NDM_I_NONE};
-            gap = ndm_i_extents_take(extents, place, start - extents->mark, NDM_I_NONE);
-        }
-        if (!ndm_i_extents_reserve(extents))
-            return ndm_i_fail(NDM_ERR_MEMORY, "no memory for an extent");
-        const ndm_i_place place = {.offset = start, .hole = NDM_I_NONE};
-        const uint32_t extent = ndm_i_extents_take(extents, place, units, values[i].slot);
-        if (gap != NDM_I_NONE)
-            ndm_i_extents_release(extents, gap);
-        ndm_i_grains_adopt(&region->grains, values[i].offset, values[i].size);
-        if (values[i].slot != NDM_I_NO_SLOT)
-            ndm_i_slots_set_extent(&region->slots, values[i].slot, extent);
-        else
-            status = keep(region, &values[i], extent);
+        status = ndm_i_adopt(region, values[i].offset, values[i].size, values[i].slot);
     }
-    ndm_i_grains_adopt_rest(&region->grains);
+    ndm_i_grains_adopt_rest(&region->store.grains, region->data.capacity);
     return status;
 }
 
 /* ---- leases --------------------------------------------------------------------------------------------- */
 
-/* Of a file that is missing or none, the first share() sees to. */
+/* If the leases file is missing or is not one, the first share() makes it. */
 int ndm_i_join_leases(ndm_region *region)
 {
     if (!region->leases_path)
@@ -259,14 +226,6 @@ int ndm_i_recover(ndm_region *region)
         (status = take_extents(region, values, count)) != NDM_OK)
         goto end;
     ndm_i_slots_rebuild(&region->slots);
-    for (uint64_t i = 0; i < count; i++) {
-        if (values[i].slot == NDM_I_NO_SLOT)
-            continue;
-        const uint8_t engine = ndm_i_record_engine(ndm_i_slots_record(&region->slots, values[i].slot));
-        ndm_i_count_value(region, values[i].offset, values[i].size, engine);
-        if (values[i].size == 0)
-            ndm_i_slots_set_extent(&region->slots, values[i].slot, NDM_I_NONE);
-    }
 
 end:
     free(values);

@@ -347,6 +347,11 @@ bool ndm_i_extents_is_free(const ndm_i_extents *extents, uint32_t extent)
     return is_free(node_at(extents, extent));
 }
 
+bool ndm_i_extents_is_used(const ndm_i_extents *extents, uint32_t extent)
+{
+    return extent < extents->node_count && extents->nodes[extent].up == USED;
+}
+
 uint32_t ndm_i_extents_tag(const ndm_i_extents *extents, uint32_t extent)
 {
     const node_t *node = node_at(extents, extent);

@@ -1,7 +1,7 @@
 /* Free space: which units of the file are used and which are free. Integers only; no system call, no pointer
  * into the file.
  *
- * The space is counted in units (region.c: one unit is `alignment` bytes). The units [0, mark) are partitioned
+ * The space is counted in units (one unit is `alignment` bytes of the file). The units [0, mark) are partitioned
  * into extents, each used or free, so that every extent but the first and last has two neighbours. No two free
  * extents are neighbours: a released extent joins the free ones it touches at once.
  *
@@ -12,7 +12,7 @@
  * Finding the best fit, taking and releasing cost O(log length) steps, whatever the number of extents.
  *
  * An extent is named by the index of its node, which stays the same until it is released. A used extent carries
- * its holder's `tag` (region.c: the slot number). A node is 40 bytes.
+ * its holder's `tag` (the slot number). A node is 40 bytes.
  */
 #ifndef NDM_EXTENTS_H
 #define NDM_EXTENTS_H
@@ -66,6 +66,7 @@ void ndm_i_extents_release(ndm_i_extents *extents, uint32_t extent);
 uint64_t ndm_i_extents_offset(const ndm_i_extents *extents, uint32_t extent);
 uint64_t ndm_i_extents_length(const ndm_i_extents *extents, uint32_t extent);
 bool ndm_i_extents_is_free(const ndm_i_extents *extents, uint32_t extent);
+bool ndm_i_extents_is_used(const ndm_i_extents *extents, uint32_t extent); /* of any number */
 uint32_t ndm_i_extents_tag(const ndm_i_extents *extents, uint32_t extent);
 void ndm_i_extents_set_tag(ndm_i_extents *extents, uint32_t extent, uint32_t tag);
 
@@ -94,8 +95,5 @@ uint64_t ndm_i_extents_trim(ndm_i_extents *extents);
 /* Undo takes at the end: lower the mark to `mark`, which lies in, or at an end of, the free extent that touches it.
  * Does nothing if the mark is there already. */
 void ndm_i_extents_lower(ndm_i_extents *extents, uint64_t mark);
-
-/* How many invariants are broken. 0 in a sound structure. Linear. */
-uint64_t ndm_i_extents_check(const ndm_i_extents *extents);
 
 #endif

@@ -1,4 +1,6 @@
 /* The checker of extents.h: trusts no index, and every walk is bounded by the number of nodes. */
+#include "store/extents_check.h"
+
 #include "store/extents_node.h"
 
 #include <stddef.h>

@@ -1,23 +1,42 @@
-/* Regions by number, for callers that cannot be trusted to know whether a region still lives.
+/* Handles: numbers that stand for objects, for callers that cannot be trusted to know whether an object still lives. What
+ * the objects are is the caller's affair.
  *
  * A handle is an index into a table and a generation. The table's entries are never freed, so that any number may be
- * looked up; an entry's generation grows when its region is closed, and an old handle no longer fits. All of it is
+ * looked up; an entry's generation grows when its handle is retired, and an old handle no longer fits. All of it is
  * lock-free: a forked child finds the table whole, and a wrong thread costs the owner nothing.
  *
  * An entry's state is its generation and three flags:
- *   LIVE    it has a region
+ *   LIVE    it has an object
  *   BUSY    the owner is inside a call by handle; only the owner sets and clears it
- *   DOOMED  the region was destroyed meanwhile: the owner finishes that when its call ends
+ *   DOOMED  the handle was retired meanwhile: the owner finishes that when its call ends
  */
-#ifndef NDM_HANDLE_H
-#define NDM_HANDLE_H
+#ifndef NDM_HANDLES_H
+#define NDM_HANDLES_H
 
-#include "nodedb_mem.h"
+#include "os/owner.h"
 
 #include <stdbool.h>
+#include <stdint.h>
 
-/* The region is being closed or destroyed: its handle is stale from now on. false: the owner is inside a call by handle
- * on another thread, and will call ndm_region_destroy() at its end. */
-bool ndm_i_handle_retire(ndm_region *region);
+/* A handle for an object that `owner` alone may use. Never 0, below 2^63. 0: no memory. */
+uint64_t ndm_i_handle_new(void *object, ndm_i_owner owner);
+
+/* The handle is stale from now on. false: the owner is inside a call by handle on another thread, and will hear of it from
+ * ndm_i_call_end(). */
+bool ndm_i_handle_retire(uint64_t handle);
+
+/* A call by handle. */
+typedef struct {
+    void *object; /* it stays until ndm_i_call_end(), whoever retires the handle */
+    struct ndm_i_handle_entry *entry;
+    uint64_t idle;
+} ndm_i_call;
+
+/* Every call by handle begins here: NDM_ERR_CLOSED for a stale handle, NDM_ERR_WRONG_THREAD for anyone but the owner.
+ * Nothing of the object is touched before it is held. */
+int ndm_i_call_begin(uint64_t handle, ndm_i_call *call);
+
+/* false: the handle was retired meanwhile. It is stale now, and the caller does what had to wait. */
+bool ndm_i_call_end(const ndm_i_call *call);
 
 #endif

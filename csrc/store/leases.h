@@ -2,9 +2,8 @@
  * (`<path>.leases`; in memory for a temporary region), which readers that may lease can write to.
  *
  * A lease is an entry: its key, which is slot and generation, packed; the incarnation that these belong to; and the
- * value's place, by which an owner that takes the file over knows what a freed value's lease keeps. Whoever claims an
- * entry holds a lock of the open file on the byte of the same number, which the kernel drops when the process dies; so
- * an entry without a lock is nobody's. Only the lock's holder stores more than a key of 0.
+ * value's place, by which an owner that takes the file over knows what a freed value's lease keeps. Entries are claimed
+ * (claims.h): one that no living process claims is nobody's. Only who has claimed it stores more than a key of 0.
  *
  * Memory order: the reader stores the place, the key (release), then a seq_cst fence, then checks that the value is
  * still live, and where it was, and that the incarnation stands. The owner withdraws the value, or the incarnation, then
@@ -15,8 +14,9 @@
 #ifndef NDM_LEASES_H
 #define NDM_LEASES_H
 
-#include "os/file.h"
 #include "nodedb_mem.h"
+#include "os/file.h"
+#include "store/claims.h"
 
 #include <stdbool.h>
 #include <stdint.h>
@@ -43,11 +43,11 @@ typedef struct {
 } ndm_i_span;
 
 typedef struct {
-    ndm_i_backing file;
+    ndm_i_file file;
     ndm_i_lease_table *table; /* NULL: there is none yet */
     uint64_t incarnation;     /* of the region: leases of another are no slot's */
     uint64_t seen;            /* the owner's: `released` when it last collected */
-    uint64_t mine[(NDM_I_LEASES + 63) / 64]; /* a reader's: a bit for each entry it holds */
+    ndm_i_claims claims;      /* a reader's: the entries it holds */
 } ndm_i_leases;
 
 /* The owner's: make or empty the file; one of another version makes room for a new file. The owner's that finds one,
@@ -58,10 +58,16 @@ int ndm_i_leases_join(ndm_i_leases *leases, const char *path, bool as_owner);
 /* Close the file; what a reader still holds is released. */
 void ndm_i_leases_close(ndm_i_leases *leases);
 
-/* Reader: claim an entry, giving its number; the caller checks the value and its place afterwards. To release one that
+/* Reader: take an entry, giving its number; the caller checks the value and its place afterwards. To release one that
  * is not held does nothing. */
 int64_t ndm_i_leases_claim(ndm_i_leases *leases, uint32_t slot, uint32_t generation, ndm_i_span place);
 void ndm_i_leases_release(ndm_i_leases *leases, uint64_t entry);
+
+/* Owner: is anything leased? After withdrawing a value, where that matters. */
+static inline bool ndm_i_leases_any(const ndm_i_leases *leases)
+{
+    return leases->table && atomic_load(&leases->table->held) != 0;
+}
 
 /* Owner: is the value leased? After withdrawing it, where that matters. */
 bool ndm_i_leases_has(const ndm_i_leases *leases, uint32_t slot, uint32_t generation);

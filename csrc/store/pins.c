@@ -1,26 +1,28 @@
+/* See pins.h. */
 #include "store/pins.h"
 
 #include "os/owner.h"
 
+#include <assert.h>
 #include <pthread.h>
 #include <stdlib.h>
 
 enum { FIRST_BUCKETS = 256, MOST_SPARES = 256 };
 
-#define NDM_I_VIEW UINT32_MAX
+#define VIEW UINT32_MAX
 
 /* A view (where = its address, pin = its extent's pin) or a pin (where = its home, extent = which one). */
 struct ndm_i_entry {
     struct ndm_i_entry *next;
     const void *where;
-    uint64_t forget; /* view: so many bytes leave the RSS with it */
+    uint64_t forget; /* view: so many bytes leave the RSS with it; pin: the checker counts its views here */
     uint64_t count;  /* view: times handed out; pin: views of it */
     struct ndm_i_entry *pin;
     union {
         ndm_i_mapping *mapping; /* view */
         ndm_i_home *home;       /* pin */
     };
-    uint32_t extent; /* NDM_I_VIEW for a view */
+    uint32_t extent; /* VIEW for a view */
     bool orphan;     /* pin: freed by the owner */
     bool writable;   /* pin: counted in home->writable */
 };
@@ -36,6 +38,8 @@ struct table {
 };
 
 static _Atomic(struct table *) current;
+
+char ndm_i_empty_view[1];
 
 static struct table *table_new(uint64_t process)
 {
@@ -130,6 +134,7 @@ static bool fill_spares(struct table *table, uint64_t count)
 static struct ndm_i_entry *take_spare(struct table *table)
 {
     struct ndm_i_entry *entry = table->spares;
+    assert(entry && table->spare_count > 0);
     table->spares = entry->next;
     table->spare_count--;
     return entry;
@@ -160,21 +165,21 @@ void ndm_i_home_leave(ndm_i_home *home)
         home->last(home);
 }
 
-bool ndm_i_views_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, const void *address, uint64_t forget,
+bool ndm_i_pins_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, const void *address, uint64_t forget,
                      bool writable)
 {
     struct table *table = table_here();
     if (!table)
         return false;
     pthread_mutex_lock(&table->lock);
-    struct ndm_i_entry **link = find(table, address, NDM_I_VIEW);
+    struct ndm_i_entry **link = find(table, address, VIEW);
     bool added = true;
     if (*link) {
         (*link)->count++;
     } else if ((added = fill_spares(table, 2))) {
         struct ndm_i_entry *view = take_spare(table);
         *view = (struct ndm_i_entry){
-            .where = address, .forget = forget, .count = 1, .mapping = mapping, .extent = NDM_I_VIEW};
+            .where = address, .forget = forget, .count = 1, .mapping = mapping, .extent = VIEW};
         ndm_i_mapping_ref(mapping);
         insert(table, link, view);
         link = find(table, home, extent);
@@ -204,7 +209,7 @@ static bool unmaps(const struct ndm_i_entry *view)
                                 (pin->count == 1 && atomic_load(&pin->home->users) == 1));
 }
 
-bool ndm_i_views_drop(const void *address, bool may_unmap)
+bool ndm_i_pins_drop(const void *address, bool may_unmap)
 {
     struct table *table = atomic_load(&current);
     if (!table || !ndm_i_is_process(table->process))
@@ -212,7 +217,7 @@ bool ndm_i_views_drop(const void *address, bool may_unmap)
     ndm_i_home *home = NULL;
 
     pthread_mutex_lock(&table->lock);
-    struct ndm_i_entry **link = find(table, address, NDM_I_VIEW);
+    struct ndm_i_entry **link = find(table, address, VIEW);
     struct ndm_i_entry *view = *link;
     const bool refused = view && !may_unmap && unmaps(view);
     if (!view || refused || --view->count > 0) { /* none: a view of before a fork, in the child */
@@ -222,6 +227,7 @@ bool ndm_i_views_drop(const void *address, bool may_unmap)
     *link = view->next;
     table->entry_count--;
     struct ndm_i_entry *pin = view->pin;
+    assert(pin->count > 0 && pin->extent != VIEW);
     if (--pin->count == 0) {
         home = pin->home;
         *find(table, home, pin->extent) = pin->next;
@@ -252,7 +258,7 @@ bool ndm_i_views_drop(const void *address, bool may_unmap)
 static struct ndm_i_entry *locked_pin(ndm_i_home *home, uint32_t extent, struct table **locked)
 {
     *locked = NULL;
-    if (atomic_load_explicit(&home->users, memory_order_acquire) == 1)
+    if (!ndm_i_pins_any(home))
         return NULL;
     struct table *table = table_here();
     pthread_mutex_lock(&table->lock); /* there are pins, so the table exists */
@@ -260,7 +266,7 @@ static struct ndm_i_entry *locked_pin(ndm_i_home *home, uint32_t extent, struct 
     return *find(table, home, extent);
 }
 
-bool ndm_i_views_pinned(ndm_i_home *home, uint32_t extent)
+bool ndm_i_pins_pinned(ndm_i_home *home, uint32_t extent)
 {
     struct table *locked;
     bool pinned = locked_pin(home, extent, &locked) != NULL;
@@ -269,12 +275,13 @@ bool ndm_i_views_pinned(ndm_i_home *home, uint32_t extent)
     return pinned;
 }
 
-bool ndm_i_views_writable(ndm_i_home *home) { return atomic_load(&home->writable) > 0; }
+bool ndm_i_pins_writable(ndm_i_home *home) { return atomic_load(&home->writable) > 0; }
 
-bool ndm_i_views_orphan(ndm_i_home *home, uint32_t extent)
+bool ndm_i_pins_orphan(ndm_i_home *home, uint32_t extent)
 {
     struct table *locked;
     struct ndm_i_entry *pin = locked_pin(home, extent, &locked);
+    assert(!pin || !pin->orphan);
     if (pin)
         pin->orphan = true;
     if (locked)
@@ -282,9 +289,9 @@ bool ndm_i_views_orphan(ndm_i_home *home, uint32_t extent)
     return pin != NULL;
 }
 
-bool ndm_i_views_collect(ndm_i_home *home, uint32_t *extent)
+bool ndm_i_pins_collect(ndm_i_home *home, uint32_t *extent)
 {
-    if (!atomic_load_explicit(&home->returned, memory_order_acquire))
+    if (!ndm_i_pins_have_returned(home))
         return false;
     struct table *table = table_here();
     pthread_mutex_lock(&table->lock);
@@ -294,4 +301,37 @@ bool ndm_i_views_collect(ndm_i_home *home, uint32_t *extent)
     give_spare(table, pin);
     pthread_mutex_unlock(&table->lock);
     return true;
+}
+
+uint64_t ndm_i_pins_check(ndm_i_home *home, bool (*is_sound)(void *context, uint32_t extent, bool orphan), void *context)
+{
+    struct table *table = table_here();
+    uint64_t broken = 0, pins = 0, writable = 0, entries = 0;
+    if (!table)
+        return 0;
+    pthread_mutex_lock(&table->lock);
+    for (uint64_t i = 0; i < table->bucket_count; i++)
+        for (struct ndm_i_entry *entry = table->buckets[i]; entry; entry = entry->next)
+            if (entry->extent == VIEW)
+                entry->pin->forget++;
+    for (uint64_t i = 0; i < table->bucket_count; i++) {
+        for (struct ndm_i_entry *entry = table->buckets[i]; entry; entry = entry->next) {
+            entries++;
+            if (entry->extent == VIEW)
+                continue;
+            const uint64_t views = entry->forget;
+            entry->forget = 0;
+            if (entry->home != home)
+                continue;
+            pins++;
+            writable += entry->writable;
+            broken += views == 0 || views != entry->count;
+            broken += !is_sound(context, entry->extent, entry->orphan);
+        }
+    }
+    broken += entries != table->entry_count;
+    broken += atomic_load(&home->writable) != writable;
+    broken += atomic_load(&home->users) < pins + 1; /* a pin that has just ended still counts as a user for a moment */
+    pthread_mutex_unlock(&table->lock);
+    return broken;
 }

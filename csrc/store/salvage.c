@@ -1,4 +1,4 @@
-/* After write-back has failed.
+/* What follows a failed write-back.
  *
  * The kernel takes a page that it could not write for a clean one. It may drop such a page whenever it wants memory, and
  * says only once, to whoever waits, that something failed: not where, nor whether it was a page or the file system's note
@@ -11,11 +11,12 @@
  * That is done grain by grain, so the copy is small, and again by each flush or eviction until one finds everything. What
  * it cannot help: pages that the kernel failed to write and dropped before we came, be it by its own write-back between
  * two calls, or by ours while the disk still counted as sound. That is why ordinary write-back stops at its first failure,
- * and why rescue begins there.
+ * and why salvage begins there.
  */
 #define _GNU_SOURCE
-#include "store/grains.h"
+#include "store/salvage.h"
 
+#include "os/bits.h"
 #include "os/status.h"
 
 #include <errno.h>
@@ -26,14 +27,14 @@
 #define GRAIN NDM_I_GRAIN
 
 typedef struct {
-    const ndm_i_backing *file;
+    const ndm_i_file *file;
     uint64_t start, end, page;
     unsigned char in_core[GRAIN / 4096];
     uint8_t *copy, *found; /* room for a grain each */
-} rescue;
+} piece;
 
 /* The next run of pages that are in RAM: [*at, the end that it gives); *at is `end` when there is none. */
-static uint64_t next_run(const rescue *grain, uint64_t *at)
+static uint64_t next_run(const piece *grain, uint64_t *at)
 {
     while (*at < grain->end && !(grain->in_core[(*at - grain->start) / grain->page] & 1))
         *at += grain->page;
@@ -45,15 +46,15 @@ static uint64_t next_run(const rescue *grain, uint64_t *at)
     return stop < grain->end ? stop : grain->end;
 }
 
-static bool load(const rescue *grain, uint8_t *into)
+static bool load(const piece *grain, uint8_t *into)
 {
     for (uint64_t at = grain->start, stop; (stop = next_run(grain, &at)) > at; at = stop)
-        if (ndm_i_backing_load(grain->file, at, into + (at - grain->start), stop - at) != NDM_OK)
+        if (ndm_i_file_load(grain->file, at, into + (at - grain->start), stop - at) != NDM_OK)
             return false;
     return true;
 }
 
-static bool is_found(const rescue *grain)
+static bool is_found(const piece *grain)
 {
     if (!load(grain, grain->found))
         return false;
@@ -64,11 +65,11 @@ static bool is_found(const rescue *grain)
 }
 
 /* All of it, whatever is refused. 0 or errno. */
-static int write_copy(const rescue *grain)
+static int write_copy(const piece *grain)
 {
     int refused = 0;
     for (uint64_t at = grain->start, stop; (stop = next_run(grain, &at)) > at; at = stop) {
-        const int failed = ndm_i_backing_write(grain->file, grain->copy + (at - grain->start), stop - at, at);
+        const int failed = ndm_i_file_write(grain->file, grain->copy + (at - grain->start), stop - at, at);
         refused = refused ? refused : failed;
     }
     return refused;
@@ -76,17 +77,17 @@ static int write_copy(const rescue *grain)
 
 /* Somebody may be storing to it through the mapping: no copy would be good. It has all its blocks, so its pages can be
  * made dirty where they are. */
-static int keep_dirty(const rescue *grain)
+static int keep_dirty(const piece *grain)
 {
-    const int failed = ndm_i_backing_write_back(grain->file, grain->start, grain->end, true);
+    const int failed = ndm_i_file_write_back(grain->file, grain->start, grain->end, true);
     for (uint64_t at = grain->start, stop; failed && (stop = next_run(grain, &at)) > at; at = stop)
-        ndm_i_backing_populate(grain->file, at, stop); /* for writing: that makes them dirty */
+        ndm_i_mapping_populate(grain->file->mapping->base + at, stop - at); /* for writing: that makes them dirty */
     return failed;
 }
 
-static int rescue_grain(rescue *grain, bool stored_to, int *lost)
+static int salvage_grain(piece *grain, bool stored_to, int *lost)
 {
-    if (!ndm_i_backing_in_core(grain->file, grain->start, grain->end - grain->start, grain->in_core))
+    if (!ndm_i_mapping_in_core(grain->file->mapping->base + grain->start, grain->end - grain->start, grain->in_core))
         return errno;
     uint64_t at = grain->start;
     if (next_run(grain, &at) == at)
@@ -95,13 +96,13 @@ static int rescue_grain(rescue *grain, bool stored_to, int *lost)
         return keep_dirty(grain);
     if (!load(grain, grain->copy))
         return EIO;
-    int failed = ndm_i_backing_write_back(grain->file, grain->start, grain->end, true);
+    int failed = ndm_i_file_write_back(grain->file, grain->start, grain->end, true);
     if (failed) /* it may have done no more than report what failed before; only clean pages can be dropped */
-        ndm_i_backing_write_back(grain->file, grain->start, grain->end, true);
+        ndm_i_file_write_back(grain->file, grain->start, grain->end, true);
     /* ext4 takes a page whose write failed for one that is on disk, though its blocks still count as never written: such
      * a page has to be dropped before it is written again. Where blocks are not kept, lack of room could lose it then. */
     if (grain->file->keeps_blocks) {
-        ndm_i_backing_drop(grain->file, grain->file->mapping, grain->start, grain->end);
+        ndm_i_file_drop(grain->file, grain->file->mapping, grain->start, grain->end);
         if (!failed && is_found(grain))
             return 0;
         failed = failed ? failed : EIO;
@@ -111,11 +112,11 @@ static int rescue_grain(rescue *grain, bool stored_to, int *lost)
     return failed;
 }
 
-int ndm_i_rescue(ndm_i_grains *grains, uint64_t from, int *lost)
+int ndm_i_salvage(const ndm_i_file *file, const ndm_i_grains *grains, const _Atomic uint64_t *storing, uint64_t from,
+                  int *lost)
 {
-    const ndm_i_backing *file = grains->file;
-    const uint64_t count = (file->capacity + GRAIN - 1) / GRAIN;
-    rescue grain = {.file = file, .page = (uint64_t)sysconf(_SC_PAGESIZE), .copy = malloc(2 * GRAIN)};
+    const uint64_t count = ndm_i_grains_end(file->capacity);
+    piece grain = {.file = file, .page = (uint64_t)sysconf(_SC_PAGESIZE), .copy = malloc(2 * GRAIN)};
     if (!grain.copy)
         return ENOMEM;
     grain.found = grain.copy + GRAIN;
@@ -123,13 +124,12 @@ int ndm_i_rescue(ndm_i_grains *grains, uint64_t from, int *lost)
     for (uint64_t i = 0; i < count; i++) {
         const uint64_t number = (from / GRAIN + i) % count;
         grain.start = number * GRAIN;
-        grain.end = grain.start + GRAIN < file->capacity ? grain.start + GRAIN : file->capacity;
+        grain.end = ndm_i_min(grain.start + GRAIN, file->capacity);
         /* A writable view lies in grains that have all their blocks. */
-        const bool stored_to = grains->storing && atomic_load(grains->storing) > 0 &&
-                               atomic_load(&grains->states[number]) >= NDM_I_READY;
-        const int failed = rescue_grain(&grain, stored_to, lost);
+        const bool stored_to = atomic_load(storing) > 0 && ndm_i_grain_state(grains, number) >= NDM_I_READY;
+        const int failed = salvage_grain(&grain, stored_to, lost);
         refused = refused ? refused : failed;
     }
     free(grain.copy);
-    return refused ? refused : ndm_i_backing_sync(file);
+    return refused ? refused : ndm_i_file_sync(file);
 }

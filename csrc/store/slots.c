@@ -58,13 +58,13 @@ int ndm_i_header_check(const ndm_i_header *header, uint64_t inode, uint64_t born
 }
 
 /* 1: the table there is ours and speaks of this data file. 0: ours, but of another, or empty. Negative: not ours. */
-static int recognise(ndm_i_slots *slots, const ndm_i_backing *data)
+static int recognise(ndm_i_slots *slots, const ndm_i_file *data)
 {
     ndm_i_header found;
     const uint64_t there = slots->table.capacity < sizeof found ? slots->table.capacity : sizeof found;
     if (there == 0)
         return 0;
-    if (ndm_i_backing_load(&slots->table, 0, &found, there) != NDM_OK ||
+    if (ndm_i_file_load(&slots->table, 0, &found, there) != NDM_OK ||
         memcmp(found.magic, magic, there < sizeof magic ? there : sizeof magic) != 0)
         return ndm_i_fail_io(EEXIST, "a file stands where the slot table belongs, and it is none");
     if (there < sizeof found)
@@ -78,16 +78,16 @@ static int recognise(ndm_i_slots *slots, const ndm_i_backing *data)
 
 static int in_table(int status) { return (int)ndm_i_of_file(NDM_FILE_SLOTS, status); }
 
-int ndm_i_slots_open(ndm_i_slots *slots, const char *path, const ndm_i_backing *data)
+int ndm_i_slots_open(ndm_i_slots *slots, const char *path, const ndm_i_file *data)
 {
     *slots = (ndm_i_slots){.first_free = NDM_I_NO_SLOT, .table.fd = -1};
     if (!path)
-        return in_table(ndm_i_backing_open_unnamed(&slots->table, NULL));
+        return in_table(ndm_i_file_open_unnamed(&slots->table, NULL));
 
-    int has_data = ndm_i_backing_has_data(data);
+    int has_data = ndm_i_file_has_data(data);
     if (has_data < 0)
         return has_data;
-    int status = ndm_i_backing_open(&slots->table, path, !has_data, NDM_I_LOCK_BYTE);
+    int status = ndm_i_file_open(&slots->table, path, !has_data, NDM_I_LOCK_BYTE);
     if (has_data && status == NDM_ERR_IO && ndm_last_error()->os_errno == ENOENT)
         return ndm_i_fail_io(EEXIST, foreign_data);
     if (status != NDM_OK)
@@ -109,16 +109,16 @@ int ndm_i_slots_invalidate(ndm_i_slots *slots)
     if (slots->table.capacity < sizeof(ndm_i_header))
         return NDM_OK;
     const int refused =
-        ndm_i_backing_write(&slots->table, (const uint8_t *)&none, sizeof none, offsetof(ndm_i_header, incarnation));
+        ndm_i_file_write(&slots->table, (const uint8_t *)&none, sizeof none, offsetof(ndm_i_header, incarnation));
     return refused ? ndm_i_fail_io(refused, "cannot write the slot table") : NDM_OK;
 }
 
 /* Get blocks for the table, and zeros from `start` on, so that its records can be stored to. */
-static int fill(ndm_i_backing *table, uint64_t start)
+static int fill(ndm_i_file *table, uint64_t start)
 {
-    int refused = ndm_i_backing_allocate(table, 0, table->capacity);
+    int refused = ndm_i_file_allocate(table, 0, table->capacity);
     if (!refused)
-        refused = ndm_i_backing_write(table, NULL, table->capacity - start, start);
+        refused = ndm_i_file_write(table, NULL, table->capacity - start, start);
     return refused ? ndm_i_fail_io(refused, "cannot get room for the slot table") : NDM_OK;
 }
 
@@ -132,7 +132,7 @@ static uint64_t fresh_incarnation(void)
     return number;
 }
 
-static int start(ndm_i_slots *slots, const ndm_i_backing *data, uint64_t alignment)
+static int start(ndm_i_slots *slots, const ndm_i_file *data, uint64_t alignment)
 {
     /* The mark comes first, so that a table that was not finished is known as ours; it has no incarnation yet. A table
      * that readers may have mapped is never shortened. */
@@ -145,12 +145,12 @@ static int start(ndm_i_slots *slots, const ndm_i_backing *data, uint64_t alignme
                            .born = data->born};
     memcpy(header.magic, magic, sizeof magic);
     if (slots->table.capacity == 0)
-        ndm_i_backing_overwrite_in_place(&slots->table);
-    int refused = ndm_i_backing_write(&slots->table, (const uint8_t *)&header, sizeof header, 0);
+        ndm_i_file_overwrite_in_place(&slots->table);
+    int refused = ndm_i_file_write(&slots->table, (const uint8_t *)&header, sizeof header, 0);
     if (refused)
         return ndm_i_fail_io(refused, "cannot write the slot table");
     const uint64_t capacity = slots->table.capacity > FIRST_ROOM ? slots->table.capacity : FIRST_ROOM;
-    int status = ndm_i_backing_start(&slots->table, capacity, capacity, true);
+    int status = ndm_i_file_start(&slots->table, capacity, capacity, true);
     if (status == NDM_OK)
         status = fill(&slots->table, NDM_I_HEADER_ROOM);
     if (status != NDM_OK)
@@ -161,16 +161,16 @@ static int start(ndm_i_slots *slots, const ndm_i_backing *data, uint64_t alignme
     return NDM_OK;
 }
 
-int ndm_i_slots_start(ndm_i_slots *slots, const ndm_i_backing *data, uint64_t alignment)
+int ndm_i_slots_start(ndm_i_slots *slots, const ndm_i_file *data, uint64_t alignment)
 {
     return in_table(start(slots, data, alignment));
 }
 
-static int adopt(ndm_i_slots *slots, const ndm_i_backing *data)
+static int adopt(ndm_i_slots *slots, const ndm_i_file *data)
 {
     if (slots->table.capacity < NDM_I_HEADER_ROOM)
         return ndm_i_fail_io(EUCLEAN, "the slot table is cut short");
-    int status = ndm_i_backing_start(&slots->table, slots->table.capacity, slots->table.capacity, true);
+    int status = ndm_i_file_start(&slots->table, slots->table.capacity, slots->table.capacity, true);
     if (status != NDM_OK)
         return status;
     ndm_i_header *header = ndm_i_slots_header(slots);
@@ -181,7 +181,7 @@ static int adopt(ndm_i_slots *slots, const ndm_i_backing *data)
         header->alignment > 4096 || (header->alignment & (header->alignment - 1)) != 0)
         return ndm_i_fail_io(EUCLEAN, "the slot table is torn");
     /* The owner may have died between making the table longer and getting blocks for that. */
-    const int refused = ndm_i_backing_allocate(&slots->table, 0, slots->table.capacity);
+    const int refused = ndm_i_file_allocate(&slots->table, 0, slots->table.capacity);
     if (refused)
         return ndm_i_fail_io(refused, "cannot get room for the slot table");
     slots->started = true;
@@ -189,21 +189,21 @@ static int adopt(ndm_i_slots *slots, const ndm_i_backing *data)
     return NDM_OK;
 }
 
-int ndm_i_slots_adopt(ndm_i_slots *slots, const ndm_i_backing *data) { return in_table(adopt(slots, data)); }
+int ndm_i_slots_adopt(ndm_i_slots *slots, const ndm_i_file *data) { return in_table(adopt(slots, data)); }
 
 void ndm_i_slots_close(ndm_i_slots *slots, const char *unlink_path)
 {
     if (slots->started)
         publish(&ndm_i_slots_header(slots)->owner, 0);
-    ndm_i_backing_close(&slots->table, unlink_path);
+    ndm_i_file_close(&slots->table, unlink_path);
     slots->started = false;
     slots->count = slots->live = 0;
     slots->first_free = NDM_I_NO_SLOT;
 }
 
-bool ndm_i_slots_bar_readers(ndm_i_slots *slots) { return ndm_i_backing_flock(&slots->table, true); }
+bool ndm_i_slots_bar_readers(ndm_i_slots *slots) { return ndm_i_file_flock(&slots->table, true); }
 
-void ndm_i_slots_let_readers(ndm_i_slots *slots) { ndm_i_backing_flock(&slots->table, false); }
+void ndm_i_slots_let_readers(ndm_i_slots *slots) { ndm_i_file_flock(&slots->table, false); }
 
 /* ---- records -------------------------------------------------------------------------------------------- */
 
@@ -226,12 +226,12 @@ int ndm_i_slots_reserve(ndm_i_slots *slots, uint64_t count)
     uint64_t wanted = old * 2;
     while (wanted < NDM_I_HEADER_ROOM + needed * sizeof(ndm_i_record))
         wanted *= 2;
-    int status = ndm_i_backing_grow(&slots->table, wanted, wanted, wanted);
+    int status = ndm_i_file_grow(&slots->table, wanted, wanted, wanted);
     if (status != NDM_OK)
         return in_table(status);
     status = fill(&slots->table, old);
     if (status != NDM_OK)
-        ndm_i_backing_shrink(&slots->table, old);
+        ndm_i_file_shrink(&slots->table, old);
     return in_table(status);
 }
 

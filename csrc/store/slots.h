@@ -61,7 +61,7 @@ typedef struct {
 } ndm_i_header;
 
 typedef struct {
-    ndm_i_backing table;
+    ndm_i_file table;
     uint64_t count;      /* records ever used: slot numbers are below */
     uint64_t live;
     uint32_t first_free; /* chain of freed slot numbers, last freed first */
@@ -96,17 +96,17 @@ static inline bool ndm_i_record_is_live(const ndm_i_record *record)
 /* Open the table of the data file at `path`. `path` NULL: in memory. NDM_ERR_IO with EEXIST if the file there, or a
  * data file that has data, is not ours, with EUCLEAN if it is cut off within the header, with EINVAL if it is of a newer
  * version; then nothing has been touched. Leaves the data file alone. */
-int ndm_i_slots_open(ndm_i_slots *slots, const char *path, const ndm_i_backing *data);
+int ndm_i_slots_open(ndm_i_slots *slots, const char *path, const ndm_i_file *data);
 
 /* Tell readers that the values are gone. They are not before this has worked. */
 int ndm_i_slots_invalidate(ndm_i_slots *slots);
 
 /* Empty the table and mark the data file as ours. */
-int ndm_i_slots_start(ndm_i_slots *slots, const ndm_i_backing *data, uint64_t alignment);
+int ndm_i_slots_start(ndm_i_slots *slots, const ndm_i_file *data, uint64_t alignment);
 
 /* Take over the table as a dead owner left it. NDM_ERR_IO with EINVAL if it is none, EUCLEAN if it is torn. The caller
  * looks through the records. */
-int ndm_i_slots_adopt(ndm_i_slots *slots, const ndm_i_backing *data);
+int ndm_i_slots_adopt(ndm_i_slots *slots, const ndm_i_file *data);
 
 void ndm_i_slots_close(ndm_i_slots *slots, const char *unlink_path);
 

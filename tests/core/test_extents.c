@@ -5,6 +5,7 @@
  *
  * Prints a line a group; exits 1 at the first thing that is wrong. */
 #include "store/extents.h"
+#include "store/extents_check.h"
 
 #include <stddef.h>
 #include <stdio.h>

@@ -249,10 +249,10 @@ void *disk_memset(void *to, int value, size_t size)
 
 bool disk_is_sound(const ndm_region *region)
 {
-    const ndm_i_backing *data = &region->data;
+    const ndm_i_file *data = &region->data;
     for (uint64_t start = 0; start < data->capacity; start += GRAIN) {
         const uint64_t end = start + GRAIN < data->capacity ? start + GRAIN : data->capacity;
-        if (region->grains.states[start / GRAIN] >= NDM_I_READY && !has_all(region, start, end)) {
+        if (region->store.grains.states[start / GRAIN] >= NDM_I_READY && !has_all(region, start, end)) {
             fprintf(stderr, "the ready grain at %lu lacks blocks below %lu\n", start, end);
             return false;
         }

@@ -1,6 +1,7 @@
 /* Free space against a model that searches a plain list: every input is a sequence of operations, and after each one
  * the structure is checked and compared with the model, extent by extent. Built and run by `make fuzz`. */
 #include "store/extents.h"
+#include "store/extents_check.h"
 
 #include <stdio.h>
 #include <stdlib.h>

@@ -1,6 +1,7 @@
-/* A reader as its verbs see it: reader.c has them, lookup.c finds values. */
-#ifndef NDM_READER_H
-#define NDM_READER_H
+/* A reader, and how it finds values in a table that its owner, in another thread or process, is writing to. The verbs are in
+ * reader.c. Rests on store/ only: the owner's side is not known here. */
+#ifndef NDM_LOOKUP_H
+#define NDM_LOOKUP_H
 
 #include "store/leases.h"
 #include "nodedb_mem.h"
@@ -10,7 +11,7 @@
 #include <pthread.h>
 
 struct ndm_reader {
-    ndm_i_backing data, slots;
+    ndm_i_file data, slots;
     ndm_i_mapping *values, *table;
     ndm_i_leases leases;
     char *data_path, *leases_path;

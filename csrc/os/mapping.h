@@ -1,0 +1,48 @@
+/* Address space: mappings of an open file, named by its descriptor. The only file with mmap, mremap, munmap, madvise and
+ * mincore. It knows nothing of what the file holds.
+ *
+ * A mapping is counted: each view holds one use, whoever drops the last use unmaps. Its base never changes while more
+ * than its first holder uses it. Functions that return a pointer give NULL with the error set.
+ */
+#ifndef NDM_MAPPING_H
+#define NDM_MAPPING_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+typedef struct {
+    uint8_t *base;
+    uint64_t length;        /* bytes of address space */
+    _Atomic uint64_t users; /* the file, each view, and the background writer while it looks */
+} ndm_i_mapping;
+
+/* Map the file for reading and writing, with `length` bytes of address space; mapping past its end is legal. */
+ndm_i_mapping *ndm_i_mapping_new(int fd, uint64_t length);
+
+/* Map it for reading only. */
+ndm_i_mapping *ndm_i_mapping_new_to_read(int fd, uint64_t length);
+
+/* A private, copy-on-write mapping of [offset, offset + size); *address is where `offset` is. */
+ndm_i_mapping *ndm_i_mapping_new_private(int fd, uint64_t offset, uint64_t size, char **address);
+
+/* Give the mapping `length` bytes of address space. It moves when only its first holder uses it; otherwise it is
+ * duplicated (mremap of 0 bytes), and *mapping is the duplicate; the old one stays with its views. A status. */
+int ndm_i_mapping_extend(ndm_i_mapping **mapping, uint64_t length);
+
+void ndm_i_mapping_ref(ndm_i_mapping *mapping);
+void ndm_i_mapping_unref(ndm_i_mapping *mapping); /* any thread; the last one unmaps; NULL is ignored */
+
+/* The whole pages in the range leave this process's RSS; their contents stay in the page cache. Any thread. */
+void ndm_i_mapping_forget(void *address, uint64_t size);
+
+/* Read the range from disk in one go, if it is not in RAM. */
+void ndm_i_mapping_fetch(void *address, uint64_t size);
+
+/* Map the pages of the range for writing, all at once; `address` is a page's. */
+void ndm_i_mapping_populate(void *address, uint64_t size);
+
+/* Which pages of the range are in RAM: bit 0 of each byte of `in_core`. false with errno. */
+bool ndm_i_mapping_in_core(void *address, uint64_t size, unsigned char *in_core);
+
+#endif

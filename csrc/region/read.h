@@ -1,0 +1,10 @@
+/* What other verbs use of read.c. */
+#ifndef NDM_READ_H
+#define NDM_READ_H
+
+#include "region/ledger.h"
+
+/* A view of a live value, about to be read. NULL, with the error set, if there is no memory. */
+const char *ndm_i_view_value(ndm_region *region, const ndm_i_record *record);
+
+#endif

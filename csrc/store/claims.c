@@ -1,0 +1,41 @@
+/* See claims.h. */
+#include "store/claims.h"
+
+#include <assert.h>
+
+void ndm_i_claims_init(ndm_i_claims *claims, const ndm_i_file *file, uint64_t count)
+{
+    assert(count <= NDM_I_MOST_CLAIMS);
+    *claims = (ndm_i_claims){.file = file, .count = count};
+}
+
+bool ndm_i_claims_take(ndm_i_claims *claims, uint64_t entry)
+{
+    assert(entry < claims->count);
+    /* Its own byte is no obstacle to an open file: what is mine has to be known here. */
+    if (ndm_i_claims_is_mine(claims, entry) || !ndm_i_file_lock_byte(claims->file, entry, true))
+        return false;
+    claims->mine[entry / 64] |= (uint64_t)1 << entry % 64;
+    return true;
+}
+
+void ndm_i_claims_drop(ndm_i_claims *claims, uint64_t entry)
+{
+    assert(ndm_i_claims_is_mine(claims, entry));
+    claims->mine[entry / 64] &= ~((uint64_t)1 << entry % 64);
+    ndm_i_file_lock_byte(claims->file, entry, false);
+}
+
+bool ndm_i_claims_is_held(const ndm_i_file *file, uint64_t entry) { return ndm_i_file_is_byte_locked(file, entry); }
+
+void ndm_i_claims_reap(const ndm_i_claims *claims, void *table, bool (*is_used)(void *table, uint64_t entry),
+                       void (*vacate)(void *table, uint64_t entry))
+{
+    for (uint64_t entry = 0; entry < claims->count; entry++) {
+        if (ndm_i_claims_is_mine(claims, entry) || !is_used(table, entry) ||
+            !ndm_i_file_lock_byte(claims->file, entry, true))
+            continue;
+        vacate(table, entry);
+        ndm_i_file_lock_byte(claims->file, entry, false);
+    }
+}

@@ -1,0 +1,72 @@
+/* Bytes in and out of the file: the one way by which values are stored, moved and loaded, and space given back.
+ *
+ * The promise: a byte is stored through the mapping only after the file system has given its whole neighbourhood blocks,
+ * so that a full disk is a status and never SIGBUS. By which way bytes go, memcpy or pwrite, follows from their number and
+ * from the states of the grains they touch (grains.h).
+ */
+#ifndef NDM_STORE_H
+#define NDM_STORE_H
+
+#include "store/grains.h"
+#include "store/seen.h"
+#include "store/writer.h"
+
+typedef struct {
+    ndm_i_file *file;
+    ndm_i_grains grains;
+    ndm_i_writer writer;
+    ndm_i_seen *seen;     /* what need not be fetched */
+    uint64_t allocated;   /* EMPTY grains below have their blocks */
+    uint64_t pwrite_from; /* cold values from this size on go by pwrite */
+} ndm_i_store;
+
+/* For a file that has been started. `storing` counts the extents that others may be storing to through the mapping;
+ * `cache_limit`: bytes, or NDM_I_UNLIMITED. */
+int ndm_i_store_init(ndm_i_store *store, ndm_i_file *file, const _Atomic uint64_t *storing, uint64_t cache_limit);
+void ndm_i_store_fini(ndm_i_store *store); /* ends the writer's thread */
+
+/* As ndm_i_file_grow() and ndm_i_file_shrink(). */
+int ndm_i_store_grow(ndm_i_store *store, uint64_t needed, uint64_t wanted, uint64_t ceiling);
+void ndm_i_store_shrink(ndm_i_store *store, uint64_t capacity);
+
+/* Copy `size` bytes to `offset`, by the way that suits the size and the grains. No value lies in [offset, vacant). */
+int ndm_i_store_put(ndm_i_store *store, uint64_t offset, const void *data, uint64_t size, uint64_t vacant);
+
+/* Zero [offset, offset + size), and make it safe to store to through the mapping. */
+int ndm_i_store_clear(ndm_i_store *store, uint64_t offset, uint64_t size, uint64_t vacant);
+
+/* Copy `size` bytes from one place of the file to another, from `*moved` on, front to back in pieces that overlap only
+ * what has been copied; `*moved` counts what has, so that a copy cut off by a crash can go on. */
+int ndm_i_store_move(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t size, _Atomic uint64_t *moved);
+
+/* [offset, offset + size) is about to be read through the mapping: large or dropped ranges are fetched in one go. */
+void ndm_i_store_fetch(ndm_i_store *store, uint64_t offset, uint64_t size);
+
+/* Is there nothing to fetch? Then ndm_i_store_fetch() does nothing; otherwise it may wait for the disk. */
+bool ndm_i_store_at_hand(const ndm_i_store *store, uint64_t offset, uint64_t size);
+
+/* Copy [offset, offset + size) out. */
+int ndm_i_store_load(ndm_i_store *store, uint64_t offset, void *buffer, uint64_t size);
+
+/* Give back the blocks of the whole pages in [offset, offset + size), which hold no value; if `stored_to`, somebody may
+ * be storing through the mapping anywhere else, and only whole grains lose their blocks. Does nothing where the file
+ * system cannot. */
+void ndm_i_store_punch(ndm_i_store *store, uint64_t offset, uint64_t size, bool stored_to);
+
+/* Write [start, end) back and drop it from RAM. What shares folios with its ends goes along (`neighbours`), or keeps
+ * them there. */
+int ndm_i_store_evict(ndm_i_store *store, uint64_t start, uint64_t end, bool neighbours);
+
+/* Wait until all is written back. */
+int ndm_i_store_flush(ndm_i_store *store);
+
+/* Has a write-back failed in the background? Then the next settling call reports it. */
+static inline bool ndm_i_store_has_failed(const ndm_i_store *store)
+{
+    return atomic_load_explicit(&store->writer.error, memory_order_relaxed) != 0;
+}
+
+/* How many invariants of the grains and of the writer are broken. */
+uint64_t ndm_i_store_check(ndm_i_store *store);
+
+#endif
