@@ -147,14 +147,14 @@ class OverflowReader:
             On entering: as `read`.
         """
         number, generation = self._name(slot)
-        view, facts = _memory.borrow(self._holder, number, generation)
+        view, loan = _memory.borrow(self._holder, number, generation)
         try:
             yield view
         except Exception as error:
-            if self._is_known_changed(facts):
+            if _is_known_changed(loan):
                 raise self._changed(number) from error
             raise
-        if not _memory.is_unchanged(self._holder, facts):
+        if not _memory.is_unchanged(loan):
             raise self._changed(number)
 
     def lease(self, slot: int | SlotRef) -> Lease:
@@ -265,11 +265,12 @@ class OverflowReader:
     def _changed(self, slot: int) -> StaleSlotError:
         return StaleSlotError(f"{self.path}: slot {slot} was freed or moved while it was borrowed")
 
-    def _is_known_changed(self, facts: bytes) -> bool:
-        """Whether a borrowed value has changed; False where that cannot be told any more."""
-        try:
-            return not _memory.is_unchanged(self._holder, facts)
-        except StaleSlotError:
-            return True
-        except RegionError:
-            return False
+
+def _is_known_changed(loan: object) -> bool:
+    """Whether a borrowed value has changed; False where that cannot be told any more."""
+    try:
+        return not _memory.is_unchanged(loan)
+    except StaleSlotError:
+        return True
+    except RegionError:
+        return False

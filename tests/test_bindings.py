@@ -137,3 +137,19 @@ def test_both_bindings_give_the_same_exception(new_region: NewRegion) -> None:
             call()
         messages.add(str(caught.value))
     assert messages == {"the region is closed"}
+
+
+def test_only_a_borrow_gives_what_is_asked_about_afterwards(new_region: NewRegion) -> None:
+    region = new_region()
+    slot = region.write(b"x", 0)
+    with OverflowReader(str(region.path)) as reader:
+        view, loan = _memory.borrow(reader._holder, slot, -1)
+        assert view == b"x" and _memory.is_unchanged(loan)
+        for wrong in (bytes(48), None, view, reader._holder, type(loan)):
+            with pytest.raises(TypeError, match="loan"):
+                _memory.is_unchanged(wrong)
+        region.free(slot)
+        assert not _memory.is_unchanged(loan)
+    del reader
+    with pytest.raises(RegionClosedError):  # the loan keeps what it is of
+        _memory.is_unchanged(loan)

@@ -6,7 +6,7 @@
 #include "refusals.h"
 #include "results.h"
 
-#include <string.h>
+#include <stdlib.h>
 
 /* Every verb of one value takes: reader, slot, generation (-1: any). */
 static bool get_shared(PyObject *const *arguments, Py_ssize_t count, ndm_i_source *from)
@@ -14,6 +14,21 @@ static bool get_shared(PyObject *const *arguments, Py_ssize_t count, ndm_i_sourc
     from->region = NULL;
     return ndm_i_has_count(count, 3) && (from->reader = ndm_i_held_reader(arguments[0])) &&
            ndm_i_get_slot(arguments[1], &from->slot) && ndm_i_get_number(arguments[2], &from->generation);
+}
+
+/* What a borrow has to know in the end. In a capsule, because the core trusts the slot in it. */
+typedef struct {
+    PyObject *holder;
+    ndm_value value;
+} loan;
+
+static const char loan_name[] = "nodedb_mem._memory.loan";
+
+static void loan_free(PyObject *capsule)
+{
+    loan *kept = PyCapsule_GetPointer(capsule, loan_name);
+    Py_DECREF(kept->holder);
+    free(kept);
 }
 
 /* ---- views and copies ----------------------------------------------------------------------------------- */
@@ -47,42 +62,45 @@ static PyObject *read_shared_bytes(PyObject *Py_UNUSED(module), PyObject *const 
     return get_shared(arguments, count, &from) ? ndm_i_bytes_of(&from, arguments[0], arguments[1]) : NULL;
 }
 
-/* borrow(reader, slot, generation) -> memoryview, the bytes of an ndm_value */
+/* borrow(reader, slot, generation) -> memoryview, loan */
 static PyObject *borrow(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
 {
-    ndm_value value = {0};
-    PyObject *result = NULL;
-    PyObject *memory = view_shared(arguments, count, &value);
-    PyObject *facts = memory ? PyBytes_FromStringAndSize((const char *)&value, sizeof value) : NULL;
-    if (facts)
-        result = PyTuple_Pack(2, memory, facts);
-    Py_XDECREF(memory);
-    Py_XDECREF(facts);
+    loan *kept = calloc(1, sizeof *kept);
+    if (!kept)
+        return PyErr_NoMemory();
+    PyObject *memory = view_shared(arguments, count, &kept->value);
+    PyObject *capsule = memory ? PyCapsule_New(kept, loan_name, loan_free) : NULL;
+    if (!capsule) {
+        Py_XDECREF(memory);
+        free(kept);
+        return NULL;
+    }
+    kept->holder = Py_NewRef(arguments[0]);
+    PyObject *result = PyTuple_Pack(2, memory, capsule);
+    Py_DECREF(memory);
+    Py_DECREF(capsule);
     return result;
 }
 
-/* is_unchanged(reader, what borrow gave) -> bool */
-static PyObject *is_unchanged(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
+/* is_unchanged(loan) -> bool */
+static PyObject *is_unchanged(PyObject *Py_UNUSED(module), PyObject *object)
 {
-    ndm_value value;
-    ndm_error refusal;
-    ndm_reader *reader;
-    if (!ndm_i_has_count(count, 2) || !(reader = ndm_i_held_reader(arguments[0])))
-        return NULL;
-    if (!PyBytes_Check(arguments[1]) || PyBytes_Size(arguments[1]) != (Py_ssize_t)sizeof value) {
-        PyErr_SetString(PyExc_TypeError, "what borrow gave is needed");
+    if (!PyCapsule_IsValid(object, loan_name)) {
+        PyErr_SetString(PyExc_TypeError, "the loan of a borrow is needed");
         return NULL;
     }
-    memcpy(&value, PyBytes_AsString(arguments[1]), sizeof value);
+    const loan *kept = PyCapsule_GetPointer(object, loan_name);
+    ndm_reader *reader = ndm_i_held_reader(kept->holder);
+    ndm_error refusal;
     int64_t status;
     Py_BEGIN_ALLOW_THREADS
-    status = ndm_i_noted(ndm_reader_is_unchanged(reader, &value), &refusal);
+    status = ndm_i_noted(ndm_reader_is_unchanged(reader, &kept->value), &refusal);
     Py_END_ALLOW_THREADS
     if (status >= 0)
         return PyBool_FromLong((long)status);
-    PyObject *slot = PyLong_FromLongLong(value.slot);
+    PyObject *slot = PyLong_FromLongLong(kept->value.slot);
     if (slot)
-        ndm_i_refuse(arguments[0], slot, &refusal);
+        ndm_i_refuse(kept->holder, slot, &refusal);
     Py_XDECREF(slot);
     return NULL;
 }
@@ -153,7 +171,7 @@ PyMethodDef ndm_i_sharing[] = {
     NDM_I_VERB("read_shared", read_shared),
     NDM_I_VERB("read_shared_bytes", read_shared_bytes),
     NDM_I_VERB("borrow", borrow),
-    NDM_I_VERB("is_unchanged", is_unchanged),
+    {"is_unchanged", is_unchanged, METH_O, NULL},
     NDM_I_VERB("lease", lease),
     NDM_I_VERB("find", find),
     NDM_I_VERB("next_slot", next_slot),
