@@ -37,7 +37,7 @@
  * would not survive. */
 #define NDM_VERSION "0.1.0"
 #define NDM_VERSION_NUMBER 100 /* major * 10000 + minor * 100 + patch */
-#define NDM_ABI_VERSION 0
+#define NDM_ABI_VERSION 1
 
 #define NDM_BYTES_UNKNOWN UINT64_MAX /* ndm_reader_figures.resident_bytes */
 
@@ -242,13 +242,12 @@ typedef struct {
  * write-back that has failed is told by the next other call, not by this one. */
 int ndm_region_stats(ndm_region *region, ndm_stats *out);
 
-/* Single figures of ndm_stats, for callers that want just one; a negative status on failure. */
-int64_t ndm_region_capacity(ndm_region *region);
-int64_t ndm_region_max_capacity(ndm_region *region);
-int64_t ndm_region_used_bytes(ndm_region *region);
-int64_t ndm_region_live_bytes(ndm_region *region);
-int64_t ndm_region_slot_count(ndm_region *region);
-int64_t ndm_region_live_slots(ndm_region *region);
+typedef struct {
+    uint64_t capacity, max_capacity, used_bytes, live_bytes, slot_count, live_slots, alignment;
+} ndm_info;
+
+/* The figures of ndm_stats that take no system call. */
+int ndm_region_info(ndm_region *region, ndm_info *out);
 
 /* Raise the ceiling. Lowering it is NDM_ERR_ARGUMENT. */
 int ndm_region_set_max_capacity(ndm_region *region, uint64_t max_capacity);

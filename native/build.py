@@ -174,7 +174,7 @@ def _extension() -> dict[str, Any]:
 
 
 def make_ffi() -> FFI:
-    """Return the cffi builder of ``nodedb_mem._core``: every function of the core."""
+    """Return the cffi builder of ``nodedb_mem._core``: declarations of the whole header, used for the control plane."""
     ffi = FFI()
     ffi.cdef(_declarations())
     # Macros, which C has no declaration for.
@@ -184,5 +184,5 @@ def make_ffi() -> FFI:
 
 
 def make_objects() -> Extension:
-    """Return ``nodedb_mem._memory``: the Python objects that stand for the core's memory."""
+    """Return ``nodedb_mem._memory``, the data plane: what a value's bytes or slot number pass through."""
     return Extension("nodedb_mem._memory", sorted(path.as_posix() for path in _CSRC.glob("python/*.c")), **_extension())

@@ -24,10 +24,10 @@ from nodedb_mem.errors import (
     UnknownEngineError,
     WrongThreadError,
 )
-from nodedb_mem.reader import Lease, OverflowReader, ReaderSlot, ReaderStats, SlotRef
-from nodedb_mem.refs import SlotParts
+from nodedb_mem.reader import Lease, OverflowReader
+from nodedb_mem.refs import SlotParts, SlotRef
 from nodedb_mem.region import OverflowRegion
-from nodedb_mem.stats import Compaction, EngineUsage, OverflowSlot, RegionStats
+from nodedb_mem.stats import Compaction, EngineUsage, OverflowSlot, ReaderSlot, ReaderStats, RegionStats
 from nodedb_mem.tuning import MemoryTuning
 
 __all__ = [

@@ -1,11 +1,18 @@
-"""`MemError` and its family, and the one function that turns a status of the C core into an exception."""
+"""`MemError` and its family, and the one function that turns a refusal of the C core into an exception.
+
+The extension calls that function for whatever the core refuses to it; `check` does for what goes through cffi.
+"""
 
 import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
+from nodedb_mem import _memory
 from nodedb_mem._core import ffi, lib
-from nodedb_mem._memory import CoreError
+
+#: Of what an error message speaks: "region" or "reader", the path of its file, and those of its slot table and leases
+#: where they have paths.
+Where = tuple[str, ...]
 
 
 class MemError(Exception):
@@ -207,37 +214,27 @@ def _is_open_as(descriptor: Path, wanted: os.stat_result) -> bool:
         return False
 
 
-def error_of(
-    status: int,
-    error: Any = None,
-    *,
-    path: str | None = None,
-    slot: int | None = None,
-    beside: tuple[str, str] | None = None,
-) -> Exception:
-    """Return the exception that `status` stands for.
+def error_of(details: bytes, where: Where = (), slot: int | None = None) -> Exception:
+    """Return the exception that a refusal of the C core stands for.
 
     Parameters
     ----------
-    status
-        A negative `ndm_status`, just returned by the C core to this thread.
-    error
-        Its `ndm_error`; None for what the core tells last.
-    path
-        The file concerned, for the message.
+    details
+        The bytes of its `ndm_error`.
+    where
+        What refused, for the message.
     slot
         The slot asked for, for the message; None where the core knows which of several it was.
-    beside
-        Paths of the region's slot table and leases, for the message where they are at fault; None where they have none.
     """
-    error = error or lib.ndm_last_error()
+    error = ffi.from_buffer("ndm_error *", details)
     if slot is None and error.slot_known:
         slot = error.slot
-    file = path if error.file == lib.NDM_FILE_DATA or beside is None else beside[error.file - 1]
+    kind, path, *beside = where or ("region", None)
+    file = beside[error.file - 1] if error.file != lib.NDM_FILE_DATA and beside else path
     message = ffi.string(error.message).decode() if error.message else ""
-    match status:
+    match error.status:
         case lib.NDM_ERR_ARGUMENT:
-            return ValueError(message)
+            return ValueError(message) if slot is None else RepeatedSlotError(slot)
         case lib.NDM_ERR_NO_SLOT:
             return InvalidSlotError(slot, "never existed")
         case lib.NDM_ERR_FREED_SLOT:
@@ -247,31 +244,38 @@ def error_of(
         case lib.NDM_ERR_CAPACITY:
             return CapacityExceededError(error.required, error.limit)
         case lib.NDM_ERR_WRONG_THREAD:
-            return WrongThreadError(message)
+            return WrongThreadError(f"{path}: {message}" if kind == "reader" else message)
         case lib.NDM_ERR_CLOSED:
-            return RegionClosedError(message)
+            return RegionClosedError(f"{path}: {message}" if kind == "reader" else message)
         case lib.NDM_ERR_BUSY:
             writers, readers = users_of(file) if file else ((), ())
-            if beside is not None:  # a closed reader whose views live has the slot table open, no more
+            if beside:  # a closed reader whose views live has the slot table open, no more
                 readers = tuple(sorted({*readers, *users_of(beside[0])[1]} - {*writers}))
             return RegionBusyError(file or "", writers, readers)
         case lib.NDM_ERR_IO:
             code = error.os_errno
             return RegionIOError(code, f"{message}: {os.strerror(code)}", file)
         case lib.NDM_ERR_STALE:
-            where = f"{path}: " if path else ""
-            return StaleSlotError(f"{where}{message}" + ("" if slot is None else f" (slot {slot})"))
+            before = f"{path}: " if path else ""
+            return StaleSlotError(f"{before}{message}" + ("" if slot is None else f" (slot {slot})"))
         case lib.NDM_ERR_MEMORY:
             return MemoryError(message)
-        case _:
+        case status:
             return SystemError(f"nodedb_mem: unknown status {status}")
 
 
-def details_of(refusal: CoreError) -> Any:
-    """Return the `ndm_error` of what a native verb, or the core itself, has refused."""
-    return ffi.from_buffer("ndm_error *", refusal.args[0])
+def raise_status(status: int, where: Where = ()) -> NoReturn:
+    """Raise what a native call on this thread has just returned: a negative `ndm_status`."""
+    details = ffi.new("ndm_error *", lib.ndm_last_error()[0])
+    details.status = status
+    raise error_of(ffi.buffer(details)[:], where)
 
 
-def raise_status(status: int) -> NoReturn:
-    """Raise what a native call on this thread has just returned."""
-    raise error_of(status)
+def check(status: int, where: Where = ()) -> int:
+    """Return what a native call on this thread has just returned, or raise what it stands for if it is negative."""
+    if status < 0:
+        raise_status(status, where)
+    return status
+
+
+_memory.translate_with(error_of)

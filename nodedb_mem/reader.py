@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
-from dataclasses import dataclass
 from operator import index
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
+from typing import TYPE_CHECKING, NoReturn, Self
 
 from nodedb_mem import _memory
 from nodedb_mem._core import ffi, lib
-from nodedb_mem._memory import CoreError
 from nodedb_mem.engine import KNOWN_ENGINES
-from nodedb_mem.errors import (
-    InvalidSlotError,
-    RegionClosedError,
-    StaleSlotError,
-    WrongThreadError,
-    details_of,
-    error_of,
-)
+from nodedb_mem.errors import InvalidSlotError, RegionError, StaleSlotError, check
+from nodedb_mem.refs import SlotRef
+from nodedb_mem.stats import ReaderSlot, ReaderStats
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,66 +22,6 @@ _read = _memory.read_shared
 _read_bytes = _memory.read_shared_bytes
 
 _UNKNOWN = (1 << 64) - 1
-
-
-class SlotRef(NamedTuple):
-    """A reference to one value, made by `OverflowRegion.share`; small, picklable, and good in any process.
-
-    Attributes
-    ----------
-    path : str
-        The region's file; for a temporary region, where /proc shows it while its owner lives.
-    incarnation : int
-        Which opening of the region the value belongs to.
-    slot, generation : int
-        Which value.
-    size : int
-        In bytes.
-    slots_path, leases_path : str
-        The region's other files.
-    """
-
-    path: str
-    incarnation: int
-    slot: int
-    generation: int
-    size: int
-    slots_path: str
-    leases_path: str
-
-
-@dataclass(frozen=True)
-class ReaderSlot:
-    """A live slot as a reader sees it; `offset` and `size` are bytes."""
-
-    slot: int
-    offset: int
-    size: int
-    engine: int
-    generation: int
-
-
-@dataclass(frozen=True)
-class ReaderStats:
-    """Figures of a region as its owner last published them; sizes in bytes.
-
-    `owner` is the process id of a living owner, None if there is none. `pinned_bytes` are freed, but wait for a view of
-    the owner's or a lease to end. `resident_bytes` counts the file's bytes in RAM; None where the kernel does not tell,
-    to users who neither own the file nor may write to it. `leases` counts those that living processes hold, this one
-    and others; None where the leases file may not be read.
-    """
-
-    incarnation: int
-    capacity: int
-    max_capacity: int
-    used_bytes: int
-    live_bytes: int
-    slot_count: int
-    alignment: int
-    resident_bytes: int | None
-    pinned_bytes: int
-    leases: int | None
-    owner: int | None
 
 
 class Lease:
@@ -150,7 +83,7 @@ class OverflowReader:
         (ENOENT, or EINVAL where the number of its descriptor stands for another file).
     """
 
-    __slots__ = ("__weakref__", "_beside", "_handle", "_holder", "_incarnation", "_path")
+    __slots__ = ("__weakref__", "_handle", "_holder", "_incarnation", "_where")
 
     def __init__(self, source: str | os.PathLike[str] | SlotRef) -> None:
         if isinstance(source, SlotRef):
@@ -163,11 +96,8 @@ class OverflowReader:
             raise ValueError("embedded null byte in the path")
         if hasattr(self, "_holder"):
             raise RuntimeError(f"{paths[0]}: a reader is initialised once: make another")
-        self._path, self._beside = paths[0], paths[1:]
-        try:
-            holder = _memory.open_reader(*names)
-        except CoreError as caught:
-            raise self._error(caught) from None
+        self._where = ("reader", *map(os.fsdecode, names))
+        holder = _memory.open_reader(names[0], names[1], names[2], self._where)
         try:
             # The holder owns the reader, and each use of the handle keeps the holder.
             self._handle = ffi.from_buffer("ndm_reader *", holder)
@@ -196,18 +126,12 @@ class OverflowReader:
             A reference's value is gone or not committed yet, or the region has been opened anew.
         """
         number, generation = self._name(slot)
-        try:
-            return _read(self._holder, number, generation)
-        except CoreError as caught:
-            raise self._error(caught, number) from None
+        return _read(self._holder, number, generation)
 
     def read_bytes(self, slot: int | SlotRef) -> bytes:
         """Copy a value, never torn. Raises as `read` does."""
         number, generation = self._name(slot)
-        try:
-            return _read_bytes(self._holder, number, generation)
-        except CoreError as caught:
-            raise self._error(caught, number) from None
+        return _read_bytes(self._holder, number, generation)
 
     @contextmanager
     def borrow(self, slot: int | SlotRef) -> Iterator[memoryview]:
@@ -223,18 +147,14 @@ class OverflowReader:
             On entering: as `read`.
         """
         number, generation = self._name(slot)
-        try:
-            view, facts = _memory.borrow(self._holder, number, generation)
-        except CoreError as caught:
-            raise self._error(caught, number) from None
-        value = ffi.from_buffer("ndm_value *", facts)
+        view, loan = _memory.borrow(self._holder, number, generation)
         try:
             yield view
         except Exception as error:
-            if lib.ndm_reader_is_unchanged(self._handle, value) in (0, lib.NDM_ERR_STALE):
+            if _is_known_changed(loan):
                 raise self._changed(number) from error
             raise
-        if not self._check(lib.ndm_reader_is_unchanged(self._handle, value), number):
+        if not _memory.is_unchanged(loan):
             raise self._changed(number)
 
     def lease(self, slot: int | SlotRef) -> Lease:
@@ -250,17 +170,13 @@ class OverflowReader:
             As `read`.
         """
         number, generation = self._name(slot)
-        try:
-            return Lease(_memory.lease(self._holder, number, generation))
-        except CoreError as caught:
-            raise self._error(caught, number) from None
+        return Lease(_memory.lease(self._holder, number, generation))
 
     def is_current(self, ref: SlotRef) -> bool:
         """Tell whether a reference's value is still there."""
         try:
             self._check_ref(ref)
-            number, generation = self._name(ref)
-            self._check(lib.ndm_reader_find(self._handle, number, generation, _new_value()), number)
+            _memory.find(self._holder, *self._name(ref))
         except (InvalidSlotError, StaleSlotError):
             return False
         return True
@@ -268,12 +184,9 @@ class OverflowReader:
     def slots(self) -> list[ReaderSlot]:
         """List the live slots. Linear in the slot table."""
         found: list[ReaderSlot] = []
-        value = _new_value()
-        while (status := lib.ndm_reader_next(self._handle, found[-1].slot + 1 if found else 0, value)) >= 0:
-            engine = KNOWN_ENGINES.get(value.engine, value.engine)
-            found.append(ReaderSlot(value.slot, value.offset, value.size, engine, value.generation))
-        if status != lib.NDM_ERR_NO_SLOT:
-            self._raise(status)
+        while value := _memory.next_slot(self._holder, found[-1].slot + 1 if found else 0):
+            slot, offset, size, engine, generation = value
+            found.append(ReaderSlot(slot, offset, size, KNOWN_ENGINES.get(engine, engine), generation))
         return found
 
     def leased(self) -> list[tuple[int, int]]:
@@ -285,7 +198,7 @@ class OverflowReader:
             The leases file may not be read, or is none.
         """
         places = ffi.new("ndm_leased[]", lib.NDM_MOST_LEASES)
-        count = self._check(lib.ndm_reader_leases(self._handle, places, lib.NDM_MOST_LEASES))
+        count = check(lib.ndm_reader_leases(self._handle, places, lib.NDM_MOST_LEASES), self._where)
         return [(place.offset, place.size) for place in places[0:count]]
 
     # -- the reader -----------------------------------------------------------------------------------------------
@@ -293,7 +206,7 @@ class OverflowReader:
     def stats(self) -> ReaderStats:
         """Figures of the region. Linear in the pages that are in RAM."""
         out = ffi.new("ndm_reader_figures *")
-        self._check(lib.ndm_reader_stats(self._handle, out))
+        check(lib.ndm_reader_stats(self._handle, out), self._where)
         figures = {name: getattr(out, name) for name in ReaderStats.__dataclass_fields__}
         leases = None if out.leases == _UNKNOWN else out.leases
         resident = None if out.resident_bytes == _UNKNOWN else out.resident_bytes
@@ -306,7 +219,7 @@ class OverflowReader:
     @property
     def path(self) -> str:
         """The data file's path."""
-        return self._path
+        return self._where[1]
 
     def __enter__(self) -> Self:
         """Give the reader itself."""
@@ -320,7 +233,7 @@ class OverflowReader:
 
     def __repr__(self) -> str:
         """Name the file."""
-        return f"<{type(self).__name__} {self._path}>"
+        return f"<{type(self).__name__} {self.path}>"
 
     def __reduce__(self) -> NoReturn:
         """Refuse: open another reader where it is needed."""
@@ -335,11 +248,9 @@ class OverflowReader:
                 self._raise_foreign(slot)
             number, generation = index(slot.slot), index(slot.generation)
             if not 0 <= generation < 1 << 32:  # -1 would be any
-                raise StaleSlotError(f"{self._path}: no value has generation {generation} (slot {number})")
+                raise StaleSlotError(f"{self.path}: no value has generation {generation} (slot {number})")
         else:
             number, generation = index(slot), -1
-        if not 0 <= number < 1 << 32:  # it may be no int64_t
-            self._check(lib.ndm_reader_find(self._handle, -1, -1, _new_value()), number)
         return number, generation
 
     def _check_ref(self, ref: SlotRef) -> None:
@@ -349,31 +260,17 @@ class OverflowReader:
             self._raise_foreign(ref)
 
     def _raise_foreign(self, ref: SlotRef) -> NoReturn:
-        raise StaleSlotError(f"{self._path}: slot {ref.slot} belongs to another region, or to an earlier opening")
+        raise StaleSlotError(f"{self.path}: slot {ref.slot} belongs to another region, or to an earlier opening")
 
     def _changed(self, slot: int) -> StaleSlotError:
-        return StaleSlotError(f"{self._path}: slot {slot} was freed or moved while it was borrowed")
-
-    def _check(self, status: int, slot: int | None = None) -> int:
-        if status < 0:
-            self._raise(status, slot)
-        return status
-
-    def _raise(self, status: int, slot: int | None = None) -> NoReturn:
-        raise self._error_of(status, slot)
-
-    def _error(self, refusal: CoreError, slot: int | None = None) -> Exception:
-        """What the refusal of a native verb means."""
-        error = details_of(refusal)
-        return self._error_of(error.status, slot, error)
-
-    def _error_of(self, status: int, slot: int | None, error: Any = None) -> Exception:
-        if status == lib.NDM_ERR_CLOSED:
-            return RegionClosedError(f"{self._path}: the reader is closed")
-        if status == lib.NDM_ERR_WRONG_THREAD:
-            return WrongThreadError(f"{self._path}: the reader belongs to the process that opened it")
-        return error_of(status, error, path=self._path, slot=slot, beside=self._beside)
+        return StaleSlotError(f"{self.path}: slot {slot} was freed or moved while it was borrowed")
 
 
-def _new_value() -> Any:
-    return ffi.new("ndm_value *")
+def _is_known_changed(loan: object) -> bool:
+    """Whether a borrowed value has changed; False where that cannot be told any more."""
+    try:
+        return not _memory.is_unchanged(loan)
+    except StaleSlotError:
+        return True
+    except RegionError:
+        return False

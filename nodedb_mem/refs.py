@@ -1,14 +1,40 @@
-"""Where the parts of a gathered value lie."""
+"""What stands for a value outside its region: a reference for readers, and where its parts lie."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from typing_extensions import Buffer
+
+
+class SlotRef(NamedTuple):
+    """A reference to one value, made by `OverflowRegion.share`; small, picklable, and good in any process.
+
+    Attributes
+    ----------
+    path : str
+        The region's file; for a temporary region, where /proc shows it while its owner lives.
+    incarnation : int
+        Which opening of the region the value belongs to.
+    slot, generation : int
+        Which value.
+    size : int
+        In bytes.
+    slots_path, leases_path : str
+        The region's other files.
+    """
+
+    path: str
+    incarnation: int
+    slot: int
+    generation: int
+    size: int
+    slots_path: str
+    leases_path: str
 
 
 @dataclass(frozen=True)

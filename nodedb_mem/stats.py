@@ -1,4 +1,4 @@
-"""What a region tells of itself: slots, statistics, compaction."""
+"""What regions and readers tell: slots, statistics, compaction."""
 
 from dataclasses import dataclass, field
 
@@ -99,3 +99,37 @@ class RegionStats:
     def fragmentation(self) -> float:
         """Share of the free bytes outside the longest free extent: 0 when free space is in one piece, or none."""
         return 1 - self.largest_free_bytes / self.free_bytes if self.free_bytes else 0.0
+
+
+@dataclass(frozen=True)
+class ReaderSlot:
+    """A live slot as a reader sees it; `offset` and `size` are bytes."""
+
+    slot: int
+    offset: int
+    size: int
+    engine: int
+    generation: int
+
+
+@dataclass(frozen=True)
+class ReaderStats:
+    """Figures of a region as its owner last published them; sizes in bytes.
+
+    `owner` is the process id of a living owner, None if there is none. `pinned_bytes` are freed, but wait for a view of
+    the owner's or a lease to end. `resident_bytes` counts the file's bytes in RAM; None where the kernel does not tell,
+    to users who neither own the file nor may write to it. `leases` counts those that living processes hold, this one
+    and others; None where the leases file may not be read.
+    """
+
+    incarnation: int
+    capacity: int
+    max_capacity: int
+    used_bytes: int
+    live_bytes: int
+    slot_count: int
+    alignment: int
+    resident_bytes: int | None
+    pinned_bytes: int
+    leases: int | None
+    owner: int | None

@@ -464,7 +464,7 @@ def test_a_failed_open_keeps_no_file_while_its_exception_lives(tmp_path: Path, m
     OverflowRegion(tmp_path / "r").close()
     with monkeypatch.context() as patch:
         asked: list[int] = []  # the second question comes when the file is open
-        patch.setattr("nodedb_mem.region.hasattr", lambda *_: 1 / 0 if asked else asked.append(1), raising=False)
+        patch.setattr("nodedb_mem._control.hasattr", lambda *_: 1 / 0 if asked else asked.append(1), raising=False)
         with pytest.raises(ZeroDivisionError) as caught:
             OverflowRegion(tmp_path / "r")
     OverflowRegion(tmp_path / "r").close()

@@ -75,10 +75,11 @@ static void region_start(const char *directory)
 
 static uint64_t region_write(const uint8_t *data, uint64_t size)
 {
+    ndm_info info;
     int64_t slot = ndm_region_write(region, data, size, 0);
-    if (slot < 0)
+    if (slot < 0 || ndm_region_info(region, &info) < 0)
         fail(ndm_last_error()->message);
-    raise_to(&peak, (uint64_t)ndm_region_used_bytes(region));
+    raise_to(&peak, info.used_bytes);
     return (uint64_t)slot;
 }
 

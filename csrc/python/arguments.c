@@ -1,3 +1,4 @@
+/* From Python objects to what the core takes. */
 #include "arguments.h"
 
 #include <stdlib.h>
@@ -60,6 +61,28 @@ void ndm_i_let_go(Py_buffer *buffer)
 {
     if (buffer->obj)
         PyBuffer_Release(buffer);
+}
+
+static bool get_numbers(PyObject *object, ndm_i_numbers *numbers, int flags)
+{
+    if (PyObject_GetBuffer(object, &numbers->buffer, flags) != 0)
+        return false;
+    numbers->at = numbers->buffer.buf;
+    numbers->count = numbers->buffer.len / (Py_ssize_t)sizeof *numbers->at;
+    return true;
+}
+
+bool ndm_i_get_numbers(PyObject *object, ndm_i_numbers *numbers) { return get_numbers(object, numbers, PyBUF_SIMPLE); }
+
+bool ndm_i_get_room(PyObject *object, ndm_i_numbers *numbers, Py_ssize_t count)
+{
+    if (!get_numbers(object, numbers, PyBUF_WRITABLE))
+        return false;
+    if (numbers->count == count)
+        return true;
+    PyErr_Format(PyExc_TypeError, "room for %zd numbers is needed", count);
+    PyBuffer_Release(&numbers->buffer);
+    return false;
 }
 
 void ndm_i_gathered_free(ndm_i_gathered *all)

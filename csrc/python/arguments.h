@@ -8,6 +8,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+/* An entry of a module's table, for a function with the arguments of METH_FASTCALL. */
+#define NDM_I_VERB(name, function) {name, (PyCFunction)(void (*)(void))(function), METH_FASTCALL, NULL}
+
 bool ndm_i_has_count(Py_ssize_t given, Py_ssize_t wanted);
 
 /* A slot number; one that no int64_t holds becomes one that no slot has. */
@@ -22,6 +25,18 @@ bool ndm_i_get_buffer(PyObject *object, Py_buffer *buffer, int flags);
  * caller has to hold the object. */
 bool ndm_i_get_data(PyObject *object, Py_buffer *buffer);
 void ndm_i_let_go(Py_buffer *buffer);
+
+/* A buffer of int64 that nobody else writes to meanwhile, until PyBuffer_Release(). */
+typedef struct {
+    Py_buffer buffer;
+    int64_t *at;
+    Py_ssize_t count;
+} ndm_i_numbers;
+
+bool ndm_i_get_numbers(PyObject *object, ndm_i_numbers *numbers);
+
+/* The same, to be written to, with room for `count` numbers. */
+bool ndm_i_get_room(PyObject *object, ndm_i_numbers *numbers, Py_ssize_t count);
 
 /* The memory of many values, and references to them that nobody else can take away. */
 typedef struct {

@@ -1,7 +1,7 @@
+/* The two types: how they end, and what their buffers show. */
 #include "objects.h"
 
 static PyTypeObject *holder_type, *view_type;
-static PyObject *error_type;
 
 /* ---- Holder --------------------------------------------------------------------------------------------- */
 
@@ -13,6 +13,7 @@ static void holder_free(PyObject *self)
     ndm_region_destroy(holder->region);
     ndm_reader_destroy(holder->reader);
     Py_END_ALLOW_THREADS
+    Py_DECREF(holder->where);
     PyObject_Free(self);
     Py_DECREF(type);
 }
@@ -25,12 +26,13 @@ static int holder_export(PyObject *self, Py_buffer *buffer, int flags)
     return PyBuffer_FillInfo(buffer, self, held, 1, 1, flags);
 }
 
-Holder *ndm_i_holder_new(void)
+Holder *ndm_i_holder_new(PyObject *where)
 {
     Holder *holder = PyObject_New(Holder, holder_type);
     if (holder) {
         holder->region = NULL;
         holder->reader = NULL;
+        holder->where = Py_NewRef(where);
     }
     return holder;
 }
@@ -57,6 +59,8 @@ ndm_reader *ndm_i_held_reader(PyObject *object)
     PyErr_SetString(PyExc_TypeError, "the holder of a reader is needed");
     return NULL;
 }
+
+PyObject *ndm_i_holder_where(PyObject *holder) { return ((Holder *)holder)->where; }
 
 /* ---- View ----------------------------------------------------------------------------------------------- */
 
@@ -122,18 +126,6 @@ PyObject *ndm_i_end_lease(PyObject *Py_UNUSED(module), PyObject *view)
     Py_RETURN_NONE;
 }
 
-/* ---- CoreError ------------------------------------------------------------------------------------------ */
-
-PyObject *ndm_i_refuse(void)
-{
-    PyObject *details = PyBytes_FromStringAndSize((const char *)ndm_last_error(), sizeof(ndm_error));
-    if (details) {
-        PyErr_SetObject(error_type, details);
-        Py_DECREF(details);
-    }
-    return NULL;
-}
-
 /* ---- the types ------------------------------------------------------------------------------------------ */
 
 static PyType_Slot holder_slots[] = {
@@ -156,12 +148,9 @@ static PyType_Spec view_spec = {
     .slots = view_slots,
 };
 
-int ndm_i_objects_add(PyObject *module)
+int ndm_i_objects_init(void)
 {
     holder_type = (PyTypeObject *)PyType_FromSpec(&holder_spec);
     view_type = (PyTypeObject *)PyType_FromSpec(&view_spec);
-    error_type = PyErr_NewException("nodedb_mem._memory.CoreError", NULL, NULL);
-    if (!holder_type || !view_type || !error_type)
-        return -1;
-    return PyModule_AddObjectRef(module, "CoreError", error_type);
+    return holder_type && view_type ? 0 : -1;
 }

@@ -6,9 +6,9 @@
  * finalizer: the collector frees them after all finalizers have run. Nor can a signal part what the core has given from
  * its owner: the object is there before the core is asked.
  *
- *   Holder    owns a region or a reader. cffi's functions get the pointer through its buffer, which keeps it alive.
- *   View      owns one view, and the lease that keeps it, if any. Its buffer is the value.
- *   CoreError an exception: what ndm_last_error() told, as the bytes of an ndm_error, for the facade to translate.
+ *   Holder  owns a region or a reader. cffi's functions get the pointer through its buffer, which keeps it alive. It
+ *           also carries what an error message says of it: a tuple of strings, so that no cycle can pass through it.
+ *   View    owns one view, and the lease that keeps it, if any. Its buffer is the value.
  */
 #ifndef NDM_PYTHON_OBJECTS_H
 #define NDM_PYTHON_OBJECTS_H
@@ -24,6 +24,7 @@ typedef struct {
     PyObject_HEAD
     ndm_region *region; /* one of these */
     ndm_reader *reader;
+    PyObject *where; /* a tuple */
 } Holder;
 
 typedef struct {
@@ -35,11 +36,11 @@ typedef struct {
     int64_t lease;
 } View;
 
-/* Make the types, and enter into the module what Python needs of them. 0, or -1 with an exception. */
-int ndm_i_objects_add(PyObject *module);
+/* Make the types. 0, or -1 with an exception. */
+int ndm_i_objects_init(void);
 
 /* Objects to be filled in. NULL with an exception. */
-Holder *ndm_i_holder_new(void);
+Holder *ndm_i_holder_new(PyObject *where);
 View *ndm_i_view_new(bool writable);
 
 /* The memoryview of a view that is filled in; takes the caller's reference. NULL with an exception. */
@@ -49,10 +50,10 @@ PyObject *ndm_i_view_memory(View *view);
 ndm_region *ndm_i_held_region(PyObject *holder);
 ndm_reader *ndm_i_held_reader(PyObject *holder);
 
+/* What an error message says of a holder. A borrowed reference. */
+PyObject *ndm_i_holder_where(PyObject *holder);
+
 /* end_lease(view): ends the lease, if it has not ended. */
 PyObject *ndm_i_end_lease(PyObject *module, PyObject *view);
-
-/* Raise CoreError for what the core has just refused, on this thread. NULL, always. */
-PyObject *ndm_i_refuse(void);
 
 #endif

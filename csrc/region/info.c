@@ -5,7 +5,6 @@
 #include "os/status.h"
 #include "store/extents_check.h"
 
-#include <stddef.h>
 #include <string.h>
 
 int ndm_region_slot(ndm_region *region, int64_t slot, ndm_slot *out)
@@ -72,18 +71,19 @@ int ndm_region_stats(ndm_region *region, ndm_stats *out)
     return NDM_OK;
 }
 
-static int64_t figure(ndm_region *region, size_t offset)
+int ndm_region_info(ndm_region *region, ndm_info *out)
 {
     int status = ndm_i_enter(region);
-    return status == NDM_OK ? *(const int64_t *)((const char *)region + offset) : status;
+    if (status == NDM_OK)
+        *out = (ndm_info){.capacity = region->data.capacity,
+                          .max_capacity = region->max_capacity,
+                          .used_bytes = region->used_bytes,
+                          .live_bytes = region->live_bytes,
+                          .slot_count = region->slots.count,
+                          .live_slots = region->slots.live,
+                          .alignment = (uint64_t)1 << region->unit_shift};
+    return status;
 }
-
-int64_t ndm_region_capacity(ndm_region *region) { return figure(region, offsetof(ndm_region, data.capacity)); }
-int64_t ndm_region_max_capacity(ndm_region *region) { return figure(region, offsetof(ndm_region, max_capacity)); }
-int64_t ndm_region_used_bytes(ndm_region *region) { return figure(region, offsetof(ndm_region, used_bytes)); }
-int64_t ndm_region_live_bytes(ndm_region *region) { return figure(region, offsetof(ndm_region, live_bytes)); }
-int64_t ndm_region_slot_count(ndm_region *region) { return figure(region, offsetof(ndm_region, slots.count)); }
-int64_t ndm_region_live_slots(ndm_region *region) { return figure(region, offsetof(ndm_region, slots.live)); }
 
 /* ---- checking ------------------------------------------------------------------------------------------- */
 

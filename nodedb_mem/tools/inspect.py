@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from nodedb_mem.engine import EngineId
 from nodedb_mem.errors import RegionIOError, StaleSlotError
-from nodedb_mem.reader import OverflowReader, ReaderSlot
+from nodedb_mem.reader import OverflowReader
+from nodedb_mem.stats import ReaderSlot
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

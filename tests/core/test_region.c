@@ -71,6 +71,13 @@ static int64_t store(ndm_region *region, uint64_t size, unsigned seed)
     return slot;
 }
 
+static ndm_info info_of(ndm_region *region)
+{
+    ndm_info info = {0};
+    CHECK(ndm_region_info(region, &info) == NDM_OK);
+    return info;
+}
+
 static int holds(const char *view, uint64_t size, unsigned seed)
 {
     uint8_t *bytes = pattern(size, seed);
@@ -164,7 +171,7 @@ static void test_values(void)
     ndm_stats stats;
     CHECK(ndm_region_stats(region, &stats) == NDM_OK);
     CHECK(stats.live_bytes == total && stats.live_slots == COUNT && stats.engine_bytes[4] == 4096 && stats.growths > 0);
-    CHECK(ndm_region_live_bytes(region) == (int64_t)total && ndm_region_capacity(region) == (int64_t)stats.capacity);
+    CHECK(info_of(region).live_bytes == total && info_of(region).capacity == stats.capacity);
     for (unsigned i = 0; i < COUNT; i += 2)
         CHECK(ndm_region_free(region, slots[i]) == NDM_OK);
     CHECK(ndm_region_check(region) == 0);
@@ -280,10 +287,10 @@ static void test_space(void)
     CHECK(holds(pinned, SIZE, COUNT - 4));
     ndm_view_release(pinned);
     CHECK(ndm_region_compact(region, UINT64_MAX, &done) == NDM_OK);
-    CHECK(ndm_region_used_bytes(region) <= ndm_region_live_bytes(region) * 102 / 100 + COUNT * 64);
+    CHECK(info_of(region).used_bytes <= info_of(region).live_bytes * 102 / 100 + COUNT * 64);
     CHECK(ndm_region_trim(region) > 0);
-    CHECK(stat(path, &facts) == 0 && facts.st_size == ndm_region_capacity(region));
-    CHECK((uint64_t)facts.st_blocks * 512 <= (uint64_t)ndm_region_used_bytes(region) + 64 * KIB);
+    CHECK(stat(path, &facts) == 0 && (uint64_t)facts.st_size == info_of(region).capacity);
+    CHECK((uint64_t)facts.st_blocks * 512 <= info_of(region).used_bytes + 64 * KIB);
     for (unsigned i = 0; i < COUNT; i += 4)
         check_value(region, slots[i], SIZE, i);
     CHECK(store(region, 4 * MIB, 9) >= 0);
@@ -308,7 +315,7 @@ static void test_arguments(void)
     FAILS(NDM_ERR_CAPACITY, ndm_region_write(region, "x", UINT64_MAX, 0));
     FAILS(NDM_ERR_ARGUMENT, ndm_region_set_max_capacity(region, 8191));
     FAILS(NDM_ERR_ARGUMENT, ndm_region_set_max_capacity(region, UINT64_MAX));
-    CHECK(ndm_region_set_max_capacity(region, INT64_MAX) == NDM_OK && ndm_region_max_capacity(region) == INT64_MAX);
+    CHECK(ndm_region_set_max_capacity(region, INT64_MAX) == NDM_OK && info_of(region).max_capacity == INT64_MAX);
     FAILS(NDM_ERR_CAPACITY, ndm_region_write(region, "x", (uint64_t)1 << 48, 0));
     FAILS(NDM_ERR_NO_SLOT, ndm_region_free(region, 0));
     FAILS(NDM_ERR_NO_SLOT, ndm_region_free(region, -1));
@@ -332,6 +339,7 @@ static void check_refused(ndm_region *region, int status)
 {
     const char *view = NULL;
     ndm_stats stats;
+    ndm_info info;
     ndm_slot facts;
     ndm_compaction done;
     uint64_t size;
@@ -344,8 +352,7 @@ static void check_refused(ndm_region *region, int status)
     FAILS(status, ndm_region_slot(region, 0, &facts));
     FAILS(status, ndm_region_contains(region, 0));
     FAILS(status, ndm_region_stats(region, &stats));
-    FAILS(status, ndm_region_capacity(region));
-    FAILS(status, ndm_region_slot_count(region));
+    FAILS(status, ndm_region_info(region, &info));
     FAILS(status, ndm_region_set_max_capacity(region, INT64_MAX));
     FAILS(status, ndm_region_trim(region));
     FAILS(status, ndm_region_compact(region, 1, &done));
@@ -559,7 +566,7 @@ static void test_cut_short(void)
     FAILS(NDM_ERR_IO, store(region, 100000, 2));
     CHECK(ndm_last_error()->os_errno == EIO);
     FAILS(NDM_ERR_IO, store(region, 60 * MIB, 2));
-    CHECK(ndm_last_error()->os_errno == EIO && ndm_region_slot_count(region) == 1);
+    CHECK(ndm_last_error()->os_errno == EIO && info_of(region).slot_count == 1);
     finish(region);
     group("a file cut short is noticed");
 }
@@ -683,7 +690,7 @@ static void test_failed_opens(void)
     finish(region);
     CHECK(truncate(path, 0) == 0 && truncate(slots_path, 0) == 0);
     region = ndm_region_open(path, &small);
-    CHECK(region && ndm_region_capacity(region) == 64 * KIB);
+    CHECK(region && info_of(region).capacity == 64 * KIB);
     finish(region);
     int fd = open(slots_path, O_WRONLY);
     CHECK(fd >= 0 && pwrite(fd, "somebody else's", 15, 0) == 15 && close(fd) == 0);

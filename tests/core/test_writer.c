@@ -165,7 +165,9 @@ static void write_one(owner *self)
     fill(self->buffer, size, number);
     const int64_t slot = ndm_region_write(self->region, self->buffer, size, (int64_t)(number % 4));
     if (slot == NDM_ERR_CAPACITY) { /* holes, and views that hold space */
-        CHECK(ndm_region_set_max_capacity(self->region, (uint64_t)ndm_region_max_capacity(self->region) * 2) == NDM_OK);
+        ndm_info info;
+        CHECK(ndm_region_info(self->region, &info) == NDM_OK);
+        CHECK(ndm_region_set_max_capacity(self->region, info.max_capacity * 2) == NDM_OK);
         return;
     }
     CHECK(slot >= 0);

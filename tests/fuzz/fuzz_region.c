@@ -351,7 +351,9 @@ static void copy_value(void)
 static void misuse(void)
 {
     uint64_t size;
-    const int64_t slot = byte() % 2 ? -(int64_t)byte() - 1 : ndm_region_slot_count(region) + byte();
+    ndm_info info = {0};
+    ndm_region_info(region, &info);
+    const int64_t slot = byte() % 2 ? -(int64_t)byte() - 1 : (int64_t)info.slot_count + byte();
     CHECK(!ndm_region_read(region, slot, &size) && ndm_last_error()->status == NDM_ERR_NO_SLOT);
     CHECK(ndm_region_free(region, slot) == NDM_ERR_NO_SLOT);
     CHECK(ndm_region_contains(region, slot) == 0);
@@ -374,8 +376,9 @@ static void open_region(void)
     region = named ? ndm_region_open(path, &options) : ndm_region_open_temporary(directory, &options);
     disk.region = region;
     if (region) {
-        options.initial_capacity = (uint64_t)ndm_region_capacity(region);
-        CHECK(ndm_region_used_bytes(region) == 0);
+        ndm_info info;
+        CHECK(ndm_region_info(region, &info) == NDM_OK && info.used_bytes == 0);
+        options.initial_capacity = info.capacity;
         return;
     }
     const int status = ndm_last_error()->status;

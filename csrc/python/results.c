@@ -1,0 +1,50 @@
+/* Views and copies of values, a region's and a reader's. */
+#include "results.h"
+
+#include "refusals.h"
+
+PyObject *ndm_i_viewed(View *view, const char *address, uint64_t size, PyObject *holder, PyObject *slot,
+                       const ndm_error *refusal)
+{
+    if (!address) {
+        Py_DECREF(view);
+        return ndm_i_refuse(holder, slot, refusal);
+    }
+    view->address = address;
+    view->size = size;
+    return ndm_i_view_memory(view);
+}
+
+int64_t ndm_i_copy(const ndm_i_source *from, void *buffer, int64_t room, ndm_error *refusal)
+{
+    int64_t size;
+    Py_BEGIN_ALLOW_THREADS
+    size = from->region ? ndm_region_read_into(from->region, from->slot, buffer, (uint64_t)room)
+                        : ndm_reader_copy(from->reader, from->slot, from->generation, buffer, (uint64_t)room);
+    ndm_i_noted(size, refusal);
+    Py_END_ALLOW_THREADS
+    return size;
+}
+
+PyObject *ndm_i_bytes_of(const ndm_i_source *from, PyObject *holder, PyObject *slot)
+{
+    char small[512];
+    ndm_error refusal;
+    int64_t size = ndm_i_copy(from, small, sizeof small, &refusal), room = sizeof small;
+    PyObject *bytes = NULL, *result = NULL;
+    while (size > room) { /* again where a larger value has come meanwhile */
+        Py_XDECREF(bytes);
+        if (!(bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size)))
+            return NULL;
+        room = size;
+        size = ndm_i_copy(from, PyBytes_AsString(bytes), room, &refusal);
+    }
+    if (size < 0)
+        ndm_i_refuse(holder, slot, &refusal);
+    else if (bytes && size == room)
+        result = Py_NewRef(bytes);
+    else
+        result = PyBytes_FromStringAndSize(bytes ? PyBytes_AsString(bytes) : small, (Py_ssize_t)size);
+    Py_XDECREF(bytes);
+    return result;
+}

@@ -1,0 +1,248 @@
+"""The control plane of a region: opening, maintenance, figures, the end. It goes through cffi; values do not."""
+
+from __future__ import annotations
+
+import os
+from operator import index
+from typing import TYPE_CHECKING, NoReturn, Self
+
+from nodedb_mem._core import ffi, lib
+from nodedb_mem._opening import open_region
+from nodedb_mem.engine import KNOWN_ENGINES
+from nodedb_mem.errors import check, raise_status
+from nodedb_mem.stats import Compaction, EngineUsage, RegionStats
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Protocol
+
+    from nodedb_mem.refs import SlotParts
+
+    class Figures(Protocol):
+        """An `ndm_info`."""
+
+        capacity: int
+        max_capacity: int
+        used_bytes: int
+        live_bytes: int
+        slot_count: int
+        live_slots: int
+        alignment: int
+
+
+_NO_LIMIT = (1 << 63) - 1
+_info = lib.ndm_region_info
+_PLAIN_FIGURES = tuple(RegionStats.__dataclass_fields__.keys() - {"can_punch", "engines"})
+
+
+class RegionControl:
+    """What `OverflowRegion` does without naming a slot or touching a value."""
+
+    _out: Figures
+
+    __slots__ = (
+        "__weakref__",
+        "_alignment",
+        "_engines",
+        "_handle",
+        "_holder",
+        "_out",
+        "_parts",
+        "_path",
+        "_place",
+        "_where",
+    )
+
+    def _open(self, path: str | None, place: str, options: memoryview) -> None:
+        """Open the file at `place`; or an unnamed one in that folder, where `path` is None."""
+        shown = os.fsdecode(os.fsencode(place if path is None else path))  # of a class derived from str: str
+        where = ("region", shown) if path is None else ("region", shown, shown + ".slots", shown + ".leases")
+        if hasattr(self, "_holder"):
+            raise RuntimeError(f"{shown}: a region is initialised once: make another")
+        holder = open_region(place, options, where, temporary=path is None)
+        try:
+            # The holder owns the region, and each use of the handle keeps the holder.
+            handle = ffi.from_buffer("ndm_region *", holder)
+            out = ffi.new("ndm_info *")
+            check(_info(handle, out), where)
+            if hasattr(self, "_holder"):
+                raise RuntimeError(f"{shown}: a region is initialised once: make another")
+            self._path, self._place, self._where = path, place, where
+            self._engines: dict[int, int] = KNOWN_ENGINES
+            self._parts: dict[int, tuple[int, SlotParts]] = {}
+            self._alignment: int = out.alignment
+            self._out, self._handle, self._holder = out, handle, holder
+        except BaseException:
+            del holder  # the traceback would keep the file open
+            handle = None
+            raise
+
+    def stats(self) -> RegionStats:
+        """Figures of the region.
+
+        Constant time but for `resident_bytes` and `unwritten_bytes`, which are linear in the pages that are in RAM.
+        """
+        out = ffi.new("ndm_stats *")
+        check(lib.ndm_region_stats(self._handle, out), self._where)
+        usage = zip(ffi.unpack(out.engine_bytes, 256), ffi.unpack(out.engine_slots, 256), strict=True)
+        figures = {name: getattr(out, name) for name in _PLAIN_FIGURES}
+        return RegionStats(
+            **figures,
+            can_punch=bool(out.can_punch),
+            engines={
+                self._engines.get(engine, engine): EngineUsage(size, slots)
+                for engine, (size, slots) in enumerate(usage)
+                if slots
+            },
+        )
+
+    def trim(self) -> int:
+        """Give unused space back to the file system.
+
+        Lowers `used_bytes` past free space at the end, shrinks the file to it (not below its size when opened; while
+        readers are there the end becomes a hole instead), and punches holes into free extents of 64 KiB and more.
+        Linear in the number of values.
+
+        Returns
+        -------
+        int
+            Bytes of disk given back.
+        """
+        return check(lib.ndm_region_trim(self._handle), self._where)
+
+    def compact(self, budget: int | None = None) -> Compaction:
+        """Move values toward the start of the file, so that free space gathers at its end.
+
+        Slots keep their numbers. Values with a live view stay where they are, and so do values larger than `budget`.
+        Done when the holes are under 1 % of the live bytes. Give the space at the end back with `trim`.
+
+        Parameters
+        ----------
+        budget
+            The most bytes to move in this call; None for no limit.
+
+        Raises
+        ------
+        ValueError
+            `budget` is negative.
+        RegionIOError
+            A hole that `trim` had punched cannot get its blocks back (ENOSPC). Every value is intact.
+        """
+        limit = _NO_LIMIT if budget is None else index(budget)
+        if limit < 0:
+            raise ValueError("budget must not be negative")
+        out = ffi.new("ndm_compaction *")
+        check(lib.ndm_region_compact(self._handle, min(limit, _NO_LIMIT), out), self._where)
+        return Compaction(out.moved_bytes, out.remaining_bytes)
+
+    def flush(self) -> None:
+        """Wait until every value is written back to the disk. Raises `RegionIOError` if that failed: call it again."""
+        check(lib.ndm_region_flush(self._handle), self._where)
+
+    def close(self) -> None:
+        """Close the region; closing again does nothing. Live views stay readable, and keep the file locked.
+
+        A named file stays where it is.
+        """
+        check(lib.ndm_region_close(self._handle), self._where)
+
+    @property
+    def path(self) -> str | None:
+        """The file's path; None for a temporary region."""
+        return self._path
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` has been called."""
+        return bool(lib.ndm_region_is_closed(self._handle))
+
+    @property
+    def handle(self) -> int:
+        """A number that stands for the open region in native code (``ndm_h_write`` and the like): a uint64, not 0.
+
+        It owns nothing: once the region is closed or collected, native calls on it return ``NDM_ERR_CLOSED``. They
+        have to come from the owning thread, like every verb.
+        """
+        handle: int = lib.ndm_region_handle(self._handle)
+        if handle == 0:
+            raise_status(lib.ndm_last_error().status, self._where)
+        return handle
+
+    @property
+    def capacity(self) -> int:
+        """The file's size in bytes."""
+        return self._figures().capacity
+
+    @property
+    def max_capacity(self) -> int:
+        """The most the file may grow to, in bytes. It may be raised, not lowered (`ValueError`)."""
+        return self._figures().max_capacity
+
+    @max_capacity.setter
+    def max_capacity(self, value: int) -> None:
+        size = index(value)
+        if not 0 <= size < 1 << 63:
+            raise ValueError("max_capacity must be positive and below 2**63")
+        check(lib.ndm_region_set_max_capacity(self._handle, size), self._where)
+
+    @property
+    def used_bytes(self) -> int:
+        """End of the furthest byte ever allocated: the high-water mark."""
+        return self._figures().used_bytes
+
+    @property
+    def live_bytes(self) -> int:
+        """Sum of the sizes of live values."""
+        return self._figures().live_bytes
+
+    @property
+    def slot_count(self) -> int:
+        """Entries of the slot table, live or freed."""
+        return self._figures().slot_count
+
+    def __len__(self) -> int:
+        """Count the live slots."""
+        return self._figures().live_slots
+
+    def __bool__(self) -> bool:
+        """A region is true, also when it is empty."""
+        return True
+
+    def __enter__(self) -> Self:
+        """Give the region itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the region."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """Name the file, and the figures where they may be asked for."""
+        where = self._where[1] if self._path is not None else f"temporary in {self._where[1]}"
+        out = ffi.new("ndm_stats *")
+        if self.closed:
+            state = "closed"
+        elif (status := lib.ndm_region_stats(self._handle, out)) < 0:
+            state = (
+                "owned by another thread or process"
+                if status == lib.NDM_ERR_WRONG_THREAD
+                else "its figures cannot be had"
+            )
+        else:
+            state = f"{out.live_slots} slots, {out.live_bytes} of {out.capacity} bytes"
+        return f"<{type(self).__name__} {where}: {state}>"
+
+    def __reduce__(self) -> NoReturn:
+        """Refuse: a region cannot be copied or pickled."""
+        raise TypeError(f"cannot copy or pickle {type(self).__name__!r}: a region has one owner")
+
+    def _figures(self) -> Figures:
+        """The region's `ndm_info`; the next call fills it anew."""
+        if (status := _info(self._handle, self._out)) < 0:
+            raise_status(status, self._where)
+        return self._out
+
+    def _allow_leases(self) -> None:
+        check(lib.ndm_region_allow_leases(self._handle), self._where)
