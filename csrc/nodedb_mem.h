@@ -1,30 +1,44 @@
 /* nodedb_mem: overflow regions for data engines. The public C API and its manual.
  *
- * A region is one memory-mapped file, owned by one thread, into which an engine spills cold values and from
- * which it reads them back without a copy. A value lives in a slot, named by a small integer.
+ * A region is one memory-mapped file, owned by one thread. An engine spills cold values into it and reads them back
+ * without a copy. A value lives in a slot, named by a small integer.
+ *
+ *     ndm_options options = {.initial_capacity = 64 << 20, .max_capacity = 1 << 30, .alignment = 64,
+ *                            .cache_limit = 256 << 20};
+ *     ndm_region *region = ndm_region_open("/var/tmp/app.spill", &options);
+ *     int64_t slot = ndm_region_write(region, data, size, 0);      // copied once; negative: an ndm_status
+ *     uint64_t length;
+ *     const char *view = ndm_region_read(region, slot, &length);   // no copy; pins the slot
+ *     ndm_view_release(view);
+ *     ndm_region_free(region, slot);
+ *     ndm_region_destroy(region);
  *
  * Caveats, first:
  *
- *  - One owner. Every ndm_region_* function may be called only by the thread that opened the region, in the
- *    process that opened it; elsewhere it returns NDM_ERR_WRONG_THREAD and changes nothing. A forked child is
- *    not the owner. The exceptions, which any thread may call, are ndm_view_release(), ndm_view_try_release(),
- *    ndm_region_unpin() and ndm_region_destroy().
- *  - A view (ndm_region_read) pins its slot: the bytes stay where they are, unchanged, until every view of them is
- *    released, even after the slot is freed or the region is closed. A view that is never released leaks its
- *    extent and keeps the mapping, and so the file's lock, until the process ends.
- *  - In a forked child the views taken before the fork stay readable, but nothing pins them for the child: once
- *    the parent has freed and released a slot, the child sees what the parent writes there next, and touching it
- *    is SIGBUS once the parent has trimmed the file to less. A store of the child's through a view of
- *    ndm_region_allocate() would then hit another value.
- *  - If another program shortens the file, touching a lost page is SIGBUS. Growing and preparing space notice a
- *    short file and return NDM_ERR_IO with EIO; reading cannot notice.
+ *  - One owner. Only the thread that opened the region may call a ndm_region_* function, in the process that opened it.
+ *    Elsewhere the function returns NDM_ERR_WRONG_THREAD and changes nothing. A forked child is not the owner. Any
+ *    thread may call ndm_view_release(), ndm_view_try_release(), ndm_region_unpin() and ndm_region_destroy().
+ *  - A view (ndm_region_read) pins its slot. The bytes stay where they are, unchanged, until every view of them is
+ *    released, even after the slot is freed or the region is closed. A view that is never released leaks its extent and
+ *    keeps the mapping, and so the file's lock, until the process ends.
+ *  - In a forked child the views taken before the fork stay readable, but nothing pins them for the child. Once the
+ *    parent has freed and released a slot, the child sees what the parent writes there next. Touching the view is SIGBUS
+ *    once the parent has trimmed the file to less. A store of the child's through a view of ndm_region_allocate() would
+ *    then hit another value.
+ *  - If another program shortens the file, touching a lost page is SIGBUS. Growing and preparing space notice a short
+ *    file and return NDM_ERR_IO with EIO. Reading cannot notice it.
  *  - Link with -pthread. Linux only.
  *
- * Errors: a function that returns an integer returns a negative ndm_status on failure, one that returns a
- * pointer returns NULL; ndm_last_error() then tells the details, for the calling thread. A function that fails
- * has changed nothing and has not written to its output parameters.
+ * Errors: a function that returns an integer returns a negative ndm_status on failure, one that returns a pointer
+ * returns NULL. ndm_last_error() then gives the details, for the calling thread. A function that fails has changed
+ * nothing, and has not written to its output parameters. There are three exceptions. ndm_region_close() closes the region
+ * and reports that a write-back had failed. ndm_region_compact() and ndm_region_trim() may stop half-way: every value is
+ * intact, what was done so far stays, and the figures for readers are those of the space as it is.
  *
  * Sizes, offsets and capacities are bytes, always.
+ *
+ * Sections: errors and versions; opening and closing; one value; many values; what a region shows of itself; space and
+ * RAM; sharing; readers; pins; handles.
  */
 #ifndef NODEDB_MEM_H
 #define NODEDB_MEM_H
@@ -32,9 +46,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* What this header describes; ndm_version() and ndm_abi_version() tell it of the library that runs. The ABI version is
- * the number in the library's SONAME. It grows with each change that a program compiled against the header before it
- * would not survive. */
+/* What this header describes. ndm_version() and ndm_abi_version() give the same of the library that runs. The ABI version
+ * is the number in the library's SONAME. It grows with each change that breaks a program compiled before the change. */
 #define NDM_VERSION "0.1.0"
 #define NDM_VERSION_NUMBER 100 /* major * 10000 + minor * 100 + patch */
 #define NDM_ABI_VERSION 1
@@ -82,7 +95,7 @@ typedef struct {
     int64_t slot;        /* NDM_ERR_NO_SLOT, NDM_ERR_FREED_SLOT, NDM_ERR_UNCOMMITTED: which, if slot_known; else 0 */
     const char *message; /* what was wrong or what was tried, a static string */
     int32_t file;        /* NDM_ERR_IO and NDM_ERR_BUSY: which of the region's files, an ndm_file */
-    int32_t slot_known;  /* 1: batch verbs, ndm_h_* and readers; 0: the call named just one, and `slot` tells nothing */
+    int32_t slot_known;  /* 1: batch verbs, ndm_h_* and readers; 0: the call named just one, and `slot` is 0 */
 } ndm_error;
 
 /* Details of the last failure on this thread. The pointer stays good for the life of the thread, its contents
@@ -113,8 +126,8 @@ typedef struct {
  * ".slots" holds the slot table. A path that is no regular file, or holds data that no region wrote, or has a slot
  * table of a newer version, is refused untouched. NULL on failure: NDM_ERR_ARGUMENT, NDM_ERR_CAPACITY (the file is
  * larger than max_capacity), NDM_ERR_BUSY (also: readers have the old file open, and it cannot be punched),
- * NDM_ERR_IO (EUCLEAN: the slot table is torn, or its values are gone; EPERM: one of the files belongs to another user; EMFILE and others: what
- * readers lease cannot be told), NDM_ERR_MEMORY. */
+ * NDM_ERR_IO (EUCLEAN: the slot table is torn, or its values are gone; EPERM: one of the files belongs to another user; EMFILE and others: the
+ * leases file cannot be read), NDM_ERR_MEMORY. */
 ndm_region *ndm_region_open(const char *path, const ndm_options *options);
 
 /* The same on an unnamed file in `directory`, whose blocks return to the file system when the region and its
@@ -132,7 +145,8 @@ int ndm_region_is_closed(const ndm_region *region);
 /* 1 if the file is on tmpfs, which has no other place for it than RAM, else 0. Any thread. */
 int ndm_region_in_memory(const ndm_region *region);
 
-/* The same of a file or folder that is there, or a file that would be made. 0 also where it cannot be told. */
+/* 1 if the file or folder at `path`, or a file that would be made there, is on tmpfs. 0 if not, and where the system does
+ * not say. */
 int ndm_path_in_memory(const char *path);
 
 /* Give up the handle, closing the region if it is open. Any thread may do it, provided no other call on the
@@ -168,7 +182,7 @@ int ndm_region_write_packed(ndm_region *region, const void *data, uint64_t size,
 int ndm_region_read_many(ndm_region *region, const int64_t *slots, uint64_t count, const char **views, uint64_t *sizes);
 
 /* Copy `count` values to `buffer`, one after the other, and their sizes to `lengths`; returns the bytes. If that is more
- * than `capacity`, nothing is copied: the number tells what is needed. */
+ * than `capacity`, nothing is copied: the number is the room that is needed. */
 int64_t ndm_region_load_many(ndm_region *region, const int64_t *slots, uint64_t count, void *buffer, uint64_t capacity,
                              int64_t *lengths);
 
@@ -195,7 +209,7 @@ void ndm_view_release(const char *view);
 int ndm_view_try_release(const char *view);
 
 /* Copy a slot's bytes to `buffer` and return their number. If that is more than `capacity`, copy nothing: the
- * number tells what is needed. */
+ * number is the room that is needed. */
 int64_t ndm_region_read_into(ndm_region *region, int64_t slot, void *buffer, uint64_t capacity);
 
 /* Free a slot: its number is invalid from now on and may be given out again; its bytes may be reused as soon as
@@ -232,14 +246,14 @@ typedef struct {
     uint64_t alignment;    /* of every value */
     uint64_t can_punch;    /* 1; 0 once the file system has refused to punch a hole */
     uint64_t resident_bytes;  /* of the file, in RAM now: page cache and RSS together */
-    uint64_t unwritten_bytes; /* of these, not yet on disk; 0 before Linux 6.5, which cannot tell */
+    uint64_t unwritten_bytes; /* of these, not yet on disk; 0 before Linux 6.5, which does not count them */
     uint64_t written_back_bytes; /* whose write-back the background writer has started, so far */
     uint64_t engine_bytes[256]; /* live bytes by engine */
     uint64_t engine_slots[256]; /* live slots by engine */
 } ndm_stats;
 
-/* All figures. Constant time, but for resident_bytes and unwritten_bytes: linear in the pages that are in RAM. A
- * write-back that has failed is told by the next other call, not by this one. */
+/* All figures. Constant time, but for resident_bytes and unwritten_bytes: linear in the pages that are in RAM. The
+ * next other call reports a write-back that has failed; this one does not. */
 int ndm_region_stats(ndm_region *region, ndm_stats *out);
 
 typedef struct {
@@ -344,16 +358,16 @@ int64_t ndm_reader_copy(ndm_reader *reader, int64_t slot, int64_t generation, vo
 /* 1 if the value is live and its bytes are where and what they were when `value` was looked up, 0 if not. */
 int ndm_reader_is_unchanged(ndm_reader *reader, const ndm_value *value);
 
-/* The first live slot that is `from` or more; NDM_ERR_NO_SLOT if there is none. */
+/* The first live slot that is `from` or more; NDM_ERR_NO_SLOT if no live slot follows. */
 int ndm_reader_next(ndm_reader *reader, int64_t from, ndm_value *out);
 
 typedef struct {
     uint64_t incarnation;
     uint64_t capacity, max_capacity, used_bytes, live_bytes, slot_count, alignment;
-    uint64_t resident_bytes; /* NDM_BYTES_UNKNOWN: not told to a user who neither owns the file nor may write to it */
+    uint64_t resident_bytes; /* NDM_BYTES_UNKNOWN: the kernel hides it from a user who neither owns the file nor may write to it */
     uint64_t pinned_bytes; /* freed, but waiting for a view of the owner's or a lease to end */
-    uint64_t leases; /* held by living processes; UINT64_MAX: their file may not be read, or is none */
-    uint64_t owner; /* process id of a living owner, 0 if there is none */
+    uint64_t leases; /* held by living processes; UINT64_MAX: the leases file may not be read, or is not one */
+    uint64_t owner; /* process id of the owner; 0 if no owner lives */
 } ndm_reader_figures;
 
 /* Figures, as the owner last published them. */
@@ -361,7 +375,7 @@ int ndm_reader_stats(ndm_reader *reader, ndm_reader_figures *out);
 
 /* Keep a value where it is, until ndm_reader_release() or the end of this process: through the owner's free and compact,
  * and through its death, if the next owner recovers the file. A next owner that starts afresh ends the value, not its
- * bytes: the verbs tell NDM_ERR_STALE, the view stays good until the release. Returns the lease's number, and a view.
+ * bytes: the verbs return NDM_ERR_STALE, and the view stays good until the release. Returns the lease's number, and a view.
  * NDM_ERR_IO with ENOENT if the owner has not allowed leases, EAGAIN if all are taken; NDM_ERR_STALE also if another
  * region's files stand at the path by now. */
 int64_t ndm_reader_lease(ndm_reader *reader, int64_t slot, int64_t generation, const char **view, ndm_value *out);
@@ -374,7 +388,7 @@ typedef struct {
 } ndm_leased;
 
 /* How many leases living processes hold, by this reader and others, and what the first `capacity` of them keep, each
- * lease for itself. Reads the leases file, no more; 0 if there is none. */
+ * lease for itself. Reads the leases file only. 0 if no leases file exists. */
 int64_t ndm_reader_leases(ndm_reader *reader, ndm_leased *places, uint64_t capacity);
 
 /* ---- Pins: views for native code ----

@@ -195,7 +195,7 @@ class OverflowReader:
         Raises
         ------
         RegionIOError
-            The leases file may not be read, or is none.
+            The leases file may not be read, or is not one.
         """
         places = ffi.new("ndm_leased[]", lib.NDM_MOST_LEASES)
         count = check(lib.ndm_reader_leases(self._handle, places, lib.NDM_MOST_LEASES), self._where)

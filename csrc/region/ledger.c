@@ -241,7 +241,7 @@ int ndm_i_adopt(ndm_region *region, uint64_t offset, uint64_t size, uint32_t slo
         region->used_bytes = ndm_i_min(ndm_i_max(region->used_bytes, offset + size), region->data.capacity);
         return ndm_i_limbo_add_leased(&region->limbo, extent, region->unit_shift)
                    ? NDM_OK
-                   : ndm_i_fail(NDM_ERR_MEMORY, "no memory to keep a leased value");
+                   : ndm_i_fail(NDM_ERR_MEMORY, "no memory to note a leased extent");
     }
     if (extent != NDM_I_NONE)
         ndm_i_extents_set_tag(&region->extents, extent, slot);

@@ -127,7 +127,7 @@ static int open_files(ndm_region *region, const char *path, const char *slots_pa
         goto fail;
     status = ndm_i_join_leases(region);
     if (status == NDM_OK && options->recover && region->slots.orphaned)
-        status = (int)ndm_i_of_file(NDM_FILE_SLOTS, ndm_i_fail_io(EUCLEAN, "the file that the table speaks of is gone"));
+        status = (int)ndm_i_of_file(NDM_FILE_SLOTS, ndm_i_fail_io(EUCLEAN, "the data file that the slot table describes is gone"));
     if (status == NDM_OK)
         status = options->recover && region->slots.ours ? take_over(region, options) : start_anew(region, options);
     if (status == NDM_OK)

@@ -288,7 +288,7 @@ static int join_leases(ndm_reader *reader)
     if (status != NDM_OK && ndm_last_error()->os_errno == ENOENT)
         return NDM_OK; /* gone, but nobody's */
     if (status == NDM_OK && (there.inode != reader->data.inode || there.born != reader->data.born))
-        status = ndm_i_fail(NDM_ERR_STALE, "another region's files stand at the path by now");
+        status = ndm_i_fail(NDM_ERR_STALE, "the path leads to another region's files by now");
     ndm_i_file_close(&there, NULL);
     if (status != NDM_OK)
         ndm_i_leases_close(&reader->leases);

@@ -201,7 +201,7 @@ int ndm_i_keep_places(ndm_region *region, const ndm_i_span *places, uint64_t cou
 {
     found *values = malloc(count * sizeof *values);
     if (!values)
-        return ndm_i_fail(NDM_ERR_MEMORY, "no memory to keep leased values");
+        return ndm_i_fail(NDM_ERR_MEMORY, "no memory to note leased extents");
     for (uint64_t i = 0; i < count; i++)
         values[i] = (found){places[i].offset, places[i].size, NDM_I_NO_SLOT};
     const int status = take_extents(region, values, count);

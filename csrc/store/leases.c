@@ -78,7 +78,7 @@ static int start(ndm_i_leases *leases, const char *path)
     if (status != NDM_OK)
         return status;
     if (found != NONE && found != OURS) {
-        status = ndm_i_fail_io(EEXIST, "a file stands where the leases belong, and it is none");
+        status = ndm_i_fail_io(EEXIST, "path.leases exists but is not a leases file");
         goto fail;
     }
     status = ndm_i_file_start(&leases->file, sizeof(ndm_i_lease_table), sizeof(ndm_i_lease_table), true);
@@ -119,8 +119,8 @@ static int join(ndm_i_leases *leases, const char *path, bool as_owner)
         return status;
     const int found = recognise(&leases->file);
     if (found != OURS) {
-        status = ndm_i_fail_io(EINVAL, found == OTHER_VERSION ? "the leases file has another version"
-                                                              : "the leases file is none");
+        status = ndm_i_fail_io(EINVAL, found == OTHER_VERSION ? "the leases file is of another version"
+                                                              : "the file is not a leases file");
         goto fail;
     }
     status = ndm_i_file_start(&leases->file, sizeof(ndm_i_lease_table), sizeof(ndm_i_lease_table), true);
@@ -268,7 +268,7 @@ int64_t ndm_i_leases_look(const char *path, ndm_i_span *places)
     if (!table)
         count = ndm_i_fail(NDM_ERR_MEMORY, "no memory to look at the leases");
     else if (found != OURS && found != NONE) /* NONE: it is being made */
-        count = ndm_i_fail_io(EINVAL, "the leases file is none, or has another version");
+        count = ndm_i_fail_io(EINVAL, "the leases file is of another version, or is not one");
     else if (found == OURS)
         count = ndm_i_file_load(&file, 0, table, sizeof *table);
     for (uint64_t i = 0; i < NDM_I_LEASES && count >= 0; i++) {

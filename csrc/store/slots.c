@@ -45,7 +45,7 @@ static void publish(_Atomic uint64_t *word, uint64_t bits)
 int ndm_i_header_check(const ndm_i_header *header, uint64_t inode, uint64_t born)
 {
     if (memcmp(header->magic, magic, sizeof magic) != 0)
-        return ndm_i_fail_io(EINVAL, "the slot table is none: its mark is missing");
+        return ndm_i_fail_io(EINVAL, "the file is not a slot table: its mark is missing");
     if (header->byte_order != BYTE_ORDER_MARK)
         return ndm_i_fail_io(EINVAL, "the slot table was written on a machine of the other byte order");
     if (header->version != VERSION || header->record_size != sizeof(ndm_i_record))
@@ -66,7 +66,7 @@ static int recognise(ndm_i_slots *slots, const ndm_i_file *data)
         return 0;
     if (ndm_i_file_load(&slots->table, 0, &found, there) != NDM_OK ||
         memcmp(found.magic, magic, there < sizeof magic ? there : sizeof magic) != 0)
-        return ndm_i_fail_io(EEXIST, "a file stands where the slot table belongs, and it is none");
+        return ndm_i_fail_io(EEXIST, "path.slots exists but is not a slot table");
     if (there < sizeof found)
         return ndm_i_fail_io(EUCLEAN, "the slot table is cut short");
     if (found.byte_order == BYTE_ORDER_MARK && found.version > VERSION)

@@ -104,7 +104,7 @@ int ndm_i_slots_invalidate(ndm_i_slots *slots);
 /* Empty the table and mark the data file as ours. */
 int ndm_i_slots_start(ndm_i_slots *slots, const ndm_i_file *data, uint64_t alignment);
 
-/* Take over the table as a dead owner left it. NDM_ERR_IO with EINVAL if it is none, EUCLEAN if it is torn. The caller
+/* Take over the table as a dead owner left it. NDM_ERR_IO with EINVAL if it is not one, EUCLEAN if it is torn. The caller
  * looks through the records. */
 int ndm_i_slots_adopt(ndm_i_slots *slots, const ndm_i_file *data);
 

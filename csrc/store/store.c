@@ -62,7 +62,7 @@ int ndm_i_store_init(ndm_i_store *store, ndm_i_file *file, const _Atomic uint64_
 {
     *store = (ndm_i_store){.file = file, .writer.limit = NDM_I_UNLIMITED, .seen = calloc(1, sizeof *store->seen)};
     store->pwrite_from = file->large_folios ? PWRITE_FROM : PWRITE_FROM_SMALL_FOLIOS;
-    int status = store->seen ? make_room(store, ndm_i_grains_end(file->capacity)) : ndm_i_fail(NDM_ERR_MEMORY, "no memory");
+    int status = store->seen ? make_room(store, ndm_i_grains_end(file->capacity)) : ndm_i_fail(NDM_ERR_MEMORY, "no memory for the store");
     if (status == NDM_OK)
         status = ndm_i_writer_init(&store->writer, file, &store->grains, storing, cache_limit);
     if (status != NDM_OK)
