@@ -22,8 +22,8 @@ static inline int64_t ndm_i_noted(int64_t result, ndm_error *refusal)
 /* translate_with(function): call function(bytes of an ndm_error, where, slot or None) for an exception from now on. */
 PyObject *ndm_i_translate_with(PyObject *module, PyObject *function);
 
-/* Raise what was refused to a holder. `slot` is what the caller named, to be told in the message; NULL if the call named
- * no slot, or several. NULL, always, with an exception set. */
+/* Raise what was refused to a holder. `slot` is the number that the caller named, for the message; NULL if the call
+ * named no slot, or several. Always returns NULL, with an exception set. */
 PyObject *ndm_i_refuse(PyObject *holder, PyObject *slot, const ndm_error *refusal);
 
 #endif

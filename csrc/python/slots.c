@@ -9,7 +9,8 @@
 static ndm_region *get_slot_of(PyObject *const *arguments, Py_ssize_t count, int64_t *slot)
 {
     ndm_region *region;
-    if (!ndm_i_has_count(count, 2) || !(region = ndm_i_held_region(arguments[0])) || !ndm_i_get_slot(arguments[1], slot))
+    if (!ndm_i_has_count(count, 2) || !(region = ndm_i_held_region(arguments[0])) ||
+        !ndm_i_get_slot(arguments[1], slot))
         return NULL;
     return region;
 }

@@ -1,5 +1,5 @@
-/* Writing: one value, many, one of several parts, or room that is filled in place. A slot that cannot be handed to Python
- * is freed again. */
+/* Writing: one value, many, one of several parts, or room that is filled in place. A slot that cannot be handed to
+ * Python is freed again. */
 #include "writing.h"
 
 #include "arguments.h"
@@ -55,7 +55,8 @@ static PyObject *write_value(PyObject *Py_UNUSED(module), PyObject *const *argum
     Py_BEGIN_ALLOW_THREADS
     slot = ndm_i_noted(ndm_region_write(region, data.buf, (uint64_t)data.len, engine), &refusal);
     Py_END_ALLOW_THREADS
-    PyObject *result = slot < 0 ? ndm_i_refuse(arguments[0], NULL, &refusal) : written(region, slot, Py_NewRef(Py_None));
+    PyObject *result =
+        slot < 0 ? ndm_i_refuse(arguments[0], NULL, &refusal) : written(region, slot, Py_NewRef(Py_None));
     ndm_i_let_go(&data);
     return result;
 }
@@ -85,7 +86,8 @@ static PyObject *write_vectored(PyObject *Py_UNUSED(module), PyObject *const *ar
         slot = ndm_region_write_vectored(region, all.parts, all.sizes, (uint64_t)all.count, aligned != 0, engine);
         ndm_i_noted(slot, &refusal);
         Py_END_ALLOW_THREADS
-        result = slot < 0 ? ndm_i_refuse(arguments[0], NULL, &refusal) : written(region, slot, layout(region, slot, &all));
+        result =
+            slot < 0 ? ndm_i_refuse(arguments[0], NULL, &refusal) : written(region, slot, layout(region, slot, &all));
     }
     ndm_i_gathered_free(&all);
     return result;
