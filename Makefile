@@ -32,7 +32,7 @@ SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),176722560
 help:
 	@echo 'make run          spill the standard library of python3 with a budget of $(BUDGET), and verify it'
 	@echo 'make test         all tests: the C programs under sanitizers, then pytest (ARGS="-k name")'
-	@echo 'make bench        benchmarks, tables and plots in benchmarks/results (ARGS=--quick, or make bench-quick: the short form)'
+	@echo 'make bench        benchmarks, pages and pictures in benchmarks/results (make bench-quick: the short form, in build/results)'
 	@echo 'make bench-write  cold and warm writes beside plain copies; the price of opening (ARGS=--quick)'
 	@echo 'make bench-ram    spilling under a limit, in a small cgroup, and back (ARGS=--quick)'
 	@echo 'make bench-readers reading in another process, beside other ways there (ARGS=--quick)'
