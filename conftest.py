@@ -1,7 +1,7 @@
 """Runs the Python blocks of README.md and docs/*.md as tests.
 
-A page runs whole, from top to bottom, in an interpreter and a folder of its own. So it leaves the tests no files, threads
-or clusters, and the processes of pytest-xdist may share its blocks out as they like. Each block is a test.
+A page runs whole, from top to bottom, in an interpreter and a folder of its own. So it leaves no files, threads or
+clusters to the tests, and the processes of pytest-xdist may share its blocks out as they like. Each block is a test.
 """
 
 import json
@@ -36,6 +36,8 @@ class Page(SybilFile):
         """Find the blocks."""
         for item in super().collect():
             item.__class__ = Block
+            if self.config.pluginmanager.has_plugin("xdist"):
+                item.add_marker(pytest.mark.xdist_group(self.name))  # with --dist loadgroup, a page runs once
             yield item
 
     def setup(self) -> None:
