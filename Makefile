@@ -32,7 +32,7 @@ SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),176722560
 help:
 	@echo 'make run          spill the standard library of python3 with a budget of $(BUDGET), and verify it'
 	@echo 'make test         all tests: the C programs under sanitizers, then pytest (ARGS="-k name")'
-	@echo 'make bench        benchmarks, tables and plots in benchmarks/results (ARGS=--quick, or make bench-quick: the short form)'
+	@echo 'make bench        benchmarks, pages and pictures in benchmarks/results (make bench-quick: the short form, in build/results)'
 	@echo 'make bench-write  cold and warm writes beside plain copies; the price of opening (ARGS=--quick)'
 	@echo 'make bench-ram    spilling under a limit, in a small cgroup, and back (ARGS=--quick)'
 	@echo 'make bench-readers reading in another process, beside other ways there (ARGS=--quick)'
@@ -95,7 +95,7 @@ test-python: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-native-test
 
 # ARGS go to all three: --quick, --directory DIR.
 bench: $(VENV)/.installed $(VENV)/.extra-bench
-	$(BIN)/pytest benchmarks -o python_files='bench_*.py' -o timeout=0 -W default $(if $(QUICK),--quick) $(ARGS)
+	$(BIN)/pytest benchmarks --confcutdir=benchmarks -o python_files='bench_*.py' -o timeout=0 -W default $(if $(QUICK),--quick) $(ARGS)
 	$(BIN)/python benchmarks/report.py $(if $(QUICK),--quick) $(ARGS)
 	$(BIN)/python benchmarks/league.py $(if $(QUICK),--quick) $(ARGS)
 
@@ -139,7 +139,7 @@ lint: $(VENV)/.extra-lint $(VENV)/.extra-cli
 
 # A copy of the tree with its own environment, so that no test can pick up the ordinary build.
 SAN      := build/sanitize
-SAN_TREE := LICENSE README.md benchmarks csrc examples native nodedb_mem pyproject.toml setup.py tests
+SAN_TREE := CHANGELOG.md LICENSE README.md benchmarks conftest.py csrc docs examples native nodedb_mem pyproject.toml setup.py tests
 # libstdc++ comes along because ASan looks for the C++ throw hook at start, before pyarrow brings that library in.
 SAN_ENV   = LD_PRELOAD="$$($(CC) -print-file-name=libasan.so):$$($(CC) -print-file-name=libstdc++.so.6)" \
 	ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1:$$ASAN_OPTIONS \

@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pages import RESULTS, bullets, kernel, save, table
+from pages import add_output, bullets, kernel, picture, save, stem_of, table
 
 ROOT = Path(__file__).resolve().parent.parent
 MIB = 1 << 20
@@ -292,37 +292,29 @@ def page(figures: dict[str, Any], rivals: list[Allocator], note: str) -> list[st
     return parts
 
 
-def plot(figures: dict[str, Any], rivals: list[Allocator], path: Path) -> None:
+def plot(figures: dict[str, Any], rivals: list[Allocator], stem: Path) -> None:
     """Draw one dot for each allocator and workload, a panel for each alignment."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "fragmentation"  # the same file each time
-    from matplotlib import pyplot
-
     styles = ("#0b6e4f D", "#08a045 o", "#999999 x", "#e07a1f s", "#3366cc ^", "#7aa5e8 v")
     live = figures["live_bytes"]
-    drawing, panels = pyplot.subplots(1, len(ALIGNMENTS), figsize=(11, 4.2), sharey=True, layout="constrained")
-    for panel, alignment in zip(panels, ALIGNMENTS, strict=True):
-        records = [r for r in figures["peaks"] if r["alignment"] == alignment]
-        floors = [next(r["floor"] for r in records if r["workload"] == w.name) / live for w in WORKLOADS]
-        panel.hlines(
-            floors, *zip(*((x - 0.4, x + 0.4) for x in range(len(floors))), strict=True), color="black", label="floor"
-        )
-        for place, (rival, style) in enumerate(zip(rivals, styles, strict=False)):
-            peaks = [r["peak"] / live for r in records if r["allocator"] == rival.name]
-            color, marker = style.split()
-            shift = (place - (len(rivals) - 1) / 2) * 0.13
-            spots = [x + shift for x in range(len(peaks))]
-            panel.scatter(spots, peaks, color=color, marker=marker, s=34, label=rival.name, zorder=3)
-        panel.set_title(f"alignment {alignment}")
-        panel.set_xticks(range(len(WORKLOADS)), [w.name for w in WORKLOADS])
-        panel.grid(axis="y", alpha=0.3)
-    panels[0].set_ylabel("peak space / live bytes")
-    panels[0].set_ylim(bottom=0.9)
-    drawing.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=9)
-    drawing.suptitle("Space needed for the workloads of Rumble et al., FAST '14 (lower is better)", fontsize=11)
-    drawing.savefig(path, metadata={"Date": None})
+    with picture(stem, 1, len(ALIGNMENTS), (11, 4.4)) as (figure, panels):
+        for panel, alignment in zip(panels, ALIGNMENTS, strict=True):
+            records = [r for r in figures["peaks"] if r["alignment"] == alignment]
+            floors = [next(r["floor"] for r in records if r["workload"] == w.name) / live for w in WORKLOADS]
+            ends = zip(*((x - 0.4, x + 0.4) for x in range(len(floors))), strict=True)
+            panel.hlines(floors, *ends, color="black", label="floor")
+            for place, (rival, style) in enumerate(zip(rivals, styles, strict=False)):
+                peaks = [r["peak"] / live for r in records if r["allocator"] == rival.name]
+                color, marker = style.split()
+                shift = (place - (len(rivals) - 1) / 2) * 0.13
+                spots = [x + shift for x in range(len(peaks))]
+                panel.scatter(spots, peaks, color=color, marker=marker, s=34, label=rival.name, zorder=3)
+            panel.set_title(f"alignment {alignment}")
+            panel.set_xticks(range(len(WORKLOADS)), [w.name for w in WORKLOADS])
+            panel.set_ylim(0.9, 3.1)
+            panel.grid(axis="y", alpha=0.3)
+        panels[0].set_ylabel("peak space / live bytes")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, fontsize=9)
+        figure.suptitle("Space needed for the workloads of Rumble et al., FAST '14; lower is better", fontsize=11)
 
 
 def main() -> int:
@@ -332,7 +324,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="16 MiB live instead of 64, no million free extents")
     parser.add_argument("--as-published", action="store_true", help="write 5 L in each phase, as the paper does")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="replays that run at once")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the results")
+    add_output(parser)
     options = parser.parse_args()
     if shutil.which(os.environ.get("CC", "gcc")) is None:
         parser.error("a C compiler is needed (CC)")
@@ -352,9 +344,9 @@ def main() -> int:
         "peaks": peaks,
         "pairs": pairs,
     }
-    name = "fragmentation" + ("-as-published" if options.as_published else "") + ("-quick" if options.quick else "")
-    text = save(options.output / name, page(figures, rivals, note), figures)
-    plot(figures, rivals, options.output / f"{name}.svg")
+    stem = stem_of(options, "fragmentation" + ("-as-published" if options.as_published else ""))
+    text = save(stem, page(figures, rivals, note), figures)
+    plot(figures, rivals, stem)
     print(text)
     return 0
 

@@ -16,6 +16,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a process with threads doe
 
 import argparse
 import gc
+import itertools
 import pickle
 import statistics
 import sys
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pages import bullets, empty_directory, environment, hundredths, median_ratio, parse, save, table, versions
+from pages import bullets, empty_directory, environment, hundredths, median_ratio, parse, picture, save, table, versions
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rivals import (
@@ -392,47 +393,40 @@ def document(rows: list[Row], facts: dict[str, str], rounds: str) -> list[str]:
     ]
 
 
-# --- the plots -------------------------------------------------------------------------------------------------------
+# --- the picture -----------------------------------------------------------------------------------------------------
 
 
-def plot(rows: list[Row], form: str, path: Path) -> None:
-    """Draw the rates over the sizes, a panel for each phase."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = "league"  # the same figures give the same file
-    colours = plt.get_cmap("tab20").colors
-    figure, panels = plt.subplots(1, 3, figsize=(13, 5.2), layout="constrained")
-    rows = [row for row in rows if row.case.form == form]
-    names = list(dict.fromkeys(row.subject for row in rows))
+def plot(rows: list[Row], stem: Path) -> None:
+    """Draw the rates over the sizes: a row of panels for each form, a panel for each phase."""
+    measured = {row.subject for row in rows}
+    names = [name for name in dict.fromkeys((*OURS, *(kind.name for kind in SUBJECTS))) if name in measured]
     sizes = sorted({row.case.size for row in rows})
-    for panel, phase in zip(panels, PHASES, strict=True):
-        deleting = phase == "delete"
-        for number, name in enumerate(names):
-            mine = [row for row in rows if row.subject == name]
-            rates = [1 / row.seconds(phase) * (1 if deleting else row.case.size / 1e9) for row in mine]
-            ours = name in OURS
-            panel.plot(
-                [row.case.size for row in mine],
-                rates,
-                label=name,
-                marker="os^"[OURS.index(name)] if ours else ".",
-                color=("#b2182b", "#ef6548", "#fc9272")[OURS.index(name)] if ours else colours[number],
-                linewidth=2.6 if ours else 1.1,
-                zorder=3 if ours else 2,
-            )
-        panel.set(xscale="log", yscale="log", title=phase, xlabel="bytes of a value")
-        panel.set_ylabel("values/s" if deleting else "GB/s")
-        panel.set_xticks(sizes, [label(size) for size in sizes])
-        panel.minorticks_off()
-        panel.grid(alpha=0.3)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False)
-    figure.suptitle(f"Store, read back with every byte touched, delete: {form}, in the page cache")
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    rivals = [name for name in names if name not in OURS]
+    with picture(stem, len(FORMS), len(PHASES), (12, 8.6)) as (figure, panels):
+        for panel, (form, phase) in zip(panels, itertools.product(FORMS, PHASES), strict=True):
+            deleting = phase == "delete"
+            for name in names:
+                mine = [row for row in rows if (row.subject, row.case.form) == (name, form)]
+                rates = [1 / row.seconds(phase) * (1 if deleting else row.case.size / 1e9) for row in mine]
+                panel.plot([row.case.size for row in mine], rates, label=name, **line_style(name, rivals))
+            panel.set(xscale="log", yscale="log", title=f"{phase}, {form}")
+            panel.set_ylabel("values/s" if deleting else "GB/s")
+            panel.set_xticks(sizes, [label(size) for size in sizes], fontsize=9)
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
+        figure.suptitle("Store, read back with every byte touched, delete: rates by size of a value; higher is better")
+
+
+def line_style(name: str, rivals: list[str]) -> dict[str, Any]:
+    """Give the region thick red lines, and each rival a thin one of another colour."""
+    if name in OURS:
+        place = OURS.index(name)
+        colour = ("#b2182b", "#ef6548", "#fc9272")[place]
+        return {"color": colour, "marker": "os^"[place], "linewidth": 2.6, "zorder": 3}
+    place = rivals.index(name)
+    colour = f"C{(place, place + 1)[place >= 3] % 10}"  # C3 is red
+    return {"color": colour, "marker": ".", "linewidth": 1.1, "linestyle": ("-", "--")[place >= 9]}
 
 
 def main() -> int:
@@ -458,8 +452,7 @@ def main() -> int:
             # Written after each round: a long run that is stopped leaves what it has, and says how much that is.
             figures = {"environment": facts, "rounds": done, "rows": [row.as_json() for row in rows]}
             text = save(stem, document(rows, facts, f"{done}" if done == rounds else f"{done} of {rounds}"), figures)
-            for form in FORMS:
-                plot(rows, form, stem.with_name(f"{stem.name}-{form}.svg"))
+            plot(rows, stem)
     print(text)
     return 0
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numba
 import numpy as np
-from pages import bullets, empty_directory, environment, parse, save, table
+from pages import bullets, empty_directory, environment, grouped_bars, parse, picture, save, table
 
 import nodedb_mem
 from nodedb_mem import OverflowRegion
@@ -215,6 +215,18 @@ def page(cells: list[dict[str, Any]], facts: dict[str, str], rounds: int) -> lis
     ]
 
 
+def plot(cells: list[dict[str, Any]], stem: Path) -> None:
+    """Draw a bar for each caller, a panel for each size."""
+    with picture(stem, 1, len(SIZES), (11, 4)) as (figure, panels):
+        for panel, (size, label) in zip(panels, SIZES.items(), strict=True):
+            mine = {cell["verb"]: cell["ns_per_call"] for cell in cells if cell["bytes"] == size}
+            grouped_bars(panel, list(mine), {name: [mine[verb][name] for verb in mine] for name in mine["write"]})
+            panel.set_title(f"values of {label}")
+        panels[0].set_ylabel("ns a call")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=7, frameon=False)
+        figure.suptitle("What a call costs; lower is better")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="What one call costs from C, C++, numba, cffi and Python.")
     options = parse(parser, "native-calls", rounds=31, quick=7)
@@ -223,6 +235,7 @@ def main() -> int:
         cells = measure(options.rounds, directory)
     figures = {"environment": facts, "rounds": options.rounds, "calls_per_round": CALLS, "cells": cells}
     print(save(options.stem, page(cells, facts, options.rounds), figures))
+    plot(cells, options.stem)
     return 0
 
 

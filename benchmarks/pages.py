@@ -1,4 +1,4 @@
-"""The page that a benchmark writes: its options, the facts that its figures depend on, Markdown, and saving."""
+"""The page and the picture that a benchmark makes: options, the facts that figures depend on, Markdown, saving."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+BUILD = Path(__file__).parent.parent / "build" / "results"  # the short forms, and all raw figures
 
 
 # ---- options -----------------------------------------------------------------------------------------------------
@@ -30,7 +31,7 @@ def parse(parser: argparse.ArgumentParser, name: str, rounds: int, quick: int) -
         default=Path(),
         help="where the files are made: its file system is what is measured (default: the current directory)",
     )
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the page, the figures and the plots")
+    add_output(parser)
     options = parser.parse_args()
     if options.rounds is None:
         options.rounds = quick if options.quick else rounds
@@ -38,8 +39,23 @@ def parse(parser: argparse.ArgumentParser, name: str, rounds: int, quick: int) -
         parser.error("--rounds must be positive")
     if not options.directory.is_dir():
         parser.error(f"--directory: {options.directory} is not a directory")
-    options.stem = options.output / (f"{name}-quick" if options.quick else name)
+    options.stem = stem_of(options, name)
     return options
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says where the page goes."""
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help="folder for the page and the picture (default: benchmarks/results, of the short form build/results)",
+    )
+
+
+def stem_of(options: argparse.Namespace, name: str) -> Path:
+    """Path of the page without its suffix."""
+    folder = options.output or (BUILD if options.quick else RESULTS)
+    return Path(folder) / (f"{name}-quick" if options.quick else name)
 
 
 @contextmanager
@@ -133,9 +149,39 @@ def table(rows: Sequence[Sequence[str]], left: tuple[int, ...] = (0,)) -> str:
 
 
 def save(stem: Path, parts: Iterable[str], figures: dict[str, Any]) -> str:
-    """Write the parts, a blank line between them, and the figures as JSON; returns the page."""
-    text = "\n\n".join(parts) + "\n"
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    """Write the parts and a link to the picture, and the raw figures as JSON below build; returns the page."""
+    text = "\n\n".join([*parts, f"![the figures as a picture]({stem.name}.png)"]) + "\n"
+    for folder in (stem.parent, BUILD):
+        folder.mkdir(parents=True, exist_ok=True)
     stem.with_suffix(".md").write_text(text)
-    stem.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
+    (BUILD / f"{stem.name}.json").write_text(json.dumps(figures, indent=1) + "\n")
     return text
+
+
+@contextmanager
+def picture(stem: Path, rows: int, columns: int, inches: tuple[float, float]) -> Iterator[tuple[Any, list[Any]]]:
+    """Yield a figure and its panels to draw on, then save it as a PNG with a palette, which is small."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from PIL import Image
+
+    figure, panels = pyplot.subplots(rows, columns, figsize=inches, dpi=90, layout="constrained", squeeze=False)
+    yield figure, list(panels.flat)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    figure.canvas.draw()
+    canvas = figure.canvas
+    image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1)
+    image.convert("RGB").quantize(256).save(stem.with_suffix(".png"), optimize=True)
+    pyplot.close(figure)
+
+
+def grouped_bars(panel: Any, places: Sequence[str], heights: dict[str, Sequence[float]]) -> None:
+    """Draw a group of bars at each place, a bar for each name."""
+    width = 0.8 / len(heights)
+    for i, (name, row) in enumerate(heights.items()):
+        shift = (i - (len(heights) - 1) / 2) * width
+        panel.bar([x + shift for x in range(len(places))], row, width=width, label=name)
+    panel.set_xticks(range(len(places)), places)
+    panel.grid(axis="y", alpha=0.3)

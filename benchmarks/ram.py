@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 from bench_region import MIB, clean
-from pages import bullets, empty_directory, environment, median_ratio, parse, save, table, verdict
+from pages import bullets, empty_directory, environment, median_ratio, parse, picture, save, table, verdict
 from write_path import Figures, warm_up
 
 from nodedb_mem import EngineId, OverflowRegion
@@ -281,25 +281,19 @@ def group_rows(results: dict[str, list[Spill]]) -> list[list[str]]:
     return rows
 
 
-def plot(results: dict[str, list[Spill]], path: Path) -> None:
+def plot(results: dict[str, list[Spill]], stem: Path) -> None:
     """Draw RAM over time, every run."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panel = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for (way, runs), colour in zip(results.items(), ("C0", "C1"), strict=True):
-        for number, each in enumerate(runs):
-            times, sizes = zip(*each.samples, strict=True)
-            label = way if number == 0 else None
-            panel.plot(times, [size / MIB for size in sizes], color=colour, alpha=0.6, linewidth=1, label=label)
-    panel.axhline(128, color="grey", linestyle=":", label="128 MiB")
-    panel.set(title="Spilling 2 GiB", xlabel="seconds", ylabel="RSS growth + resident file pages, MiB", yscale="log")
-    panel.set_ylim(bottom=8)
-    panel.legend()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    with picture(stem, 1, 1, (8, 4.5)) as (_, (panel,)):
+        for (way, runs), colour in zip(results.items(), ("C0", "C1"), strict=True):
+            for number, each in enumerate(runs):
+                times, sizes = zip(*each.samples, strict=True)
+                label = way if number == 0 else None
+                panel.plot(times, [size / MIB for size in sizes], color=colour, alpha=0.6, linewidth=1, label=label)
+        panel.axhline(128, color="grey", linestyle=":", label="128 MiB")
+        panel.set(title="Spilling 2 GiB", xlabel="seconds", ylabel="RSS growth + resident file pages, MiB")
+        panel.set_yscale("log")
+        panel.set_ylim(bottom=8)
+        panel.legend()
 
 
 def main() -> int:
@@ -324,7 +318,7 @@ def main() -> int:
 
     parts = [
         "# RAM",
-        f"Medians of {rounds} interleaved rounds; `benchmarks/ram.py`.",
+        f"Medians of {rounds} interleaved rounds; `make bench-ram{' ARGS=--quick' if options.quick else ''}`.",
         bullets(facts),
         "## Spilling 2 GiB in values of 1 MiB",
         table(spill_rows(free)),
@@ -341,7 +335,7 @@ def main() -> int:
         "restore": back.as_json(),
     }
     text = save(options.stem, parts, figures)
-    plot(free, options.stem.with_suffix(".png"))
+    plot(free, options.stem)
     print(text)
     return 0
 

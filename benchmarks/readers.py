@@ -29,7 +29,19 @@ import lmdb
 import numpy as np
 import pyarrow as pa
 from bench_region import KIB, MIB
-from pages import bullets, digits, empty_directory, environment, median_ratio, parse, save, table, verdict
+from pages import (
+    bullets,
+    digits,
+    empty_directory,
+    environment,
+    grouped_bars,
+    median_ratio,
+    parse,
+    picture,
+    save,
+    table,
+    verdict,
+)
 
 from nodedb_mem import EngineId, OverflowReader, OverflowRegion, SlotRef
 
@@ -330,6 +342,19 @@ def page(reads: Samples, clock: Write, cpu: Write, facts: dict[str, str], rounds
     return [*parts, large, heading, table(write_rows(clock, cpu)), busy_ones]
 
 
+def plot(reads: Samples, stem: Path) -> None:
+    """Draw the medians, a panel for each way to read."""
+    titles = {"view": "a view", "touched": "every byte read", "handed over": "handed over, every byte read"}
+    with picture(stem, 1, len(titles), (12, 4.2)) as (figure, panels):
+        for panel, (section, title) in zip(panels, titles.items(), strict=True):
+            medians = {r: [statistics.median(reads[section][size][r]) for size in SIZES] for r in RIVALS}
+            grouped_bars(panel, list(SIZES.values()), medians)
+            panel.set(title=title, yscale="log")
+        panels[0].set_ylabel("µs, log scale")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+        figure.suptitle("Reading a value in another process; lower is better")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure reading in another process.")
     options = parse(parser, "readers", rounds=21, quick=7)
@@ -354,6 +379,7 @@ def main() -> int:
         "owner_MiB_per_cpu_s": as_json(cpu),
     }
     print(save(options.stem, page(reads, clock, cpu, facts, rounds), figures))
+    plot(reads, options.stem)
     return 0
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_region import OPERATIONS, RIVALS, WORKLOADS, Operation, Workload, cells, clean, start
-from pages import bullets, empty_directory, environment, hundredths, median_ratio, parse, save, table
+from pages import bullets, empty_directory, environment, hundredths, median_ratio, parse, picture, save, table
 from rich.console import Console
 from rich.progress import track
 
@@ -138,6 +138,26 @@ def _figure(cell: Cell, rival: str) -> str:
     return text
 
 
+def plot(results: list[Cell], stem: Path) -> None:
+    """Draw the time of an operation over the size, a panel for each operation."""
+    operations = list(dict.fromkeys(cell.operation for cell in results))
+    with picture(stem, 2, (len(operations) + 1) // 2, (12, 7)) as (figure, panels):
+        for panel, operation in zip(panels, operations, strict=False):
+            mine = [cell for cell in results if cell.operation == operation]
+            for rival in RIVALS:
+                times = [cell.median(rival) / 1e3 for cell in mine]
+                width = 2.4 if rival == UNDER_TEST else 1.2
+                panel.plot([cell.workload.size for cell in mine], times, marker="o", linewidth=width, label=rival)
+            panel.set(xscale="log", yscale="log", title=operation.label, ylabel="µs")
+            panel.set_xticks([cell.workload.size for cell in mine], [cell.workload.label for cell in mine], fontsize=8)
+            panel.xaxis.minorticks_off()
+            panel.grid(alpha=0.3)
+        for panel in panels[len(operations) :]:
+            panel.set_visible(False)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        figure.suptitle("Time of an operation by size of the value; lower is better")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compare the region with a pure-Python twin and with bare mmap.")
     options = parse(parser, "region", rounds=45, quick=9)
@@ -146,6 +166,7 @@ def main() -> int:
         results = measure(options.rounds, directory)
     figures = {"environment": facts, "rounds": options.rounds, "cells": [cell.as_json() for cell in results]}
     print(save(options.stem, page(results, facts, options.rounds), figures))
+    plot(results, options.stem)
     return 0
 
 

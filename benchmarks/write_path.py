@@ -25,7 +25,19 @@ from pathlib import Path
 from typing import Any
 
 from bench_region import KIB, MIB, MmapSubject, RegionSubject, Workload, clean
-from pages import bullets, digits, empty_directory, environment, median_ratio, parse, save, table, verdict
+from pages import (
+    bullets,
+    digits,
+    empty_directory,
+    environment,
+    grouped_bars,
+    median_ratio,
+    parse,
+    picture,
+    save,
+    table,
+    verdict,
+)
 from twin import TwinRegion
 
 from nodedb_mem import OverflowRegion
@@ -225,24 +237,16 @@ def page(results: dict[str, list[Figures]], facts: dict[str, str], rounds: int) 
     return parts
 
 
-def plot(results: dict[str, list[Figures]], path: Path) -> None:
+def plot(results: dict[str, list[Figures]], stem: Path) -> None:
     """Draw the cold writes, C above Python."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, panels = plt.subplots(2, 1, figsize=(8, 8), layout="constrained")
-    for panel, key, where in zip(panels, ("cold", "python"), ("C", "Python"), strict=True):
-        names = list(results[key][0].samples)
-        for i, name in enumerate(names):
-            places = [x + (i - (len(names) - 1) / 2) * 0.8 / len(names) for x in range(len(results[key]))]
-            panel.bar(places, [f.median(name) for f in results[key]], width=0.8 / len(names), label=name)
-        panel.set_xticks(range(len(results[key])), [f.title for f in results[key]])
-        panel.set(title=f"Cold writes from {where}", ylabel="µs per MiB, log scale", yscale="log")
-        panel.legend()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    with picture(stem, 2, 1, (8, 7)) as (_, panels):
+        for panel, key, where in zip(panels, ("cold", "python"), ("C", "Python"), strict=True):
+            first = results[key][0]
+            names = (first.under_test, *first.rivals)
+            medians = {name: [each.median(name) for each in results[key]] for name in names}
+            grouped_bars(panel, [each.title for each in results[key]], medians)
+            panel.set(title=f"Cold writes from {where}", ylabel="µs per MiB, log scale", yscale="log")
+            panel.legend()
 
 
 def main() -> int:
@@ -260,7 +264,7 @@ def main() -> int:
 
     figures = {key: [each.as_json() for each in results[key]] for key in SECTIONS}
     text = save(options.stem, page(results, facts, rounds), {"environment": facts, "rounds": rounds} | figures)
-    plot(results, options.stem.with_suffix(".png"))
+    plot(results, options.stem)
     print(text)
     return 0
 

@@ -2,8 +2,8 @@
  *
  *   spill_stream PATH COUNT < /dev/null | python read_stream.py PATH COUNT
  *
- * For each record a line on standard output: its slot, offset and size, and the CRC-32 of its bytes. The region stays
- * open until standard input ends, so that a reader can work beside it. */
+ * Each record gives a line on standard output with its slot, offset and size, and the CRC-32 of its bytes. The region
+ * stays open until standard input ends, so that a reader can work beside it. */
 #include <nodedb_mem.h>
 
 #include <inttypes.h>

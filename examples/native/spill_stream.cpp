@@ -1,4 +1,4 @@
-// The same as spill_stream.c from C++: the region and the pins are closed by destructors.
+// Does the same as spill_stream.c in C++, where destructors close the region and end the pins.
 #include <nodedb_mem.h>
 
 #include <cstdint>
@@ -78,7 +78,7 @@ try {
         const std::int64_t slot = checked(ndm_region_write(region.get(), record.data(), record.size(), sensor_engine));
         ndm_slot where{};
         checked(ndm_region_slot(region.get(), slot, &where));
-        std::uint64_t size = 0; // what the reader is told is what the region holds, seen in place
+        std::uint64_t size = 0; // the line describes what the region holds, seen in place
         const Pin stored(ndm_region_pin(region.get(), slot, &size));
         std::cout << slot << ' ' << where.offset << ' ' << size << ' ' << crc32(stored.get(), size) << std::endl;
     }
