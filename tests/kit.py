@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import pty
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import textwrap
@@ -35,6 +38,18 @@ Verb = Callable[[OverflowRegion, int], object]
 
 def _raise_ceiling(region: OverflowRegion, slot: int) -> None:
     region.max_capacity = 1 << 31
+
+
+def let_others_in(folder: Path) -> None:
+    """Let every user enter a folder of the tests: pytest makes its folders private."""
+    while not folder.stat().st_mode & stat.S_IXOTH:
+        folder.chmod(0o755)
+        folder = folder.parent
+
+
+def system(*values: object) -> Any:
+    """Mark the values of a parameter whose proof `make test` leaves to `make test-system`."""
+    return pytest.param(*values, marks=pytest.mark.system)
 
 
 # Everything that only the owner may do to an open region. `close` is tested apart, for it may be repeated.
@@ -81,31 +96,7 @@ VERBS: dict[str, Verb] = {
     "restore": lambda region, slot: region.restore(slot),
 }
 
-_REPORT: pytest.StashKey[pytest.TestReport] = pytest.StashKey()
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    # An exception in a finalizer or a thread is a failure of the test during which it appeared.
-    for warning in ("PytestUnraisableExceptionWarning", "PytestUnhandledThreadExceptionWarning"):
-        config.addinivalue_line("filterwarnings", f"error::pytest.{warning}")
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    gc.collect()
-    gc.freeze()  # what exists by now stays: no need to walk it after each test
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "verb" in metafunc.fixturenames:
-        metafunc.parametrize("verb", VERBS.values(), ids=VERBS.keys())
-
-
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
-    outcome: Any = yield
-    report = outcome.get_result()
-    if report.when == "call":
-        item.stash[_REPORT] = report
+REPORT: pytest.StashKey[pytest.TestReport] = pytest.StashKey()
 
 
 def _descriptors() -> Counter[str]:
@@ -136,10 +127,11 @@ def no_leaks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     descriptors, mappings, threads = _descriptors(), _mappings(root), set(os.listdir("/proc/self/task"))
     python_threads = set(threading.enumerate())
     yield
-    report = request.node.stash.get(_REPORT, None)
+    report = request.node.stash.get(REPORT, None)
     if report is not None and report.failed:
         return  # its traceback keeps objects alive
     gc.collect()
+    gc.freeze()  # what is alive now stays, most likely: the next test need not walk it
     assert not set(threading.enumerate()) - python_threads, "threads left running"
     deadline = time.monotonic() + 10  # a joined thread may need a moment to leave the kernel
     while set(os.listdir("/proc/self/task")) - threads and time.monotonic() < deadline:
@@ -392,40 +384,93 @@ _MAKERS = {
     "btrfs": (("mkfs.btrfs", "-q", "-f"), 128),
     "xfs": (("mkfs.xfs", "-q", "-f"), 300),
 }
+# btrfs and xfs give blocks back some time after the file is gone, so each test gets a file system of its own.
+_SHARED = ("tmpfs", "ext2", "ext4")
+
+
+def _make_mount(target: Path, kind: str, size: int) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    target.mkdir()
+    if kind == "tmpfs":
+        _run_tool("mount", "-t", "tmpfs", "-o", f"size={size}m", "none", str(target))
+        return
+    command, least = _MAKERS[kind]
+    image = target.with_suffix(".image")
+    with open(image, "wb") as file:
+        file.truncate(max(size, least) << 20)
+    try:
+        _run_tool(*command, str(image))
+        _run_tool("mount", "-o", "loop", str(image), str(target))
+    finally:
+        image.unlink()  # the loop device keeps it
+
+
+def _unmount(target: Path) -> bool:
+    """Unmount; return whether nobody had a file open there."""
+    if subprocess.run(["umount", str(target)], capture_output=True).returncode == 0:
+        return True
+    subprocess.run(["umount", "-l", str(target)], capture_output=True)
+    return False
+
+
+def free_bytes(directory: Path) -> int:
+    """How much is free on a file system, once it has done all that was asked of it."""
+    fd = os.open(directory, os.O_RDONLY)
+    ctypes.CDLL(None).syncfs(fd)
+    os.close(fd)
+    figures = os.statvfs(directory)
+    return figures.f_bfree * figures.f_frsize
+
+
+@pytest.fixture(scope="session")
+def _shared_mounts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, int], tuple[Path, int]]]:
+    """File systems that last as long as the session: the mounted folder, and the bytes free while it is empty."""
+    made: dict[tuple[str, int], tuple[Path, int]] = {}
+
+    def get(kind: str, size: int) -> tuple[Path, int]:
+        if (kind, size) not in made:
+            target = tmp_path_factory.getbasetemp() / f"{kind}-{size}"
+            _make_mount(target, kind, size)
+            made[kind, size] = target, free_bytes(target)
+        return made[kind, size]
+
+    yield get
+    for target, _ in made.values():
+        _unmount(target)
 
 
 @pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Mount a small file system of its own: kind is tmpfs or (on a loop device) ext2, ext4, btrfs or xfs; size in MiB.
+def mount(
+    tmp_path: Path, _shared_mounts: Callable[[str, int], tuple[Path, int]]
+) -> Iterator[Callable[[str, int], Path]]:
+    """Give a small, empty file system: kind is tmpfs or (on a loop device) ext2, ext4, btrfs or xfs; size in MiB.
 
-    btrfs and xfs get at least the 128 and 300 MiB that they want.
+    Two tests that want the same get the same, emptied in between. btrfs and xfs get at least the 128 and 300 MiB that
+    they want.
     """
-    mounted: list[Path] = []
+    own: list[Path] = []
+    shared: dict[Path, int] = {}
 
-    def make(kind: str, size: int) -> Path:
-        if os.geteuid() != 0:
-            pytest.skip("mounting needs root")
-        target = tmp_path / f"mount{len(mounted)}"
-        target.mkdir()
-        if kind == "tmpfs":
-            _run_tool("mount", "-t", "tmpfs", "-o", f"size={size}m", "none", str(target))
+    def give(kind: str, size: int) -> Path:
+        if kind in _SHARED:
+            target, free = _shared_mounts(kind, size)
+            shared[target] = free
         else:
-            command, least = _MAKERS[kind]
-            image = tmp_path / f"image{len(mounted)}"
-            with open(image, "wb") as file:
-                file.truncate(max(size, least) << 20)
-            _run_tool(*command, str(image))
-            _run_tool("mount", "-o", "loop", str(image), str(target))
-        mounted.append(target)
+            target = tmp_path / f"mount{len(own)}"
+            _make_mount(target, kind, size)
+            own.append(target)
         return target
 
-    yield make
+    yield give
     gc.collect()
-    busy = []
-    for target in reversed(mounted):
-        if subprocess.run(["umount", str(target)], capture_output=True).returncode != 0:
+    busy = [target for target in reversed(own) if not _unmount(target)]
+    for target, free in shared.items():
+        for path in target.iterdir():
+            if path.name != "lost+found":
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if free_bytes(target) != free:
             busy.append(target)
-            subprocess.run(["umount", "-l", str(target)], capture_output=True)
     assert not busy, "files left open on a mounted file system"
 
 

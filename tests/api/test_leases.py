@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kit import let_others_in
 from nodedb_mem import (
     CapacityExceededError,
     InvalidSlotError,
@@ -339,8 +340,7 @@ def test_a_reader_that_may_not_lease(new_region: NewRegion, start_python: StartP
     if os.geteuid() != 0:
         pytest.skip("needs root, to be somebody else")
     region, slots = shared_region(new_region)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    let_others_in(tmp_path)
     os.chmod(region.path, 0o644)
     os.chmod(f"{region.path}.slots", 0o644)
     child = start_python(
@@ -787,8 +787,7 @@ def test_readers_count_leases_with_read_permission_alone(
         child.wait()
         assert two.stats().leases == 2  # before anybody has reaped
         if os.geteuid() == 0:
-            for folder in (tmp_path, *tmp_path.parents[:2]):
-                folder.chmod(0o755)
+            let_others_in(tmp_path)
             for name in ("region", "region.slots", "region.leases"):
                 (tmp_path / name).chmod(0o644)
             script = """

@@ -446,16 +446,19 @@ def test_a_read_only_file_system_is_an_error(mount: Mount, kind: str) -> None:
     with OverflowRegion.open(directory / "old", initial_capacity=4096) as region:
         region.write(blob(1000), 0)
     subprocess.run(["mount", "-o", "remount,ro", str(directory)], check=True)
-    before = sorted(os.listdir(directory))
-    for name in ("old", "new"):
+    try:
+        before = sorted(os.listdir(directory))
+        for name in ("old", "new"):
+            with pytest.raises(RegionIOError) as caught:
+                OverflowRegion.open(directory / name)
+            assert caught.value.errno == errno.EROFS
+            assert caught.value.filename == str(directory / name)
         with pytest.raises(RegionIOError) as caught:
-            OverflowRegion.open(directory / name)
+            OverflowRegion.temporary(directory)
         assert caught.value.errno == errno.EROFS
-        assert caught.value.filename == str(directory / name)
-    with pytest.raises(RegionIOError) as caught:
-        OverflowRegion.temporary(directory)
-    assert caught.value.errno == errno.EROFS
-    assert sorted(os.listdir(directory)) == before
+        assert sorted(os.listdir(directory)) == before
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", str(directory)], check=True)
 
 
 # Paths that are not ours

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kit import VERBS
 from nodedb_mem import OverflowRegion, RegionBusyError, RegionClosedError, RegionError, WrongThreadError
 
 NewRegion = Callable[..., OverflowRegion]
 Check = Callable[[OverflowRegion], None]
-Verb = Callable[[OverflowRegion, int], object]
 StartPython = Callable[..., "subprocess.Popen[str]"]
 
 MIB = 1 << 20
@@ -95,15 +95,14 @@ def in_child(fork: Fork, function: Callable[[], object]) -> Any:
 # Threads
 
 
-def test_every_verb_of_another_thread_is_refused_and_changes_nothing(
-    new_region: NewRegion, check: Check, verb: Verb
-) -> None:
+def test_every_verb_of_another_thread_is_refused_and_changes_nothing(new_region: NewRegion, check: Check) -> None:
     region = new_region()
     slot = region.write(blob(1000), 0)
     before = region.stats()
-    assert type(in_thread(lambda: verb(region, slot))) is WrongThreadError
-    assert type(in_thread(lambda: verb(region, 12345))) is WrongThreadError
-    assert region.stats() == before
+    for name, verb in VERBS.items():
+        for number in (slot, 12345):
+            assert type(in_thread(lambda: verb(region, number))) is WrongThreadError, name  # noqa: B023
+            assert region.stats() == before, name
     assert region.read(slot) == blob(1000)
     check(region)
 
@@ -172,12 +171,23 @@ def test_each_thread_may_own_regions(tmp_path: Path, check: Check) -> None:
 
 @forks
 def test_every_verb_of_a_forked_child_is_refused_and_changes_nothing(
-    new_region: NewRegion, check: Check, verb: Verb, fork: Fork
+    new_region: NewRegion, check: Check, fork: Fork
 ) -> None:
     region = new_region()
     slot = region.write(blob(1000), 0)
     before = region.stats()
-    assert type(in_child(fork, lambda: verb(region, slot))) is WrongThreadError
+
+    def try_all() -> dict[str, object]:
+        outcome: dict[str, object] = {}
+        for name, verb in VERBS.items():
+            try:
+                verb(region, slot)
+                outcome[name] = "done"
+            except Exception as error:
+                outcome[name] = type(error)
+        return outcome
+
+    assert in_child(fork, try_all) == dict.fromkeys(VERBS, WrongThreadError)
     assert region.stats() == before
     assert region.read(slot) == blob(1000)
     check(region)

@@ -7,7 +7,10 @@ from importlib.util import find_spec
 
 import pytest
 
-pytestmark = pytest.mark.skipif(find_spec("distributed") is None, reason="needs dask and distributed")
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.skipif(find_spec("distributed") is None, reason="needs dask and distributed"),
+]
 
 # In an interpreter of its own: a cluster keeps threads and descriptors for its process.
 _CLIENT = """
