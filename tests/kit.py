@@ -228,7 +228,8 @@ def new_region(tmp_path: Path, check: Callable[[OverflowRegion], None]) -> Itera
             region.close()
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Return what an interpreter needs to find the package under test."""
     home = str(Path(nodedb_mem.__file__).resolve().parents[1])
     path = os.environ.get("PYTHONPATH")
     return os.environ | {"PYTHONPATH": home if not path else home + os.pathsep + path}
@@ -283,7 +284,7 @@ def run_python(tmp_path: Path) -> Callable[..., str]:
         done = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
             cwd=tmp_path,
-            env=_environment(),
+            env=environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -351,7 +352,7 @@ def start_python(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]
         process = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
             cwd=tmp_path,
-            env=_environment(),
+            env=environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kit import let_others_in
+from kit import let_others_in, system
 from nodedb_mem import (
     CapacityExceededError,
     InvalidSlotError,
@@ -555,8 +555,13 @@ while True:
 """
 
 
+@pytest.mark.parametrize("turns", [4, system(24)])
 def test_leases_hold_while_owners_come_and_are_killed(
-    new_region: NewRegion, start_python: StartPython, tmp_path: Path, check: Callable[[OverflowRegion], None]
+    new_region: NewRegion,
+    start_python: StartPython,
+    tmp_path: Path,
+    check: Callable[[OverflowRegion], None],
+    turns: int,
 ) -> None:
     chance = random.Random(6)
     held: list[tuple[Any, bytes]] = []
@@ -564,7 +569,7 @@ def test_leases_hold_while_owners_come_and_are_killed(
     owner = start_python(_BUSY_OWNER, path, 0, False)
     assert owner.stdout.readline() == "ready\n"
     with OverflowReader(path) as one, OverflowReader(path) as two:
-        for turn in range(1, 13):
+        for turn in range(1, turns + 1):
             for _ in range(200):
                 try:
                     lease = chance.choice([one, two]).lease(chance.randrange(30))
