@@ -22,7 +22,7 @@ CWARN    := -std=c11 -pthread -Wall -Wextra -Wshadow -Werror
 SANITIZE := address,undefined
 CSAN     := -O1 -g -fno-omit-frame-pointer -fsanitize=$(SANITIZE) -fno-sanitize-recover=all
 CTESTS    = $(MAKE) --no-print-directory --jobs $(JOBS) --output-sync -f tests/core/build.mk CC=$(CC)
-PYTEST    = $(BIN)/pytest --numprocesses $(JOBS)
+PYTEST    = $(BIN)/pytest --numprocesses $(JOBS) --dist loadgroup
 
 # The same commit gives the same sdist and wheel, byte for byte.
 SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),1767225600)
@@ -88,11 +88,11 @@ test-native:
 	$(CTESTS) OUT=build/native FLAGS="$(CSAN)"
 
 test-python: $(VENV)/.installed $(VENV)/.extra-test
-	$(PYTEST) --dist worksteal -m "not system" $(ARGS)
+	$(PYTEST) -m "not system" $(ARGS)
 
 # The benchmarks' twin is held to the region's promises here.
 test-system: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-native-test
-	$(PYTEST) --dist loadgroup -m system tests benchmarks/test_twin.py $(ARGS)
+	$(PYTEST) -m system tests benchmarks/test_twin.py $(ARGS)
 
 # --- benchmarks ------------------------------------------------------------------------------------------------
 
@@ -160,7 +160,7 @@ sanitize: $(SAN)/.extra-test
 	tar -cf - --exclude='*.so' --exclude=nodedb_mem/lib --exclude=__pycache__ $(wildcard $(SAN_TREE)) | tar -xf - -C $(SAN)/tree
 	cd $(SAN)/tree && NODEDB_MEM_SANITIZE=$(SANITIZE) NODEDB_MEM_DEBUG=1 \
 	    ../venv/bin/python -m pip --disable-pip-version-check --quiet install --editable .
-	cd $(SAN)/tree && $(SAN_ENV) ../venv/bin/python ../venv/bin/pytest --numprocesses $(JOBS) --dist worksteal \
+	cd $(SAN)/tree && $(SAN_ENV) ../venv/bin/python ../venv/bin/pytest --numprocesses $(JOBS) --dist loadgroup \
 	    -o timeout=900 $(ARGS)
 
 # A copy of the tree, built to count. Assertions are on, their branches do not count. Python's tracer cannot stand tests
@@ -175,7 +175,7 @@ coverage: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-native-test $(VE
 	cd $(COV) && NODEDB_MEM_DEBUG=1 CFLAGS="--coverage -fprofile-update=atomic" LDFLAGS=--coverage \
 	    $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
 	cd $(COV) && $(CTESTS) OUT=build/native FLAGS="-O1 -g --coverage -fprofile-update=atomic"
-	cd $(COV) && $(COV_ENV) $(CURDIR)/$(PYTEST) --dist worksteal -m "not system" --cov --cov-report=term $(ARGS)
+	cd $(COV) && $(COV_ENV) $(CURDIR)/$(PYTEST) -m "not system" --cov --cov-report=term $(ARGS)
 	cd $(COV) && $(COV_ENV) $(CURDIR)/$(BIN)/pytest -q -k finds_no_memory tests/promises
 	cd $(COV) && $(CURDIR)/$(BIN)/gcovr --root . --filter csrc/ --exclude-branches-by-pattern '.*\bassert\(.*' \
 	    --txt-metric line --txt - --print-summary build

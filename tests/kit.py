@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import platform
 import pty
+import random
 import shutil
 import signal
 import stat
@@ -32,12 +34,53 @@ from nodedb_mem.tools import cli
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs this in the background has it ignored
 
+# The types of the fixtures below.
 NewRegion = Callable[..., OverflowRegion]
+Check = Callable[[OverflowRegion], None]
+Mount = Callable[[str, int], Path]
+RunPython = Callable[..., str]
+Unchanged = Callable[[OverflowRegion], AbstractContextManager[None]]
+StartPython = Callable[..., Any]
+RunToEnd = Callable[..., None]
+Terminal = Callable[[], AbstractContextManager[tuple[int, bytearray]]]
+Run = Callable[..., tuple[int, str, str]]
+Footprint = Callable[[Path], tuple[int, int]]
 Verb = Callable[[OverflowRegion, int], object]
 
 
 def _raise_ceiling(region: OverflowRegion, slot: int) -> None:
     region.max_capacity = 1 << 31
+
+
+def blob(size: int, seed: int = 0) -> bytes:
+    """Return random bytes, the same for the same seed."""
+    return random.Random(seed).randbytes(size)
+
+
+def in_thread(function: Callable[[], object]) -> Any:
+    """What `function` returns, or the exception it raises, on a thread of its own."""
+    results: list[object] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except Exception as error:
+            results.append(error.with_traceback(None))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def raw_fork() -> int:
+    """Fork behind the back of Python and of the C library: no handlers run, no cached ids are renewed."""
+    call = ctypes.PyDLL(None, use_errno=True).syscall  # PyDLL: the GIL stays held, so the child has it
+    number = {"x86_64": 56, "aarch64": 220}[platform.machine()]  # clone
+    pid = int(call(number, ctypes.c_long(signal.SIGCHLD), None, None, None, None))
+    if pid < 0:
+        raise OSError(ctypes.get_errno(), "clone")
+    return pid
 
 
 def let_others_in(folder: Path) -> None:

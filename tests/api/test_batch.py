@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import random
 import sys
 import threading
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +15,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kit import Check, Mount, NewRegion, RunPython, Unchanged, blob
 from nodedb_mem import CapacityExceededError, InvalidSlotError, OverflowRegion, RegionClosedError
-
-NewRegion = Callable[..., OverflowRegion]
-Check = Callable[[OverflowRegion], None]
-Unchanged = Callable[[OverflowRegion], AbstractContextManager[None]]
-Mount = Callable[[str, int], Path]
-RunPython = Callable[..., str]
 
 has_buffer_method = pytest.mark.skipif(sys.version_info < (3, 12), reason="__buffer__ came with 3.12")
 
 # What the core is told of values in three ways: joined bytes, addresses, one buffer with lengths.
 WAYS = ["bytes", "buffers", "lengths"]
 ways = pytest.mark.parametrize("way", WAYS)
-
-
-def blob(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
 
 
 def write(region: OverflowRegion, values: list[bytes], way: str, engine: int = 0) -> list[int]:

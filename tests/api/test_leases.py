@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kit import let_others_in, system
+from kit import NewRegion, StartPython, let_others_in, system
 from nodedb_mem import (
     CapacityExceededError,
     InvalidSlotError,
@@ -23,9 +23,6 @@ from nodedb_mem import (
     StaleSlotError,
 )
 from nodedb_mem._core import lib
-
-NewRegion = Callable[..., OverflowRegion]
-StartPython = Callable[..., Any]
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 100_000

@@ -6,7 +6,6 @@ import ctypes
 import gc
 import io
 import os
-import platform
 import signal
 import sys
 import threading
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kit import raw_fork
 from nodedb_mem import (
     CapacityExceededError,
     InvalidSlotError,
@@ -41,13 +41,6 @@ def region(tmp_path: Path) -> Iterator[OverflowRegion]:
     with OverflowRegion(tmp_path / "r", initial_capacity=1 << 20, max_capacity=1 << 24) as region:
         yield region
         assert lib.ndm_region_check(region._handle) == 0
-
-
-def raw_fork() -> int:
-    """Fork behind the back of Python and of the C library."""
-    call = ctypes.PyDLL(None, use_errno=True).syscall  # PyDLL: the GIL stays held, so the child has it
-    number = {"x86_64": 56, "aarch64": 220}[platform.machine()]  # clone
-    return int(call(number, ctypes.c_long(signal.SIGCHLD), None, None, None, None))
 
 
 # Views

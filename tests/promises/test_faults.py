@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import shutil
 import stat
 import subprocess
@@ -18,18 +17,11 @@ from typing import Any
 
 import pytest
 
+from kit import Mount, RunToEnd, blob
 from nodedb_mem import OverflowRegion, RegionIOError
-
-NewRegion = Callable[..., OverflowRegion]
-Mount = Callable[[str, int], Path]
-RunToEnd = Callable[..., None]
 
 file_systems = pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 MIBS = {"tmpfs": 4, "ext4": 8}
-
-
-def blob(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
 
 
 # No room

@@ -15,18 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from kit import VERBS
+from kit import VERBS, Check, Footprint, NewRegion, blob
 from nodedb_mem import InvalidSlotError, OverflowRegion, RegionBusyError, RegionClosedError
 
-NewRegion = Callable[..., OverflowRegion]
-Check = Callable[[OverflowRegion], None]
-Footprint = Callable[[Path], tuple[int, int]]
-
 MIB = 1 << 20
-
-
-def blob(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
 
 
 def call_in_thread(function: Callable[[], object]) -> None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import pickle
-import platform
-import random
-import signal
 import subprocess
 import threading
 import time
@@ -19,44 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kit import VERBS
+from kit import VERBS, Check, NewRegion, StartPython, blob, in_thread, raw_fork
 from nodedb_mem import OverflowRegion, RegionBusyError, RegionClosedError, RegionError, WrongThreadError
 
-NewRegion = Callable[..., OverflowRegion]
-Check = Callable[[OverflowRegion], None]
-StartPython = Callable[..., "subprocess.Popen[str]"]
-
 MIB = 1 << 20
-
-
-def blob(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
-
-
-def in_thread(function: Callable[[], object]) -> Any:
-    """What `function` returns, or the exception it raises, on a thread of its own."""
-    results: list[object] = []
-
-    def run() -> None:
-        try:
-            results.append(function())
-        except Exception as error:
-            results.append(error.with_traceback(None))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return results[0]
-
-
-def raw_fork() -> int:
-    """Fork behind the back of Python and of the C library: no handlers run, no cached ids are renewed."""
-    call = ctypes.PyDLL(None, use_errno=True).syscall  # PyDLL: the GIL stays held, so the child has it
-    number = {"x86_64": 56, "aarch64": 220}[platform.machine()]  # clone
-    pid = int(call(number, ctypes.c_long(signal.SIGCHLD), None, None, None, None))
-    if pid < 0:
-        raise OSError(ctypes.get_errno(), "clone")
-    return pid
 
 
 def wait_for_end(pid: int) -> None:

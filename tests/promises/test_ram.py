@@ -21,14 +21,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kit import system
+from kit import Check, Mount, RunPython, StartPython, blob, system
 from nodedb_mem import InvalidSlotError, OverflowRegion, RegionIOError
 from nodedb_mem._core import lib
 
-Mount = Callable[[str, int], Path]
-RunPython = Callable[..., str]
-StartPython = Callable[..., "subprocess.Popen[str]"]
-Check = Callable[[OverflowRegion], None]
 Open = Callable[..., OverflowRegion]
 
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -38,10 +34,6 @@ LEAST_LIMIT = 4 * MIB  # a smaller limit is taken for this
 SLACK = 4 * MIB  # what may lie above the limit while the writer is at work: one kick, and a value
 
 on_disks = pytest.mark.parametrize("kind", ["ext4", system("ext2"), system("btrfs"), system("xfs")])
-
-
-def blob(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
 
 
 def numbered(number: int, size: int) -> bytes:

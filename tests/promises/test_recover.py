@@ -11,16 +11,11 @@ import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from kit import system
+from kit import Check, NewRegion, StartPython, system
 from nodedb_mem import InvalidSlotError, OverflowReader, OverflowRegion, RegionIOError, StaleSlotError
-
-NewRegion = Callable[..., OverflowRegion]
-Check = Callable[[OverflowRegion], None]
-StartPython = Callable[..., Any]
 
 KIB, MIB = 1 << 10, 1 << 20
 HEADER_ROOM, RECORD = 4096, 24

@@ -13,12 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from kit import system
+from kit import Check, Mount, RunPython, blob, system
 from nodedb_mem import OverflowRegion
 
-Mount = Callable[[str, int], Path]
-RunPython = Callable[..., str]
-Check = Callable[[OverflowRegion], None]
 Open = Callable[..., OverflowRegion]
 
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -29,10 +26,6 @@ STRADDLING = tuple(size + step for size in THRESHOLDS for step in (-1, 0, 1))
 
 on_each = pytest.mark.parametrize("kind", ["ext4", "tmpfs", system("ext2"), system("btrfs"), system("xfs")])
 each_alignment = pytest.mark.parametrize("alignment", [1, 64, 4096])
-
-
-def blob(size: int, seed: int) -> bytes:
-    return random.Random(seed).randbytes(size)
 
 
 @pytest.fixture
