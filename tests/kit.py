@@ -471,6 +471,9 @@ def free_bytes(directory: Path) -> int:
 def _shared_mounts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, int], tuple[Path, int]]]:
     """File systems that last as long as the session: the mounted folder, and the bytes free while it is empty."""
     made: dict[tuple[str, int], tuple[Path, int]] = {}
+    new_namespace = 0x20000  # CLONE_NEWNS: what is mounted from here on ends with this process, even if that is killed
+    if ctypes.CDLL(None).unshare(new_namespace) == 0:
+        _run_tool("mount", "--make-rprivate", "/")
 
     def get(kind: str, size: int) -> tuple[Path, int]:
         if (kind, size) not in made:

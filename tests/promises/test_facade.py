@@ -474,13 +474,12 @@ LACKING: dict[str, Callable[[OverflowRegion, OverflowReader, int], object]] = {
 }
 
 
+@pytest.mark.untraced
 @pytest.mark.parametrize("call", LACKING.values(), ids=LACKING.keys())
 def test_a_verb_that_finds_no_memory_has_done_nothing(
     region: OverflowRegion, call: Callable[[OverflowRegion, OverflowReader, int], object]
 ) -> None:
     memory = pytest.importorskip("_testcapi")  # CPython's own, which some distributions pack apart
-    if sys.gettrace() is not None:
-        pytest.skip("a tracer wants memory of its own")
     slot = region.write(OLD * 100, 0)
     for _ in range(300):  # numbers that Python has to make, where a batch gives them
         region.write(b"", 0)
@@ -655,6 +654,7 @@ def test_a_buffer_that_uses_the_region_when_it_is_asked_for(region: OverflowRegi
         assert caught.value.required > caught.value.max_capacity == 1 << 24
 
 
+@pytest.mark.untraced
 def test_a_signal_leaves_no_region_open_and_nothing_pinned(tmp_path: Path) -> None:
     """A handler that raises does so as soon as the core has answered: what it gave has an owner by then."""
 
