@@ -11,6 +11,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check --quiet
 BUDGET ?= 16MiB
 SECONDS ?= 60
+JOBS   ?= 2
 
 CSOURCES := $(sort $(wildcard csrc/os/*.c csrc/store/*.c csrc/region/*.c csrc/native/*.c))
 CHEADERS := $(wildcard csrc/*.h csrc/*/*.h)
@@ -20,18 +21,22 @@ BUILT_FROM := $(CSOURCES) $(CHEADERS) $(BINDING) $(wildcard native/*) setup.py p
 CWARN    := -std=c11 -pthread -Wall -Wextra -Wshadow -Werror
 SANITIZE := address,undefined
 CSAN     := -O1 -g -fno-omit-frame-pointer -fsanitize=$(SANITIZE) -fno-sanitize-recover=all
+CTESTS    = $(MAKE) --no-print-directory --jobs $(JOBS) --output-sync -f tests/core/build.mk CC=$(CC)
+PYTEST    = $(BIN)/pytest --numprocesses $(JOBS) --dist loadgroup
 
 # The same commit gives the same sdist and wheel, byte for byte.
 SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),1767225600)
 
-.PHONY: help run test test-native test-python bench bench-quick bench-paths bench-write bench-ram bench-fragmentation
+.PHONY: help run test test-native test-python test-system coverage bench bench-quick bench-paths bench-write bench-ram bench-fragmentation
 .PHONY: bench-native bench-readers lint sanitize tsan fuzz valgrind wheel wheel-smoke clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would race
 
 help:
 	@echo 'make run          spill the standard library of python3 with a budget of $(BUDGET), and verify it'
-	@echo 'make test         all tests: the C programs under sanitizers, then pytest (ARGS="-k name")'
+	@echo 'make test         every promise: the C programs under sanitizers, then pytest (ARGS="-k name"; JOBS=$(JOBS))'
+	@echo 'make test-system  mounts of more file systems, kills, other interpreters, native builds (the same ARGS)'
+	@echo 'make coverage     lines and branches of the C core and of the package that make test reaches'
 	@echo 'make bench        benchmarks, pages and pictures in benchmarks/results (make bench-quick: the short form, in build/results)'
 	@echo 'make bench-write  cold and warm writes beside plain copies; the price of opening (ARGS=--quick)'
 	@echo 'make bench-ram    spilling under a limit, in a small cgroup, and back (ARGS=--quick)'
@@ -79,17 +84,15 @@ run: $(VENV)/.installed $(VENV)/.extra-cli
 
 test: test-native test-python
 
-NATIVE := $(patsubst tests/core/%.c,build/native/%,$(sort $(wildcard tests/core/test_*.c)))
+test-native:
+	$(CTESTS) OUT=build/native FLAGS="$(CSAN)"
 
-test-native: $(NATIVE)
-	@set -e; for program in $^; do echo "$$program"; "$$program"; done
+test-python: $(VENV)/.installed $(VENV)/.extra-test
+	$(PYTEST) -m "not system" $(ARGS)
 
-build/native/%: tests/core/%.c $(CSOURCES) $(CHEADERS) $(wildcard tests/core/*.h)
-	@mkdir -p $(@D)
-	$(CC) $(CWARN) $(CSAN) -Icsrc -Itests/core -o $@ $< $(CSOURCES)
-
-test-python: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-native-test
-	$(BIN)/pytest $(ARGS)
+# The benchmarks' twin is held to the region's promises here.
+test-system: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-native-test
+	$(PYTEST) -m system tests benchmarks/test_twin.py $(ARGS)
 
 # --- benchmarks ------------------------------------------------------------------------------------------------
 
@@ -132,7 +135,7 @@ lint: $(VENV)/.extra-lint $(VENV)/.extra-cli
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	@set -e; include=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("include"))'); \
-	for source in $(CSOURCES) $(BINDING); do for flags in "-DNDEBUG" "-DNDM_DEBUG"; do \
+	for source in $(CSOURCES) $(BINDING); do for flags in "-DNDEBUG" "-UNDEBUG"; do \
 	    echo "$(CC) $(CWARN) $$flags $$source"; \
 	    $(CC) $(CWARN) -O2 $$flags -Icsrc -isystem "$$include" -c -o /dev/null "$$source"; \
 	done; done
@@ -157,16 +160,31 @@ sanitize: $(SAN)/.extra-test
 	tar -cf - --exclude='*.so' --exclude=nodedb_mem/lib --exclude=__pycache__ $(wildcard $(SAN_TREE)) | tar -xf - -C $(SAN)/tree
 	cd $(SAN)/tree && NODEDB_MEM_SANITIZE=$(SANITIZE) NODEDB_MEM_DEBUG=1 \
 	    ../venv/bin/python -m pip --disable-pip-version-check --quiet install --editable .
-	cd $(SAN)/tree && $(SAN_ENV) ../venv/bin/python ../venv/bin/pytest -o timeout=900 $(ARGS)
+	cd $(SAN)/tree && $(SAN_ENV) ../venv/bin/python ../venv/bin/pytest --numprocesses $(JOBS) --dist loadgroup \
+	    -o timeout=900 $(ARGS)
+
+# A copy of the tree, built to count. Assertions are on, their branches do not count. The mark untraced is for what Python's
+# tracer does not survive. Processes that step down to another user count nothing, in silence.
+COV      := build/coverage
+COV_ENV   = PYTHONPATH=$(CURDIR)/$(COV) GCOV_ERROR_FILE=/dev/null
+
+coverage: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-native-test $(VENV)/.extra-coverage
+	rm -rf $(COV)
+	mkdir -p $(COV)
+	tar -cf - --exclude=__pycache__ $(wildcard $(SAN_TREE)) | tar -xf - -C $(COV)
+	cd $(COV) && NODEDB_MEM_DEBUG=1 CFLAGS="--coverage -fprofile-update=atomic" LDFLAGS=--coverage \
+	    $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
+	cd $(COV) && $(CTESTS) OUT=build/native FLAGS="-O1 -g --coverage -fprofile-update=atomic"
+	cd $(COV) && $(COV_ENV) $(CURDIR)/$(PYTEST) -m "not system and not untraced" --cov --cov-report=term $(ARGS)
+	cd $(COV) && $(COV_ENV) $(CURDIR)/$(PYTEST) -m untraced
+	cd $(COV) && $(CURDIR)/$(BIN)/gcovr --root . --filter csrc/ --exclude-branches-by-pattern '.*\bassert\(.*' \
+	    --txt-metric line --txt - --print-summary build
 
 # The fixed layout of setarch is for kernels whose random layout ThreadSanitizer does not know. It knows no fences, and
 # says so with -Wtsan: those of the slot table are for other processes.
-tsan: build/tsan/test_writer build/tsan/test_readers
-	@set -e; for program in $^; do echo "$$program"; setarch -R "$$program"; done
-
-build/tsan/%: tests/core/%.c $(CSOURCES) $(CHEADERS) $(wildcard tests/core/*.h)
-	@mkdir -p $(@D)
-	$(CC) $(CWARN) -O1 -g -fno-omit-frame-pointer -fsanitize=thread -Wno-tsan -Icsrc -o $@ $< $(CSOURCES)
+tsan:
+	$(CTESTS) OUT=build/tsan PROGRAMS="test_readers test_writer" RUN="setarch -R" \
+	    FLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=thread -Wno-tsan"
 
 # libFuzzer comes with clang. The core of fuzz_region makes its system calls through tests/fuzz/disk.c.
 CLANG    ?= clang
@@ -199,16 +217,11 @@ fuzz: $(addprefix $(FUZZ)/,$(FUZZERS))
 
 # Without sanitizers, which valgrind cannot stand.
 # Not test_writer: it duplicates mappings by mremap of 0 bytes, which valgrind refuses. It runs under ASan and TSan.
-CHECKED := $(patsubst build/native/%,build/valgrind/%,$(filter-out %/test_writer,$(NATIVE)))
+CHECKED := $(filter-out test_writer,$(notdir $(basename $(wildcard tests/core/test_*.c))))
 
-build/valgrind/%: tests/core/%.c $(CSOURCES) $(CHEADERS) $(wildcard tests/core/*.h)
-	@mkdir -p $(@D)
-	$(CC) $(CWARN) -O1 -g -Icsrc -Itests/core -o $@ $< $(CSOURCES)
-
-valgrind: $(CHECKED)
-	@set -e; for program in $^; do echo "$$program"; \
-	    valgrind --quiet --error-exitcode=99 --leak-check=full --errors-for-leak-kinds=definite,indirect,possible \
-	        --child-silent-after-fork=yes "$$program"; done
+valgrind:
+	$(CTESTS) OUT=build/valgrind FLAGS="-O1 -g" PROGRAMS="$(CHECKED)" RUN="valgrind --quiet --error-exitcode=99 \
+	    --leak-check=full --errors-for-leak-kinds=definite,indirect,possible --child-silent-after-fork=yes"
 
 wheel: $(VENV)/.extra-dist
 	SOURCE_DATE_EPOCH=$(SOURCE_DATE_EPOCH) bash scripts/dist.sh $(BIN)/python

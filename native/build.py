@@ -11,7 +11,7 @@ Environment variables, for developers; a release build sets none:
 ``NODEDB_MEM_SANITIZE=address,undefined``
     Build with these sanitizers; any finding ends the process. Assertions are on.
 ``NODEDB_MEM_DEBUG=1``
-    Debug symbols, assertions, and ``NDM_DEBUG`` defined.
+    Debug symbols and assertions. The code knows no other debug mode.
 ``NODEDB_MEM_WERROR=1``
     ``-Wall -Wextra -Werror``.
 """
@@ -94,8 +94,6 @@ def _compile_arguments() -> list[str]:
         arguments += ["-O1", "-g", "-UNDEBUG", "-fno-omit-frame-pointer"]
     else:
         arguments += ["-O2", "-g0", "-DNDEBUG"]  # debug information would hold build paths
-    if _is_on("NODEDB_MEM_DEBUG"):
-        arguments.append("-DNDM_DEBUG")
     if sanitizers:
         # Python is built with -fwrapv, which would hide our overflows.
         arguments += [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-fno-wrapv"]

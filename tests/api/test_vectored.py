@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import random
 from array import array
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kit import Check, Mount, NewRegion, RunPython, Unchanged, blob
 from nodedb_mem import CapacityExceededError, InvalidSlotError, OverflowRegion
 from nodedb_mem.refs import SlotParts
-
-NewRegion = Callable[..., OverflowRegion]
-Check = Callable[[OverflowRegion], None]
-Unchanged = Callable[[OverflowRegion], AbstractContextManager[None]]
-Mount = Callable[[str, int], Path]
-RunPython = Callable[..., str]
 
 alignments = pytest.mark.parametrize("alignment", [1, 64, 4096])
 PARTS = {
@@ -35,10 +27,6 @@ PARTS = {
     "many": [7] * 1000,
 }
 shapes = pytest.mark.parametrize("sizes", PARTS.values(), ids=PARTS.keys())
-
-
-def blob(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
 
 
 def gathered(parts: list[bytes], alignment: int) -> bytes:

@@ -7,13 +7,17 @@ from importlib.util import find_spec
 
 import pytest
 
-pytestmark = pytest.mark.skipif(find_spec("distributed") is None, reason="needs dask and distributed")
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.skipif(find_spec("distributed") is None, reason="needs dask and distributed"),
+]
 
 # In an interpreter of its own: a cluster keeps threads and descriptors for its process.
 _CLIENT = """
     import logging, os, sys, zlib
     from random import Random
 
+    import dask
     from distributed import Client, LocalCluster
 
     from nodedb_mem import OverflowRegion, StaleSlotError
@@ -27,7 +31,8 @@ _CLIENT = """
     def main(path):
         values = [Random(i).randbytes(size) for i, size in enumerate((0, 1, 5000, 300_000, 2_000_000))]
         options = dict(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None)
-        options |= dict(local_directory="scratch", silence_logs=logging.CRITICAL)  # workers log the errors of tasks
+        options |= dict(silence_logs=logging.CRITICAL)  # workers log the errors of tasks
+        dask.config.set({"temporary-directory": os.getcwd()})
         with (
             LocalCluster(**options) as cluster,
             Client(cluster) as client,

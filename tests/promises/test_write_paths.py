@@ -13,11 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from kit import Check, Mount, RunPython, blob, system
 from nodedb_mem import OverflowRegion
 
-Mount = Callable[[str, int], Path]
-RunPython = Callable[..., str]
-Check = Callable[[OverflowRegion], None]
 Open = Callable[..., OverflowRegion]
 
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -26,13 +24,8 @@ GRAIN = 512 * KIB  # every write is cut at multiples of it
 THRESHOLDS = (PAGE, 64 * KIB, 256 * KIB, GRAIN, 2 * GRAIN)
 STRADDLING = tuple(size + step for size in THRESHOLDS for step in (-1, 0, 1))
 
-KINDS = ("ext4", "tmpfs", "ext2", "btrfs", "xfs")
-on_each = pytest.mark.parametrize("kind", KINDS)
+on_each = pytest.mark.parametrize("kind", ["ext4", "tmpfs", system("ext2"), system("btrfs"), system("xfs")])
 each_alignment = pytest.mark.parametrize("alignment", [1, 64, 4096])
-
-
-def blob(size: int, seed: int) -> bytes:
-    return random.Random(seed).randbytes(size)
 
 
 @pytest.fixture
@@ -361,6 +354,7 @@ def test_a_full_disk_is_an_error_in_each_path(
     assert run_python(FULL_DISK, mount(kind, 16) / "region", size, limit) == "done\n"
 
 
+@pytest.mark.system
 def test_btrfs_is_never_stored_to_through_the_mapping(open_on: Open, mapped_kib: Callable[[Path | str], int]) -> None:
     # It copies on write: a store into a clean page needs a new block, whatever was allocated, or it is SIGBUS.
     region = open_on("btrfs", initial_capacity=4 * MIB)

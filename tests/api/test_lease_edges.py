@@ -6,17 +6,12 @@ import errno
 import os
 import resource
 import struct
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from kit import Check, NewRegion, StartPython
 from nodedb_mem import OverflowReader, OverflowRegion, RegionIOError, StaleSlotError
-
-NewRegion = Callable[..., OverflowRegion]
-StartPython = Callable[..., Any]
-Check = Callable[[OverflowRegion], None]
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 100_000

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import importlib.util
 import os
 import random
 import threading
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import twin
 
+from kit import _shared_mounts, mount, no_leaks  # noqa: F401 (fixtures)
 from nodedb_mem import (
     CapacityExceededError,
     InvalidSlotError,
@@ -27,22 +27,11 @@ from nodedb_mem import (
     WrongThreadError,
 )
 
-TWIN = Path(__file__).resolve().parents[1] / "benchmarks" / "twin.py"
+pytestmark = pytest.mark.system
+
 MIB = 1 << 20
 
 NewTwin = Callable[..., Any]
-
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("twin", TWIN)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-twin = load()
 
 
 def blob(size: int, seed: int = 0) -> bytes:
@@ -203,7 +192,7 @@ def test_growth_keeps_views_and_gives_the_file_its_blocks(new_twin: NewTwin) -> 
     assert os.stat(region.path).st_blocks * 512 >= region.capacity
 
 
-def test_a_full_disk_is_an_error_and_no_crash(mount: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_and_no_crash(mount: Callable[..., Path], tmp_path: Path) -> None:  # noqa: F811
     folder = mount("tmpfs", 4)
     with twin.TwinRegion.open(folder / "twin", initial_capacity=MIB) as region:
         slots: list[int] = []

@@ -11,15 +11,11 @@ import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from kit import Check, NewRegion, StartPython, system
 from nodedb_mem import InvalidSlotError, OverflowReader, OverflowRegion, RegionIOError, StaleSlotError
-
-NewRegion = Callable[..., OverflowRegion]
-Check = Callable[[OverflowRegion], None]
-StartPython = Callable[..., Any]
 
 KIB, MIB = 1 << 10, 1 << 20
 HEADER_ROOM, RECORD = 4096, 24
@@ -207,12 +203,13 @@ while True:
 """
 
 
+@pytest.mark.parametrize("turns", [3, system(12)])
 def test_an_owner_killed_at_random_points(
-    tmp_path: Path, new_region: NewRegion, start_python: StartPython, check: Check
+    tmp_path: Path, new_region: NewRegion, start_python: StartPython, check: Check, turns: int
 ) -> None:
     path = tmp_path / "region"
     known: dict[int, tuple[int, int, int]] = {}
-    for turn in range(6):
+    for turn in range(turns):
         child = start_python(_OWNER, path, turn + 1, turn > 0)
         pause = random.Random(turn).uniform(0.2, 0.8)
         first = child.stdout.readline()

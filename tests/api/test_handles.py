@@ -5,18 +5,16 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import nodedb_mem
+from kit import NewRegion
 from nodedb_mem import InvalidSlotError, OverflowRegion, RegionClosedError, WrongThreadError, native
 from nodedb_mem._core import ffi, lib
 from nodedb_mem.errors import raise_status
 from nodedb_mem.tools import cli
-
-NewRegion = Callable[..., OverflowRegion]
 
 
 def outcomes(handle: int) -> set[int]:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import ctypes
-import random
 import sys
 import threading
 from array import array
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +15,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from kit import Check, Mount, NewRegion, RunPython, Unchanged, blob
 from nodedb_mem import CapacityExceededError, InvalidSlotError, OverflowRegion, RegionClosedError
-
-NewRegion = Callable[..., OverflowRegion]
-Check = Callable[[OverflowRegion], None]
-Unchanged = Callable[[OverflowRegion], AbstractContextManager[None]]
-Mount = Callable[[str, int], Path]
-RunPython = Callable[..., str]
 
 has_buffer_method = pytest.mark.skipif(sys.version_info < (3, 12), reason="__buffer__ came with 3.12")
 
 # What the core is told of values in three ways: joined bytes, addresses, one buffer with lengths.
 WAYS = ["bytes", "buffers", "lengths"]
 ways = pytest.mark.parametrize("way", WAYS)
-
-
-def blob(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
 
 
 def write(region: OverflowRegion, values: list[bytes], way: str, engine: int = 0) -> list[int]:
@@ -437,21 +426,19 @@ def test_slots_are_any_integers(new_region: NewRegion) -> None:
     assert len(region) == 0
 
 
-@pytest.mark.parametrize(
-    "slots",
-    [[0.0], [b"0"], ["0"], [None], "01", b"\0", bytearray(8), memoryview(bytes(8)), 3, None, np.array([0.0])],
-    ids=repr,
-)
-def test_slots_that_are_no_integers_are_a_type_error(new_region: NewRegion, unchanged: Unchanged, slots: Any) -> None:
+def test_slots_that_are_no_integers_are_a_type_error(new_region: NewRegion, unchanged: Unchanged) -> None:
     region = new_region()
     region.write_many([b"a", b"b"], 0)
-    calls = [region.read_many, region.free_many, lambda slots: region.read_many_into(slots, bytearray(9))]
-    if slots is not None:
-        calls.append(region.evict)
+    wrong: list[Any] = [[0.0], [b"0"], ["0"], [None], "01", b"\0", bytearray(8), memoryview(bytes(8)), 3, None]
     with unchanged(region):
-        for call in calls:
-            with pytest.raises(TypeError):
-                call(slots)
+        for slots in [*wrong, np.array([0.0])]:
+            calls = [region.read_many, region.free_many, lambda slots: region.read_many_into(slots, bytearray(9))]
+            if slots is not None:
+                calls.append(region.evict)
+            for call in calls:
+                with pytest.raises(TypeError):
+                    call(slots)
+                    pytest.fail(repr(slots))
 
 
 @pytest.mark.parametrize("as_array", [False, True])

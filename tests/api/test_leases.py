@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kit import NewRegion, StartPython, let_others_in, system
 from nodedb_mem import (
     CapacityExceededError,
     InvalidSlotError,
@@ -22,9 +23,6 @@ from nodedb_mem import (
     StaleSlotError,
 )
 from nodedb_mem._core import lib
-
-NewRegion = Callable[..., OverflowRegion]
-StartPython = Callable[..., Any]
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 100_000
@@ -339,8 +337,7 @@ def test_a_reader_that_may_not_lease(new_region: NewRegion, start_python: StartP
     if os.geteuid() != 0:
         pytest.skip("needs root, to be somebody else")
     region, slots = shared_region(new_region)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    let_others_in(tmp_path)
     os.chmod(region.path, 0o644)
     os.chmod(f"{region.path}.slots", 0o644)
     child = start_python(
@@ -555,8 +552,13 @@ while True:
 """
 
 
+@pytest.mark.parametrize("turns", [4, system(24)])
 def test_leases_hold_while_owners_come_and_are_killed(
-    new_region: NewRegion, start_python: StartPython, tmp_path: Path, check: Callable[[OverflowRegion], None]
+    new_region: NewRegion,
+    start_python: StartPython,
+    tmp_path: Path,
+    check: Callable[[OverflowRegion], None],
+    turns: int,
 ) -> None:
     chance = random.Random(6)
     held: list[tuple[Any, bytes]] = []
@@ -564,7 +566,7 @@ def test_leases_hold_while_owners_come_and_are_killed(
     owner = start_python(_BUSY_OWNER, path, 0, False)
     assert owner.stdout.readline() == "ready\n"
     with OverflowReader(path) as one, OverflowReader(path) as two:
-        for turn in range(1, 13):
+        for turn in range(1, turns + 1):
             for _ in range(200):
                 try:
                     lease = chance.choice([one, two]).lease(chance.randrange(30))
@@ -787,8 +789,7 @@ def test_readers_count_leases_with_read_permission_alone(
         child.wait()
         assert two.stats().leases == 2  # before anybody has reaped
         if os.geteuid() == 0:
-            for folder in (tmp_path, *tmp_path.parents[:2]):
-                folder.chmod(0o755)
+            let_others_in(tmp_path)
             for name in ("region", "region.slots", "region.leases"):
                 (tmp_path / name).chmod(0o644)
             script = """

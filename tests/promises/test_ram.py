@@ -21,13 +21,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kit import Check, Mount, RunPython, StartPython, blob, system
 from nodedb_mem import InvalidSlotError, OverflowRegion, RegionIOError
 from nodedb_mem._core import lib
 
-Mount = Callable[[str, int], Path]
-RunPython = Callable[..., str]
-StartPython = Callable[..., "subprocess.Popen[str]"]
-Check = Callable[[OverflowRegion], None]
 Open = Callable[..., OverflowRegion]
 
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -36,11 +33,7 @@ GRAIN = 512 * KIB  # no folio is larger
 LEAST_LIMIT = 4 * MIB  # a smaller limit is taken for this
 SLACK = 4 * MIB  # what may lie above the limit while the writer is at work: one kick, and a value
 
-on_disks = pytest.mark.parametrize("kind", ["ext4", "ext2", "btrfs", "xfs"])
-
-
-def blob(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
+on_disks = pytest.mark.parametrize("kind", ["ext4", system("ext2"), system("btrfs"), system("xfs")])
 
 
 def numbered(number: int, size: int) -> bytes:
@@ -733,16 +726,16 @@ def test_trim_and_compact_while_the_writer_runs(new: Open, check: Check) -> None
 class FailingDisk:
     """A file system whose device runs out of store: what it takes, it cannot write."""
 
-    def __init__(self, mount: Mount, kind: str) -> None:
+    def __init__(self, mount: Mount, path: Path, kind: str) -> None:
         self._store = mount("tmpfs", 96)
+        self.path = path
+        path.mkdir()
         image = self._store / "image"
         with open(image, "wb") as file:
             file.truncate(64 * MIB)
         options = ["-O", "^has_journal", "-E", "lazy_itable_init=0"] if kind == "ext4" else []
         try:
             subprocess.run([f"mkfs.{kind}", "-q", "-F", *options, str(image)], check=True, capture_output=True)
-            self.path = self._store.parent / "failing"
-            self.path.mkdir()
             subprocess.run(["mount", "-o", "loop", str(image), str(self.path)], check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
             pytest.skip(f"no loop device: {error}")
@@ -774,8 +767,8 @@ class FailingDisk:
 
 
 @pytest.fixture(params=["ext2", "ext4"])
-def failing_disk(request: pytest.FixtureRequest, mount: Mount) -> Iterator[FailingDisk]:
-    made = FailingDisk(mount, request.param)
+def failing_disk(request: pytest.FixtureRequest, mount: Mount, tmp_path: Path) -> Iterator[FailingDisk]:
+    made = FailingDisk(mount, tmp_path / "failing", request.param)
     yield made
     gc.collect()
     made.unmount()

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pytest
 
 import nodedb_mem
+from kit import NewRegion, blob
 from nodedb_mem import (
     CapacityExceededError,
     EngineId,
@@ -34,14 +35,8 @@ from nodedb_mem import (
     RegionStats,
 )
 
-NewRegion = Callable[..., OverflowRegion]
-
 MIB = 1 << 20
 SIZES = [0, 1, 13, 63, 64, 65, 4095, 4096, 4097, 32767, 32768, 40_000, 1_000_003]
-
-
-def blob(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
 
 
 # Opening

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from kit import NewRegion, RunPython, StartPython
 from nodedb_mem import (
     EngineId,
     InvalidSlotError,
@@ -29,10 +30,6 @@ from nodedb_mem import (
     StaleSlotError,
     WrongThreadError,
 )
-
-NewRegion = Callable[..., OverflowRegion]
-StartPython = Callable[..., Any]
-RunPython = Callable[..., str]
 
 KIB, MIB = 1 << 10, 1 << 20
 

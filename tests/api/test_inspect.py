@@ -9,18 +9,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kit import Run, Terminal
 from nodedb_mem import EngineId, OverflowReader, OverflowRegion
 from nodedb_mem.tools import inspect
-
-Run = Callable[..., tuple[int, str, str]]
-Terminal = Callable[[], AbstractContextManager[tuple[int, bytearray]]]
 
 OWNER = """
     import sys

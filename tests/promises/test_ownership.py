@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import pickle
-import platform
-import random
-import signal
 import subprocess
 import threading
 import time
@@ -19,44 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kit import VERBS, Check, NewRegion, StartPython, blob, in_thread, raw_fork
 from nodedb_mem import OverflowRegion, RegionBusyError, RegionClosedError, RegionError, WrongThreadError
 
-NewRegion = Callable[..., OverflowRegion]
-Check = Callable[[OverflowRegion], None]
-Verb = Callable[[OverflowRegion, int], object]
-StartPython = Callable[..., "subprocess.Popen[str]"]
-
 MIB = 1 << 20
-
-
-def blob(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
-
-
-def in_thread(function: Callable[[], object]) -> Any:
-    """What `function` returns, or the exception it raises, on a thread of its own."""
-    results: list[object] = []
-
-    def run() -> None:
-        try:
-            results.append(function())
-        except Exception as error:
-            results.append(error.with_traceback(None))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    return results[0]
-
-
-def raw_fork() -> int:
-    """Fork behind the back of Python and of the C library: no handlers run, no cached ids are renewed."""
-    call = ctypes.PyDLL(None, use_errno=True).syscall  # PyDLL: the GIL stays held, so the child has it
-    number = {"x86_64": 56, "aarch64": 220}[platform.machine()]  # clone
-    pid = int(call(number, ctypes.c_long(signal.SIGCHLD), None, None, None, None))
-    if pid < 0:
-        raise OSError(ctypes.get_errno(), "clone")
-    return pid
 
 
 def wait_for_end(pid: int) -> None:
@@ -95,15 +57,14 @@ def in_child(fork: Fork, function: Callable[[], object]) -> Any:
 # Threads
 
 
-def test_every_verb_of_another_thread_is_refused_and_changes_nothing(
-    new_region: NewRegion, check: Check, verb: Verb
-) -> None:
+def test_every_verb_of_another_thread_is_refused_and_changes_nothing(new_region: NewRegion, check: Check) -> None:
     region = new_region()
     slot = region.write(blob(1000), 0)
     before = region.stats()
-    assert type(in_thread(lambda: verb(region, slot))) is WrongThreadError
-    assert type(in_thread(lambda: verb(region, 12345))) is WrongThreadError
-    assert region.stats() == before
+    for name, verb in VERBS.items():
+        for number in (slot, 12345):
+            assert type(in_thread(lambda: verb(region, number))) is WrongThreadError, name  # noqa: B023
+            assert region.stats() == before, name
     assert region.read(slot) == blob(1000)
     check(region)
 
@@ -172,12 +133,23 @@ def test_each_thread_may_own_regions(tmp_path: Path, check: Check) -> None:
 
 @forks
 def test_every_verb_of_a_forked_child_is_refused_and_changes_nothing(
-    new_region: NewRegion, check: Check, verb: Verb, fork: Fork
+    new_region: NewRegion, check: Check, fork: Fork
 ) -> None:
     region = new_region()
     slot = region.write(blob(1000), 0)
     before = region.stats()
-    assert type(in_child(fork, lambda: verb(region, slot))) is WrongThreadError
+
+    def try_all() -> dict[str, object]:
+        outcome: dict[str, object] = {}
+        for name, verb in VERBS.items():
+            try:
+                verb(region, slot)
+                outcome[name] = "done"
+            except Exception as error:
+                outcome[name] = type(error)
+        return outcome
+
+    assert in_child(fork, try_all) == dict.fromkeys(VERBS, WrongThreadError)
     assert region.stats() == before
     assert region.read(slot) == blob(1000)
     check(region)

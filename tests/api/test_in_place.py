@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import gc
 import os
-import random
 import socket
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from kit import Check, Mount, NewRegion, RunToEnd, Unchanged, blob
 from nodedb_mem import CapacityExceededError, InvalidSlotError, OverflowRegion, RegionClosedError
-
-NewRegion = Callable[..., OverflowRegion]
-Check = Callable[[OverflowRegion], None]
-Unchanged = Callable[[OverflowRegion], AbstractContextManager[None]]
-Mount = Callable[[str, int], Path]
-RunToEnd = Callable[..., None]
 
 sizes = pytest.mark.parametrize("size", [1, 4095, 4096, 100_000, 524_288, 1_700_000])
 file_systems = pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
-
-
-def blob(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
 
 
 # Zeros

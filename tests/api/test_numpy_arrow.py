@@ -5,19 +5,13 @@ from __future__ import annotations
 import gc
 import random
 from array import array
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from nodedb_mem import OverflowRegion
-
-NewRegion = Callable[..., OverflowRegion]
-Check = Callable[[OverflowRegion], None]
-Unchanged = Callable[[OverflowRegion], AbstractContextManager[None]]
+from kit import Check, NewRegion, Unchanged
 
 DTYPES = ["?", "i1", "u2", "<i4", ">i4", "f2", "f4", "f8", "c16", "M8[ns]", "S7", "U3", "i4,f8"]
 

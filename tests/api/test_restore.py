@@ -5,28 +5,17 @@ from __future__ import annotations
 import gc
 import random
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from nodedb_mem import InvalidSlotError, OverflowRegion, RegionClosedError
-
-NewRegion = Callable[..., OverflowRegion]
-Check = Callable[[OverflowRegion], None]
-Unchanged = Callable[[OverflowRegion], AbstractContextManager[None]]
-Mount = Callable[[str, int], Path]
-RunPython = Callable[..., str]
+from kit import Check, Mount, NewRegion, RunPython, Unchanged, blob
+from nodedb_mem import InvalidSlotError, RegionClosedError
 
 sizes = pytest.mark.parametrize("size", [1, 4095, 4096, 4097, 100_000, 1_700_000])
 alignments = pytest.mark.parametrize("alignment", [1, 64, 4096])
-
-
-def blob(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
 
 
 def memory_of(address: int) -> dict[str, int]:

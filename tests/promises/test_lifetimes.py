@@ -15,18 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from kit import VERBS, Check, Footprint, NewRegion, blob
 from nodedb_mem import InvalidSlotError, OverflowRegion, RegionBusyError, RegionClosedError
 
-NewRegion = Callable[..., OverflowRegion]
-Check = Callable[[OverflowRegion], None]
-Footprint = Callable[[Path], tuple[int, int]]
-Verb = Callable[[OverflowRegion, int], object]
-
 MIB = 1 << 20
-
-
-def blob(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
 
 
 def call_in_thread(function: Callable[[], object]) -> None:
@@ -331,24 +323,27 @@ def test_growth_past_the_reservation_while_threads_read(new_region: NewRegion) -
 # Close
 
 
-def test_after_close_every_verb_says_so(new_region: NewRegion, verb: Verb) -> None:
-    region = new_region()
-    slot = region.write(b"x", 0)
-    region.close()
-    with pytest.raises(RegionClosedError):
-        verb(region, slot)
-    with pytest.raises(RegionClosedError):
-        verb(region, 99)
+def test_after_close_every_verb_says_so(new_region: NewRegion) -> None:
+    for name, verb in VERBS.items():
+        region = new_region(name)
+        slot = region.write(b"x", 0)
+        region.close()
+        for number in (slot, 99):
+            with pytest.raises(RegionClosedError):
+                verb(region, number)
+                pytest.fail(name)
 
 
-def test_after_close_every_verb_says_so_also_while_views_live(new_region: NewRegion, verb: Verb) -> None:
-    region = new_region()
-    slot = region.write(blob(100), 0)
-    view = region.read(slot)
-    region.close()
-    with pytest.raises(RegionClosedError):
-        verb(region, slot)
-    assert view == blob(100)
+def test_after_close_every_verb_says_so_also_while_views_live(new_region: NewRegion) -> None:
+    for name, verb in VERBS.items():
+        region = new_region(name)
+        slot = region.write(blob(100), 0)
+        view = region.read(slot)
+        region.close()
+        with pytest.raises(RegionClosedError):
+            verb(region, slot)
+            pytest.fail(name)
+        assert view == blob(100)
 
 
 def test_what_works_after_close(new_region: NewRegion, tmp_path: Path) -> None:

@@ -5,25 +5,15 @@ from __future__ import annotations
 import os
 import random
 import threading
-from collections.abc import Callable
 from dataclasses import FrozenInstanceError
-from pathlib import Path
 
 import pytest
 
+from kit import Check, Mount, NewRegion, RunToEnd, blob
 from nodedb_mem import EngineId, OverflowRegion, RegionClosedError, WrongThreadError
-
-NewRegion = Callable[..., OverflowRegion]
-Check = Callable[[OverflowRegion], None]
-Mount = Callable[[str, int], Path]
-RunToEnd = Callable[..., None]
 
 KIB, MIB = 1 << 10, 1 << 20
 file_systems = pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
-
-
-def blob(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
 
 
 def on_disk(region: OverflowRegion) -> int:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from kit import NewRegion
 from nodedb_mem import (
     BudgetExhaustedError,
     CapacityExceededError,
@@ -30,8 +31,6 @@ from nodedb_mem import (
     UnknownEngineError,
     WrongThreadError,
 )
-
-NewRegion = Callable[..., OverflowRegion]
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import NewRegion
+from kit import NewRegion
 
 from nodedb_mem import InvalidSlotError, OverflowReader, OverflowRegion, RegionClosedError, RegionError, _memory
 from nodedb_mem._core import lib
 from nodedb_mem.errors import error_of
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import os
-import random
 import shutil
 import stat
 import subprocess
@@ -18,18 +17,11 @@ from typing import Any
 
 import pytest
 
+from kit import Mount, RunToEnd, blob
 from nodedb_mem import OverflowRegion, RegionIOError
-
-NewRegion = Callable[..., OverflowRegion]
-Mount = Callable[[str, int], Path]
-RunToEnd = Callable[..., None]
 
 file_systems = pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
 MIBS = {"tmpfs": 4, "ext4": 8}
-
-
-def blob(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
 
 
 # No room
@@ -446,16 +438,19 @@ def test_a_read_only_file_system_is_an_error(mount: Mount, kind: str) -> None:
     with OverflowRegion.open(directory / "old", initial_capacity=4096) as region:
         region.write(blob(1000), 0)
     subprocess.run(["mount", "-o", "remount,ro", str(directory)], check=True)
-    before = sorted(os.listdir(directory))
-    for name in ("old", "new"):
+    try:
+        before = sorted(os.listdir(directory))
+        for name in ("old", "new"):
+            with pytest.raises(RegionIOError) as caught:
+                OverflowRegion.open(directory / name)
+            assert caught.value.errno == errno.EROFS
+            assert caught.value.filename == str(directory / name)
         with pytest.raises(RegionIOError) as caught:
-            OverflowRegion.open(directory / name)
+            OverflowRegion.temporary(directory)
         assert caught.value.errno == errno.EROFS
-        assert caught.value.filename == str(directory / name)
-    with pytest.raises(RegionIOError) as caught:
-        OverflowRegion.temporary(directory)
-    assert caught.value.errno == errno.EROFS
-    assert sorted(os.listdir(directory)) == before
+        assert sorted(os.listdir(directory)) == before
+    finally:
+        subprocess.run(["mount", "-o", "remount,rw", str(directory)], check=True)
 
 
 # Paths that are not ours

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
 from types import SimpleNamespace, TracebackType
@@ -21,6 +21,7 @@ from typing import ClassVar
 
 import pytest
 
+from kit import Run, Terminal
 from nodedb_mem import OverflowRegion, RegionIOError, SlotRef
 from nodedb_mem.tools import cli, spill
 
@@ -43,8 +44,6 @@ KEYS = {
 }
 
 Figures = dict[str, float]
-Run = Callable[..., tuple[int, str, str]]
-Terminal = Callable[[], AbstractContextManager[tuple[int, bytearray]]]
 
 
 class MemoryRegion:

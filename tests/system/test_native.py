@@ -20,7 +20,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+# One process runs them all: the wheel is built once.
+pytestmark = [pytest.mark.system, pytest.mark.xdist_group("native")]
+
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples" / "native"
 RECORDS = 400
 WARNINGS = ["-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Werror", "-O1"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,17 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nodedb_mem import CapacityExceededError, OverflowRegion
-
-NewRegion = Callable[..., OverflowRegion]
-Check = Callable[[OverflowRegion], None]
-Footprint = Callable[[Path], tuple[int, int]]
+from kit import Check, Footprint, NewRegion, blob
+from nodedb_mem import CapacityExceededError
 
 MIB = 1 << 20
-
-
-def blob(size: int, seed: int = 0) -> bytes:
-    return random.Random(seed).randbytes(size)
 
 
 def address(view: memoryview) -> int:

@@ -1,0 +1,24 @@
+# The C programs of this folder: make -f tests/core/build.mk OUT=build/native FLAGS=... [PROGRAMS="test_writer ..."] run
+#
+# The core is compiled once for all of them, with the programs' own flags. RUN stands before each program: valgrind, say.
+
+PROGRAMS ?= $(sort $(notdir $(basename $(wildcard tests/core/test_*.c))))
+BASE     := -std=c11 -pthread -Wall -Wextra -Wshadow -Werror -Icsrc
+HEADERS  := $(wildcard csrc/*.h csrc/*/*.h tests/core/*.h)
+OBJECTS  := $(patsubst %.c,$(OUT)/%.o,$(filter-out csrc/python/%,$(sort $(wildcard csrc/*/*.c))))
+
+.PHONY: run $(addprefix run-,$(PROGRAMS))
+.DELETE_ON_ERROR:
+.SECONDARY:
+
+run: $(addprefix run-,$(PROGRAMS))
+
+$(addprefix run-,$(PROGRAMS)): run-%: $(OUT)/%
+	$(RUN) $<
+
+$(OUT)/csrc/%.o: csrc/%.c $(HEADERS)
+	@mkdir -p $(@D)
+	@$(CC) $(BASE) $(FLAGS) -c -o $@ $<
+
+$(OUT)/%: tests/core/%.c $(OBJECTS) $(HEADERS)
+	@$(CC) $(BASE) $(FLAGS) -o $@ $< $(OBJECTS)
