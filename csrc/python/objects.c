@@ -1,6 +1,8 @@
 /* The two types: how they end, and what their buffers show. */
 #include "objects.h"
 
+#include "refusals.h"
+
 static PyTypeObject *holder_type, *view_type;
 
 /* ---- Holder --------------------------------------------------------------------------------------------- */
@@ -64,23 +66,31 @@ PyObject *ndm_i_holder_where(PyObject *holder) { return ((Holder *)holder)->wher
 
 /* ---- View ----------------------------------------------------------------------------------------------- */
 
-static void end_lease(View *view)
+/* false: refused, and the lease is as it was. */
+static bool end_lease(View *view, ndm_error *refusal)
 {
     Holder *holder = view->leased_by;
+    int64_t status;
     if (!holder)
-        return;
+        return true;
     view->leased_by = NULL; /* before another thread may come */
     Py_BEGIN_ALLOW_THREADS
-    ndm_reader_release(holder->reader, view->lease);
+    status = ndm_i_noted(ndm_reader_release(holder->reader, view->lease), refusal);
     Py_END_ALLOW_THREADS
-    Py_DECREF(holder);
+    if (status < 0)
+        view->leased_by = holder;
+    else
+        Py_DECREF(holder);
+    return status >= 0;
 }
 
 static void view_free(PyObject *self)
 {
     View *view = (View *)self;
     PyTypeObject *type = Py_TYPE(self);
-    end_lease(view);
+    ndm_error refusal;
+    if (!end_lease(view, &refusal)) /* in a forked child, which has leased nothing */
+        Py_CLEAR(view->leased_by);
     if (ndm_view_try_release(view->address) == NDM_ERR_WAIT) {
         Py_BEGIN_ALLOW_THREADS
         ndm_view_release(view->address);
@@ -122,7 +132,9 @@ PyObject *ndm_i_end_lease(PyObject *Py_UNUSED(module), PyObject *view)
         PyErr_SetString(PyExc_TypeError, "a view is needed");
         return NULL;
     }
-    end_lease((View *)view);
+    ndm_error refusal;
+    if (!end_lease((View *)view, &refusal))
+        return ndm_i_refuse((PyObject *)((View *)view)->leased_by, NULL, &refusal);
     Py_RETURN_NONE;
 }
 

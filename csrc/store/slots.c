@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "store/slots.h"
 
+#include "os/owner.h"
 #include "os/status.h"
 
 #include <assert.h>
@@ -193,7 +194,7 @@ int ndm_i_slots_adopt(ndm_i_slots *slots, const ndm_i_file *data) { return in_ta
 
 void ndm_i_slots_close(ndm_i_slots *slots, const char *unlink_path)
 {
-    if (slots->started)
+    if (slots->started && ndm_i_is_process(slots->table.process)) /* a child's end is not the owner's */
         publish(&ndm_i_slots_header(slots)->owner, 0);
     ndm_i_file_close(&slots->table, unlink_path);
     slots->started = false;
