@@ -27,15 +27,15 @@ PYTEST    = $(BIN)/pytest --numprocesses $(JOBS) --dist loadgroup
 # The same commit gives the same sdist and wheel, byte for byte.
 SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),1767225600)
 
-.PHONY: help run test test-native test-python test-system coverage bench bench-quick bench-paths bench-write bench-ram bench-fragmentation
-.PHONY: bench-native bench-readers lint sanitize tsan fuzz valgrind wheel wheel-smoke clean
+.PHONY: help run test test-native test-python test-system bench bench-quick bench-paths bench-write bench-ram
+.PHONY: bench-fragmentation bench-native bench-readers lint coverage sanitize tsan fuzz valgrind wheel wheel-smoke clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would race
 
 help:
 	@echo 'make run          spill the standard library of python3 with a budget of $(BUDGET), and verify it'
 	@echo 'make test         every promise: the C programs under sanitizers, then pytest (ARGS="-k name"; JOBS=$(JOBS))'
-	@echo 'make test-system  mounts of more file systems, kills, other interpreters, native builds (the same ARGS)'
+	@echo 'make test-system  more file systems, rounds of kill -9, Dask, native builds; the wheel in other interpreters'
 	@echo 'make coverage     lines and branches of the C core and of the package that make test reaches'
 	@echo 'make bench        benchmarks, tables and plots in benchmarks/results (ARGS=--quick, or make bench-quick: the short form)'
 	@echo 'make bench-write  cold and warm writes beside plain copies; the price of opening (ARGS=--quick)'
@@ -93,6 +93,7 @@ test-python: $(VENV)/.installed $(VENV)/.extra-test
 # The benchmarks' twin is held to the region's promises here.
 test-system: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-native-test
 	$(PYTEST) -m system tests benchmarks/test_twin.py $(ARGS)
+	$(MAKE) wheel-smoke
 
 # --- benchmarks ------------------------------------------------------------------------------------------------
 
@@ -168,7 +169,7 @@ sanitize: $(SAN)/.extra-test
 COV      := build/coverage
 COV_ENV   = PYTHONPATH=$(CURDIR)/$(COV)
 
-coverage: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-native-test $(VENV)/.extra-coverage
+coverage: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-coverage
 	rm -rf $(COV)
 	mkdir -p $(COV)
 	tar -cf - --exclude=__pycache__ $(wildcard $(SAN_TREE)) | tar -xf - -C $(COV)
