@@ -36,7 +36,7 @@ help:
 	@echo 'make run          spill the standard library of python3 with a budget of $(BUDGET), and verify it'
 	@echo 'make test         every promise: the C programs under sanitizers, then pytest (ARGS="-k name"; JOBS=$(JOBS))'
 	@echo 'make test-system  more file systems, rounds of kill -9, Dask, native builds; the wheel in other interpreters'
-	@echo 'make coverage     lines and branches of the C core and of the package that make test reaches'
+	@echo 'make coverage     lines and branches of the C core and of the package that core/, api/ and promises/ of tests reach'
 	@echo 'make bench        benchmarks, tables and plots in benchmarks/results (ARGS=--quick, or make bench-quick: the short form)'
 	@echo 'make bench-write  cold and warm writes beside plain copies; the price of opening (ARGS=--quick)'
 	@echo 'make bench-ram    spilling under a limit, in a small cgroup, and back (ARGS=--quick)'
@@ -177,7 +177,7 @@ coverage: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-coverage
 	    $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
 	cd $(COV) && $(CTESTS) OUT=build/native FLAGS="-O1 -g --coverage -fprofile-update=atomic"
 	cd $(COV) && $(COV_ENV) $(CURDIR)/$(BIN)/python -c "import nodedb_mem" && chmod -R a+rwX .
-	cd $(COV) && $(COV_ENV) $(CURDIR)/$(PYTEST) -m "not system and not untraced" --cov --cov-report=term $(ARGS)
+	cd $(COV) && $(COV_ENV) $(CURDIR)/$(PYTEST) -m "not untraced" tests/api tests/promises --cov --cov-report=term $(ARGS)
 	cd $(COV) && $(COV_ENV) $(CURDIR)/$(PYTEST) -m untraced
 	cd $(COV) && $(CURDIR)/$(BIN)/gcovr --root . --filter csrc/ --exclude-branches-by-pattern '.*\bassert\(.*' \
 	    --txt-metric line --txt - --print-summary build
