@@ -90,9 +90,10 @@ test-native:
 test-python: $(VENV)/.installed $(VENV)/.extra-test
 	$(PYTEST) -m "not system" $(ARGS)
 
-# The benchmarks' twin is held to the region's promises here.
+# The benchmarks' twin is held to the region's promises here. The pages on native code need their compilers.
 test-system: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-native-test
 	$(PYTEST) -m system tests benchmarks/test_twin.py $(ARGS)
+	$(PYTEST) docs/native.md tests/api/test_docs.py $(ARGS)
 	$(MAKE) wheel-smoke
 
 # --- benchmarks ------------------------------------------------------------------------------------------------
