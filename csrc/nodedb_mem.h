@@ -153,7 +153,8 @@ int ndm_path_in_memory(const char *path);
 
 /* Hand the region over to another thread of this process. The owner releases it; from then on every verb returns
  * NDM_ERR_WRONG_THREAD on every thread, until a thread adopts it, and is its owner. A region whose owner's thread has
- * ended can be adopted, too. Adopting fails with NDM_ERR_WRONG_THREAD while the owner lives and has not released it. */
+ * ended can be adopted, too. Adopting fails with NDM_ERR_WRONG_THREAD if the owner lives and does not release it within a tenth of a
+ * second. */
 int ndm_region_release_ownership(ndm_region *region);
 int ndm_region_adopt(ndm_region *region);
 

@@ -169,7 +169,8 @@ class RegionControl:
         Raises
         ------
         WrongThreadError
-            The owner lives, and has not called `release_ownership`; or this is a forked child.
+            The owner lives, and has not called `release_ownership` within a tenth of a second; or this is a forked
+            child.
         """
         control(lib.control_adopt, self._where, self._handle)
 

@@ -1,4 +1,5 @@
-/* A region's life: opening, closing, and its ceiling. */
+/* A region's life: opening, closing, handing over, and its ceiling. */
+#define _GNU_SOURCE
 #include "region/ledger.h"
 
 #include "os/status.h"
@@ -9,6 +10,7 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 /* The pages of a value this large leave the RSS with its last view; for less, the system call costs more. */
 #define FORGET_FROM ((uint64_t)64 << 10)
@@ -295,11 +297,18 @@ int ndm_region_release_ownership(ndm_region *region)
     return NDM_OK;
 }
 
+/* A thread that was joined, as Python's are, may still have to end for the system. */
+enum { ADOPT_TRIES = 100, ADOPT_PAUSE_NS = 1000000 };
+
 int ndm_region_adopt(ndm_region *region)
 {
     if (ndm_i_region_is_closed(region))
         return ndm_i_fail(NDM_ERR_CLOSED, "the region is closed");
-    const int refused = ndm_i_owner_adopt(&region->owner);
+    int refused = ndm_i_owner_adopt(&region->owner);
+    for (int tries = 1; refused == EPERM && tries < ADOPT_TRIES && ndm_i_is_process(region->owner.process); tries++) {
+        nanosleep(&(struct timespec){.tv_nsec = ADOPT_PAUSE_NS}, NULL);
+        refused = ndm_i_owner_adopt(&region->owner);
+    }
     if (refused == ENOMEM)
         return ndm_i_fail(NDM_ERR_MEMORY, "no memory for the owner");
     if (refused)

@@ -1,6 +1,7 @@
 /* Handles by themselves (test_handle.c has them with regions): numbers for any object, calls, retirement from another thread,
  * numbers that come again, and the last generation. */
 #include "check.h"
+#include "os/owner.h"
 #include "store/handles.h"
 
 #include <pthread.h>
@@ -10,9 +11,19 @@
 
 static void *const object = &(int){1};
 
+/* A handle of the calling thread's, which gets a number by owning something. */
+static uint64_t handle_of(void *thing)
+{
+    ndm_i_owner owner;
+    CHECK(ndm_i_owner_init(&owner));
+    const uint64_t handle = ndm_i_handle_new(thing, ndm_i_this_thread, owner.process);
+    ndm_i_owner_fini(&owner);
+    return handle;
+}
+
 static uint64_t new_handle(void)
 {
-    const uint64_t handle = ndm_i_handle_new(object, ndm_i_owner_here());
+    const uint64_t handle = handle_of(object);
     CHECK(handle != 0 && handle < (uint64_t)1 << 63);
     return handle;
 }
@@ -25,7 +36,7 @@ static void expect_stale(uint64_t handle)
 
 static void test_calls(void)
 {
-    const uint64_t handle = new_handle(), other = ndm_i_handle_new((void *)&handle, ndm_i_owner_here());
+    const uint64_t handle = new_handle(), other = handle_of((void *)&handle);
     ndm_i_call call, inner;
     CHECK(other != 0 && other != handle);
     CHECK(ndm_i_call_begin(handle, &call) == NDM_OK && call.object == object);
@@ -49,7 +60,7 @@ static void test_many(void)
     enum { MANY = 1000 };
     static uint64_t handles[MANY], again[MANY];
     for (int i = 0; i < MANY; i++) {
-        handles[i] = ndm_i_handle_new(&handles[i], ndm_i_owner_here());
+        handles[i] = handle_of(&handles[i]);
         CHECK(handles[i] != 0);
     }
     for (int i = 0; i < MANY; i++) {
@@ -112,7 +123,7 @@ static void *own_some(void *unused)
     for (int i = 0; i < 3000; i++) {
         uint64_t handles[4];
         for (int k = 0; k < 4; k++) {
-            handles[k] = ndm_i_handle_new(&handles[k], ndm_i_owner_here());
+            handles[k] = handle_of(&handles[k]);
             CHECK(handles[k] != 0);
         }
         for (int k = 0; k < 4; k++) {
