@@ -184,8 +184,10 @@ class OverflowRegion(RegionControl):
 
         Raises
         ------
-        TypeError, BufferError
-            `data` is no buffer; it is not C-contiguous.
+        TypeError
+            `data` is no buffer, or its bytes are pointers, or it is a masked array.
+        BufferError
+            `data` is not C-contiguous.
         ValueError
             `engine` is not 0 to 255.
         CapacityExceededError
