@@ -49,7 +49,9 @@ class OverflowRegion(RegionControl):
     path
         The file to create or open (mode 0600; symlinks are refused). Beside it, `path` + ".slots" holds the slot
         table. A file left by an earlier region keeps its size as capacity and starts empty; only bytes that a living
-        reader leases stay pinned.
+        reader leases stay pinned. None: an unnamed file, as `temporary` opens it.
+    directory
+        Of an unnamed file; by default the directory for temporary files.
     initial_capacity
         Size of a new file, in bytes.
     max_capacity
@@ -88,14 +90,23 @@ class OverflowRegion(RegionControl):
 
     def __init__(
         self,
-        path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
+        path: str | bytes | os.PathLike[str] | os.PathLike[bytes] | None,
         *,
+        directory: str | bytes | os.PathLike[str] | os.PathLike[bytes] | None = None,
         initial_capacity: int = DEFAULT_INITIAL_CAPACITY,
         max_capacity: int = DEFAULT_MAX_CAPACITY,
         alignment: int = DEFAULT_ALIGNMENT,
         cache_limit: int | None = DEFAULT_CACHE_LIMIT,
         recover: bool = False,
     ) -> None:
+        if path is None:
+            if recover:
+                raise ValueError("an unnamed file has nothing to recover")
+            folder = os.fsdecode(tempfile.gettempdir() if directory is None else directory)
+            self._open(None, folder, region_options(initial_capacity, max_capacity, alignment, cache_limit, False))
+            return
+        if directory is not None:
+            raise ValueError("directory is for an unnamed file: path must be None")
         name = os.fsdecode(path)
         # A later chdir() must not lead share() elsewhere.
         absolute = os.path.join(os.getcwd(), name) if name else ""
@@ -152,6 +163,9 @@ class OverflowRegion(RegionControl):
     ) -> Self:
         """Open a region on an unnamed file, which leaves nothing behind however the process ends.
 
+        The same as calling the class with None as its path, and `directory`: a subclass whose ``__init__`` hands both
+        on may be temporary.
+
         Parameters
         ----------
         directory
@@ -160,10 +174,14 @@ class OverflowRegion(RegionControl):
         initial_capacity, max_capacity, alignment, cache_limit
             As for the class.
         """
-        region = cls.__new__(cls)
-        folder = os.fsdecode(tempfile.gettempdir() if directory is None else directory)
-        region._open(None, folder, region_options(initial_capacity, max_capacity, alignment, cache_limit, False))
-        return region
+        return cls(
+            None,
+            directory=directory,
+            initial_capacity=initial_capacity,
+            max_capacity=max_capacity,
+            alignment=alignment,
+            cache_limit=cache_limit,
+        )
 
     # -- values ---------------------------------------------------------------------------------------------------
 
@@ -184,8 +202,10 @@ class OverflowRegion(RegionControl):
 
         Raises
         ------
-        TypeError, BufferError
-            `data` is no buffer; it is not C-contiguous.
+        TypeError
+            `data` is no buffer, or its bytes are pointers, or it is a masked array.
+        BufferError
+            `data` is not C-contiguous.
         ValueError
             `engine` is not 0 to 255.
         CapacityExceededError
