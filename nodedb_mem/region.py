@@ -126,7 +126,7 @@ class OverflowRegion(RegionControl):
     ) -> Self:
         """Create or open the region at `path`; the same as calling the class."""
         return cls(
-            path,
+            os.fspath(path),  # None is no path here
             initial_capacity=initial_capacity,
             max_capacity=max_capacity,
             alignment=alignment,
@@ -137,19 +137,21 @@ class OverflowRegion(RegionControl):
     @classmethod
     def open_with_capacity(cls, path: str | os.PathLike[str], initial: int) -> Self:
         """Open with an initial capacity in bytes. The ceiling is the default, or `initial` where that is more."""
-        return cls(path, initial_capacity=initial, max_capacity=max(index(initial), DEFAULT_MAX_CAPACITY))
+        return cls(os.fspath(path), initial_capacity=initial, max_capacity=max(index(initial), DEFAULT_MAX_CAPACITY))
 
     @classmethod
     def open_with_config(cls, path: str | os.PathLike[str], initial: int, maximum: int) -> Self:
         """Open with an initial capacity and a ceiling, both in bytes."""
-        return cls(path, initial_capacity=initial, max_capacity=maximum)
+        return cls(os.fspath(path), initial_capacity=initial, max_capacity=maximum)
 
     @classmethod
     def open_with_tuning(cls, path: str | os.PathLike[str], tuning: MemoryTuning) -> Self:
         """Open with the sizes of a `MemoryTuning`."""
         if not isinstance(tuning, MemoryTuning):
             raise TypeError(f"a MemoryTuning is needed, not {type(tuning).__name__!r}")
-        return cls(path, initial_capacity=tuning.overflow_initial_bytes, max_capacity=tuning.overflow_max_bytes)
+        return cls(
+            os.fspath(path), initial_capacity=tuning.overflow_initial_bytes, max_capacity=tuning.overflow_max_bytes
+        )
 
     @classmethod
     def temporary(

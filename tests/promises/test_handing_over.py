@@ -269,16 +269,19 @@ def test_a_child_does_not_keep_a_closed_regions_disk_space(tmp_path: Path) -> No
     fds = [fd for fd in os.listdir("/proc/self/fd") if _is_deleted_below(fd, tmp_path)]
     assert fds and blocks() > 0
     go, stop = os.pipe()
+    ready, told = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(stop)
+        os.write(told, b".")
         os.read(go, 1)
         os._exit(0)
+    os.read(ready, 1)
     copies = [fd for fd in os.listdir(f"/proc/{child}/fd") if _is_deleted_below(fd, tmp_path, child)]
     assert not copies and str(tmp_path) not in Path(f"/proc/{child}/maps").read_text()
     region.close()
-    os.close(stop)
-    os.close(go)
+    for fd in (stop, go, ready, told):
+        os.close(fd)
     os.waitpid(child, 0)
 
 
