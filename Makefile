@@ -27,8 +27,8 @@ PYTEST    = $(BIN)/pytest --numprocesses $(JOBS) --dist loadgroup
 # The same commit gives the same sdist and wheel, byte for byte.
 SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),1767225600)
 
-.PHONY: help run test test-native test-python test-system bench bench-quick bench-paths bench-write bench-ram
-.PHONY: bench-fragmentation bench-native bench-readers lint coverage sanitize tsan fuzz valgrind wheel wheel-smoke clean
+.PHONY: help run test test-native test-python test-system test-aarch64 stress bench bench-quick bench-paths bench-write
+.PHONY: bench-ram bench-fragmentation bench-native bench-readers lint coverage sanitize tsan fuzz valgrind wheel wheel-smoke clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would race
 
@@ -36,6 +36,8 @@ help:
 	@echo 'make run          spill the standard library of python3 with a budget of $(BUDGET), and verify it'
 	@echo 'make test         every promise: the C programs under sanitizers, then pytest (ARGS="-k name"; JOBS=$(JOBS))'
 	@echo 'make test-system  more file systems, rounds of kill -9, Dask, native builds; the wheel in other interpreters'
+	@echo 'make test-aarch64 the C programs, built for aarch64, under qemu (Debian: gcc-aarch64-linux-gnu qemu-user)'
+	@echo 'make stress       foreign threads call every verb while the owner opens and closes, with ASan, SECONDS=$(SECONDS)'
 	@echo 'make coverage     lines and branches of the C core and of the package that core/, api/ and promises/ of tests reach'
 	@echo 'make bench        benchmarks, pages and pictures in benchmarks/results (make bench-quick: the short form, in build/results)'
 	@echo 'make bench-write  cold and warm writes beside plain copies; the price of opening (ARGS=--quick)'
@@ -95,6 +97,17 @@ test-system: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-native-test
 	$(PYTEST) -m system tests benchmarks/test_twin.py $(ARGS)
 	$(PYTEST) docs/native.md tests/api/test_docs.py $(ARGS)
 	$(MAKE) wheel-smoke
+
+# The core for the other architecture, by Debian's cross compiler, in the user mode of qemu. Without sanitizers, which do not
+# run there. What qemu lacks the programs find out, and say.
+CROSS := aarch64-linux-gnu
+
+test-aarch64:
+	$(CTESTS) CC=$(CROSS)-gcc OUT=build/aarch64 FLAGS="-O2 -g" RUN="qemu-aarch64 -L /usr/$(CROSS)"
+
+# Foreign threads call every verb while the owner opens, works and closes: for SECONDS.
+stress:
+	$(CTESTS) OUT=build/native FLAGS="$(CSAN)" PROGRAMS=stress_foreign SECONDS=$(SECONDS)
 
 # --- benchmarks ------------------------------------------------------------------------------------------------
 

@@ -33,8 +33,10 @@ static _Atomic uint64_t *make_page(void)
     void *fresh = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (fresh == MAP_FAILED)
         return NULL;
-    /* Kernels and emulators without MADV_WIPEONFORK still get the fork() of the C library. */
-    if (madvise(fresh, size, MADV_WIPEONFORK) != 0 && pthread_atfork(NULL, NULL, forget_process) != 0)
+    /* Kernels without MADV_WIPEONFORK still get the fork() of the C library. So do emulators, which may accept the advice
+     * without following it, as qemu's user mode does. */
+    madvise(fresh, size, MADV_WIPEONFORK);
+    if (pthread_atfork(NULL, NULL, forget_process) != 0)
         goto fail;
     _Atomic uint64_t *expected = NULL;
     if (!atomic_compare_exchange_strong(&page, &expected, (_Atomic uint64_t *)fresh)) {
