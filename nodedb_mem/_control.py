@@ -109,7 +109,7 @@ class RegionControl:
 
         Lowers `used_bytes` past free space at the end, shrinks the file to it (not below its size when opened; while
         readers are there the end becomes a hole instead), and punches holes into free extents of 64 KiB and more.
-        Linear in the number of values.
+        Linear in the number of values. If the system refuses half-way, what was given back stays so.
 
         Returns
         -------
@@ -134,7 +134,8 @@ class RegionControl:
         ValueError
             `budget` is negative.
         RegionIOError
-            A hole that `trim` had punched cannot get its blocks back (ENOSPC). Every value is intact.
+            A hole that `trim` had punched cannot get its blocks back (ENOSPC). Every value is intact, and values that
+            were moved so far stay where they are.
         """
         limit = _NO_LIMIT if budget is None else index(budget)
         if limit < 0:

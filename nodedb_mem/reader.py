@@ -69,9 +69,9 @@ class OverflowReader:
     Opens the files for reading only: it can change nothing. It follows growth, trim, compact and a raised ceiling by
     itself, and may be used from every thread of the process that opened it.
 
-    What it reads may be freed and overwritten meanwhile. `read_bytes` never gives torn bytes; `borrow` tells on leaving
-    whether the view was true all along; `lease` keeps the value in place; a plain `read` is for values of which you
-    know that the owner keeps them.
+    What it reads may be freed and overwritten meanwhile. `read_bytes` never gives torn bytes. `borrow` checks on
+    leaving whether the view was true all along. `lease` keeps the value in place. A plain `read` is for values that the
+    owner is known to keep.
 
     Parameters
     ----------
@@ -85,9 +85,9 @@ class OverflowReader:
     RegionIOError
         A file is missing (ENOENT) or may not be read, or is no region's, of another version or cut short (EINVAL).
     StaleSlotError
-        `source` is a reference into a region that has been opened anew since. Whether its value is still there is told
-        by the verbs. A named region may be read after it was closed; the files of a temporary one are gone then
-        (ENOENT, or EINVAL where the number of its descriptor stands for another file).
+        `source` is a reference into a region that has been opened anew since. The verbs check whether its value is
+        still there. A named region may be read after it was closed. The files of a temporary one are gone then (ENOENT, or
+        EINVAL where the number of its descriptor stands for another file).
     """
 
     __slots__ = ("__weakref__", "_handle", "_holder", "_incarnation", "_where")
@@ -274,7 +274,7 @@ class OverflowReader:
 
 
 def _is_known_changed(loan: object) -> bool:
-    """Whether a borrowed value has changed; False where that cannot be told any more."""
+    """Whether a borrowed value is known to have changed."""
     try:
         return not _memory.is_unchanged(loan)
     except StaleSlotError:

@@ -41,38 +41,41 @@ class OverflowRegion(RegionControl):
     """One overflow file and its mapping, owned by the thread that opens it.
 
     Every verb raises `WrongThreadError` on any other thread and in a forked child, and `RegionClosedError` after
-    `close`. Only `path`, `closed`, `repr` and `with` work everywhere. When an error is raised, nothing has been
-    changed.
+    `close`. Only `path`, `closed`, `repr`, `adopt` and `with` work everywhere. A verb that raises has changed nothing.
+    There are three exceptions. `close` closes the region and then reports that a write-back failed. `compact` and
+    `trim` may stop half-way: every value is intact then, and what was done so far stays.
 
     Parameters
     ----------
     path
         The file to create or open (mode 0600; symlinks are refused). Beside it, `path` + ".slots" holds the slot
-        table. A file left by an earlier region keeps its size as capacity and starts empty; only bytes that a living
-        reader leases stay pinned. None: an unnamed file, as `temporary` opens it.
+        table. A file left by an earlier region keeps its size as capacity and starts empty. Only bytes that a living
+        reader leases stay pinned. None opens an unnamed file, as `temporary` does.
     directory
-        Of an unnamed file; by default the directory for temporary files.
+        Where an unnamed file takes its blocks. The default is the directory for temporary files.
     initial_capacity
         Size of a new file, in bytes.
     max_capacity
         The most the file may grow to, in bytes.
     alignment
-        Of the start of every value, in bytes: a power of two, 1 to 4096. 1 packs values without gaps.
+        Every value starts at a multiple of it, in bytes. It is a power of two from 1 to 4096. 1 packs values without
+        gaps.
     cache_limit
-        The most bytes of the file that may stay in RAM, page cache and RSS together: beyond, a background thread of the
-        core writes the oldest to disk and drops them. 0: as little as possible, about 4 MiB. Views that are in use may
-        hold more. Under any limit the pages of values of 64 KiB and more leave the RSS with their last view. None: no
-        limit, and pages that were read stay mapped, so that reading them again costs no faults; to keep the RSS low
-        all the same, set a limit larger than the file. Without effect on tmpfs, which has no other place than RAM.
+        The most bytes of the file that may stay in RAM, page cache and RSS together. A background thread of the core
+        writes what is beyond it to disk, oldest first, and drops it. 0 keeps as little as possible, about 4 MiB. Views
+        that are in use may hold more. Under any limit the pages of values of 64 KiB and more leave the RSS with their
+        last view. None sets no limit. Pages that were read stay mapped then, so that reading them again costs no
+        faults. To keep the RSS low all the same, set a limit larger than the file. The limit has no effect on tmpfs, which has
+        no other place than RAM.
     recover
-        Keep the values of an earlier region, whose owner closed it or was killed, under their slots; references to them
-        stay good, and its alignment holds. A value being written when the owner died is not among them. Values survive
-        the death of the process, not that of the machine.
+        Keep the values of an earlier region under their slots, whether its owner closed it or was killed. References to
+        them stay good, and the earlier alignment holds. A value that was being written when the owner died is lost.
+        Values survive the death of the process, not that of the machine.
 
     Warns
     -----
     ResourceWarning
-        The file is on tmpfs: what is spilled there stays in RAM.
+        The file is on tmpfs, where spilled bytes stay in RAM.
 
     Raises
     ------
@@ -235,7 +238,7 @@ class OverflowRegion(RegionControl):
         Returns
         -------
         int
-            The slot's number. `parts` tells where its parts are.
+            The slot's number. `parts` says where its parts are.
 
         Raises
         ------
@@ -259,9 +262,9 @@ class OverflowRegion(RegionControl):
         return slot
 
     def parts(self, slot: int) -> SlotParts:
-        """Tell where the parts of a live slot lie in its value: one part, unless `write_vectored` wrote it.
+        """Say where the parts of a live slot lie in its value. A value has one part, unless `write_vectored` wrote it.
 
-        The layout is the region object's knowledge, not the file's.
+        The region object knows the layout; the file does not.
         """
         slot = index(slot)
         _, size, _, occupied, generation = _memory.slot(self._holder, slot)
