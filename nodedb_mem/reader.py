@@ -86,8 +86,8 @@ class OverflowReader:
         A file is missing (ENOENT) or may not be read, or is no region's, of another version or cut short (EINVAL).
     StaleSlotError
         `source` is a reference into a region that has been opened anew since. The verbs check whether its value is
-        still there. A named region may be read after it was closed. The files of a temporary one are gone then (ENOENT, or
-        EINVAL where the number of its descriptor stands for another file).
+        still there. A named region may be read after it was closed. The files of a temporary one are gone then (ENOENT,
+        or EINVAL where the number of its descriptor stands for another file).
     """
 
     __slots__ = ("__weakref__", "_handle", "_holder", "_incarnation", "_where")

@@ -65,8 +65,8 @@ class OverflowRegion(RegionControl):
         writes what is beyond it to disk, oldest first, and drops it. 0 keeps as little as possible, about 4 MiB. Views
         that are in use may hold more. Under any limit the pages of values of 64 KiB and more leave the RSS with their
         last view. None sets no limit. Pages that were read stay mapped then, so that reading them again costs no
-        faults. To keep the RSS low all the same, set a limit larger than the file. The limit has no effect on tmpfs, which has
-        no other place than RAM.
+        faults. To keep the RSS low all the same, set a limit larger than the file. The limit has no effect on tmpfs,
+        which has no other place than RAM.
     recover
         Keep the values of an earlier region under their slots, whether its owner closed it or was killed. References to
         them stay good, and the earlier alignment holds. A value that was being written when the owner died is lost.
