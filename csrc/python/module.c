@@ -12,7 +12,6 @@
 static PyMethodDef functions[] = {
     {"translate_with", ndm_i_translate_with, METH_O, NULL},
     {"check_contents", ndm_i_check_contents, METH_O, NULL},
-    {"end_lease", ndm_i_end_lease, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,8 +1,6 @@
 /* The two types: how they end, and what their buffers show. */
 #include "objects.h"
 
-#include "refusals.h"
-
 static PyTypeObject *holder_type, *view_type;
 
 /* ---- Holder --------------------------------------------------------------------------------------------- */
@@ -66,31 +64,23 @@ PyObject *ndm_i_holder_where(PyObject *holder) { return ((Holder *)holder)->wher
 
 /* ---- View ----------------------------------------------------------------------------------------------- */
 
-/* false: refused, and the lease is as it was. */
-static bool end_lease(View *view, ndm_error *refusal)
+/* In a forked child, which has leased nothing, the core does nothing. */
+static void end_lease(View *view)
 {
     Holder *holder = view->leased_by;
-    int64_t status;
     if (!holder)
-        return true;
-    view->leased_by = NULL; /* before another thread may come */
+        return;
     Py_BEGIN_ALLOW_THREADS
-    status = ndm_i_noted(ndm_reader_release(holder->reader, view->lease), refusal);
+    ndm_reader_release(holder->reader, view->lease);
     Py_END_ALLOW_THREADS
-    if (status < 0)
-        view->leased_by = holder;
-    else
-        Py_DECREF(holder);
-    return status >= 0;
+    Py_DECREF(holder);
 }
 
 static void view_free(PyObject *self)
 {
     View *view = (View *)self;
     PyTypeObject *type = Py_TYPE(self);
-    ndm_error refusal;
-    if (!end_lease(view, &refusal)) /* in a forked child, which has leased nothing */
-        Py_CLEAR(view->leased_by);
+    end_lease(view);
     if (ndm_view_try_release(view->address) == NDM_ERR_WAIT) {
         Py_BEGIN_ALLOW_THREADS
         ndm_view_release(view->address);
@@ -126,16 +116,12 @@ PyObject *ndm_i_view_memory(View *view)
     return memory;
 }
 
-PyObject *ndm_i_end_lease(PyObject *Py_UNUSED(module), PyObject *view)
+View *ndm_i_as_view(PyObject *object)
 {
-    if (Py_TYPE(view) != view_type) {
-        PyErr_SetString(PyExc_TypeError, "a view is needed");
-        return NULL;
-    }
-    ndm_error refusal;
-    if (!end_lease((View *)view, &refusal))
-        return ndm_i_refuse((PyObject *)((View *)view)->leased_by, NULL, &refusal);
-    Py_RETURN_NONE;
+    if (Py_TYPE(object) == view_type)
+        return (View *)object;
+    PyErr_SetString(PyExc_TypeError, "a view is needed");
+    return NULL;
 }
 
 /* ---- the types ------------------------------------------------------------------------------------------ */
