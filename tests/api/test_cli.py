@@ -621,6 +621,9 @@ def test_the_readers_end_with_a_killed_command(tmp_path: Path, number: signal.Si
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        preexec_fn=lambda: (
+            signal.signal(number, signal.SIG_DFL) if number != signal.SIGKILL else None
+        ),  # nohup ignores it
     ) as spiller:
         until = time.monotonic() + 60
         while len(_alive_in_group(spiller.pid)) < 4:  # itself, two readers, Python's tracker of resources
