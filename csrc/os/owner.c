@@ -83,7 +83,8 @@ static void thread_unref(struct ndm_i_thread *thread)
         free(thread);
 }
 
-/* Other destructors of the thread may still use what it owns: this one comes in the last round. */
+/* Other destructors of the thread may still use what it owns: this one comes in the last round but one. In the last,
+ * sanitizers take down what they know of the thread. */
 static void thread_ends(void *argument)
 {
     struct ndm_i_thread *thread = argument;
@@ -105,7 +106,7 @@ static struct ndm_i_thread *thread_ref(void)
         if (!thread)
             return NULL;
         atomic_init(&thread->users, 1);
-        thread->rounds = PTHREAD_DESTRUCTOR_ITERATIONS;
+        thread->rounds = PTHREAD_DESTRUCTOR_ITERATIONS - 1;
         if (!has_key || pthread_setspecific(end_of_thread, thread) != 0)
             thread->rounds = 0; /* nobody will hear of its end: what it owns can be adopted after a release only */
         this_record = thread;
