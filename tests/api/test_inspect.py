@@ -513,6 +513,7 @@ def test_a_region_that_is_being_opened_is_waited_for(
         end = time.monotonic() + 4
         while time.monotonic() < end:
             OverflowRegion(sys.argv[1], initial_capacity=1 << 30).close()
+            time.sleep(0.05)  # without a rest for as long as a look takes, no look could ever end
         """,
         path,
     )
