@@ -17,7 +17,8 @@
  *
  *  - One owner. Only the thread that opened the region may call a ndm_region_* function, in the process that opened it.
  *    Elsewhere the function returns NDM_ERR_WRONG_THREAD and changes nothing. A forked child is not the owner. Any
- *    thread may call ndm_view_release(), ndm_view_try_release(), ndm_region_unpin() and ndm_region_destroy().
+ *    thread may call ndm_view_release(), ndm_view_try_release(), ndm_region_unpin(), ndm_region_destroy(), and
+ *    ndm_region_adopt(), by which it becomes the owner of a region that has none.
  *  - A view (ndm_region_read) pins its slot. The bytes stay where they are, unchanged, until every view of them is
  *    released, even after the slot is freed or the region is closed. A view that is never released leaks its extent and
  *    keeps the mapping, and so the file's lock, until the process ends.
