@@ -510,10 +510,11 @@ def test_a_region_that_is_being_opened_is_waited_for(
         import sys, time
         from nodedb_mem import OverflowRegion
         print("ready", flush=True)
-        end = time.monotonic() + 4
-        while time.monotonic() < end:
-            OverflowRegion(sys.argv[1], initial_capacity=1 << 30).close()
-            time.sleep(0.05)  # without a rest for as long as a look takes, no look could ever end
+        for _ in range(4):  # a look waits longer than a burst lasts, and a rest lasts longer than a look takes
+            end = time.monotonic() + 0.2
+            while time.monotonic() < end:
+                OverflowRegion(sys.argv[1], initial_capacity=1 << 30).close()
+            time.sleep(0.8)
         """,
         path,
     )
