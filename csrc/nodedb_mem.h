@@ -52,7 +52,7 @@
 #define NDM_VERSION_NUMBER 100 /* major * 10000 + minor * 100 + patch */
 #define NDM_ABI_VERSION 1
 
-#define NDM_BYTES_UNKNOWN UINT64_MAX /* ndm_reader_figures.resident_bytes */
+#define NDM_BYTES_UNKNOWN UINT64_MAX /* ndm_reader_figures.resident_bytes, ndm_error.disk_free */
 
 /* To be called once, early: NDM_OK if the library that runs is one that this header describes. */
 #define NDM_CHECK_ABI() ndm_check_abi(NDM_ABI_VERSION, NDM_VERSION_NUMBER)
@@ -96,6 +96,10 @@ typedef struct {
     const char *message; /* what was wrong or what was tried, a static string */
     int32_t file;        /* NDM_ERR_IO and NDM_ERR_BUSY: which of the region's files, an ndm_file */
     int32_t slot_known;  /* 1: batch verbs, ndm_h_* and readers; 0: the call named just one, and `slot` is 0 */
+    int32_t space_known; /* 1: a verb found no room, and the fields below are the region's, as ndm_stats has them; else 0 */
+    int32_t views;       /* live views, of any number up to INT32_MAX, of the bytes in pinned_bytes; leases keep the others */
+    uint64_t free_bytes, largest_free_bytes, pinned_bytes;
+    uint64_t disk_free;  /* bytes that the file system has left for this user; NDM_BYTES_UNKNOWN */
 } ndm_error;
 
 /* Details of the last failure on this thread. The pointer stays good for the life of the thread, its contents

@@ -49,9 +49,9 @@ class OverflowRegion(RegionControl):
     path
         The file to create or open (mode 0600; symlinks are refused). Beside it, `path` + ".slots" holds the slot
         table. A file left by an earlier region keeps its size as capacity and starts empty; only bytes that a living
-        reader leases stay pinned. None: an unnamed file, as `temporary` opens it.
+        reader leases stay pinned. None: an unnamed file, as `temporary` opens it, in `directory`.
     directory
-        Of an unnamed file; by default the directory for temporary files.
+        Of an unnamed file, whose path is None.
     initial_capacity
         Size of a new file, in bytes.
     max_capacity
@@ -100,10 +100,15 @@ class OverflowRegion(RegionControl):
         recover: bool = False,
     ) -> None:
         if path is None:
+            if directory is None:
+                raise TypeError("a path is needed; or a directory, for an unnamed file")
             if recover:
                 raise ValueError("an unnamed file has nothing to recover")
-            folder = os.fsdecode(tempfile.gettempdir() if directory is None else directory)
-            self._open(None, folder, region_options(initial_capacity, max_capacity, alignment, cache_limit, False))
+            self._open(
+                None,
+                os.fsdecode(directory),
+                region_options(initial_capacity, max_capacity, alignment, cache_limit, False),
+            )
             return
         if directory is not None:
             raise ValueError("directory is for an unnamed file: path must be None")
@@ -176,7 +181,7 @@ class OverflowRegion(RegionControl):
         """
         return cls(
             None,
-            directory=directory,
+            directory=tempfile.gettempdir() if directory is None else directory,
             initial_capacity=initial_capacity,
             max_capacity=max_capacity,
             alignment=alignment,

@@ -369,6 +369,12 @@ void ndm_i_file_drop(const ndm_i_file *file, const ndm_i_mapping *mapping, uint6
 
 int ndm_i_file_sync(const ndm_i_file *file) { return fdatasync(file->fd) == 0 ? 0 : errno; }
 
+uint64_t ndm_i_file_disk_free(const ndm_i_file *file)
+{
+    struct statfs system;
+    return fstatfs(file->fd, &system) == 0 ? (uint64_t)system.f_bavail * (uint64_t)system.f_frsize : UINT64_MAX;
+}
+
 int ndm_i_file_disk_bytes(const ndm_i_file *file, uint64_t *bytes)
 {
     struct stat facts;

@@ -109,6 +109,9 @@ int ndm_i_file_sync(const ndm_i_file *file);
 void ndm_i_file_drop(const ndm_i_file *file, const ndm_i_mapping *mapping, uint64_t start, uint64_t end);
 
 /* Bytes of disk that the file occupies. */
+/* Bytes that the file system has left for this user; UINT64_MAX: unknown. */
+uint64_t ndm_i_file_disk_free(const ndm_i_file *file);
+
 int ndm_i_file_disk_bytes(const ndm_i_file *file, uint64_t *bytes);
 
 /* Let go of the mapping; views keep it. */
