@@ -146,12 +146,24 @@ int ndm_region_close(ndm_region *region);
 /* 1 if the region is closed or `region` is NULL, else 0. Any thread. */
 int ndm_region_is_closed(const ndm_region *region);
 
-/* 1 if the file is on tmpfs, which has no other place for it than RAM, else 0. Any thread. */
+/* 1 if the file is on tmpfs or ramfs, which have no other place for it than RAM, else 0. Any thread. */
 int ndm_region_in_memory(const ndm_region *region);
 
-/* 1 if the file or folder at `path`, or a file that would be made there, is on tmpfs. 0 if not, and where the system does
- * not say. */
+enum ndm_medium { NDM_MEDIUM_DISK = 0, NDM_MEDIUM_TMPFS = 1, NDM_MEDIUM_RAMFS = 2, NDM_MEDIUM_OVERLAY = 3 };
+
+/* What the file or folder at `path`, or a file that would be made there, lies on: an ndm_medium. NDM_MEDIUM_OVERLAY is an
+ * overlay that writes to tmpfs or ramfs. NDM_MEDIUM_DISK also where the system does not say. Any thread. */
+int ndm_path_medium(const char *path);
+
+/* 1 if that is RAM, else 0. */
 int ndm_path_in_memory(const char *path);
+
+/* 1 if the region's mapping is locked in RAM (mlock, mlockall): then nothing can be dropped from it, by the cache limit or by
+ * ndm_region_evict(). 0 if not. */
+int ndm_region_is_locked(ndm_region *region);
+
+/* 1 if whatever this process maps from now on is locked in RAM (mlockall with MCL_FUTURE), else 0. Any thread. */
+int ndm_mappings_are_locked(void);
 
 /* Give up the handle, closing the region if it is open. Any thread may do it, provided no other call on the
  * region is running or follows. Does nothing in a forked child. NULL is ignored. */

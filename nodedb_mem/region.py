@@ -72,7 +72,8 @@ class OverflowRegion(RegionControl):
     Warns
     -----
     ResourceWarning
-        The file is on tmpfs: what is spilled there stays in RAM.
+        The file is on tmpfs or ramfs, or on an overlay that writes to one of these: what is spilled there stays in RAM.
+        Or `cache_limit` is set, and ``mlockall`` keeps in RAM whatever the process maps.
 
     Raises
     ------
@@ -508,7 +509,13 @@ class OverflowRegion(RegionControl):
             One of `slots` is no live slot; nothing has been dropped.
         RegionIOError
             Writing back failed.
+
+        Warns
+        -----
+        ResourceWarning
+            The mapping is locked in RAM (``mlockall``), so that nothing can be dropped; once a region.
         """
+        self._warn_if_locked()
         _memory.evict(self._holder, None if slots is None else slot_numbers(slots))
 
     def __contains__(self, slot: object) -> bool:

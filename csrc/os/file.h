@@ -21,7 +21,7 @@ typedef struct {
     uint64_t inode;      /* which file this is: number and time of birth (0 where unknown) */
     uint64_t born;
     int fd;
-    bool in_memory;      /* tmpfs */
+    bool in_memory;      /* tmpfs or ramfs */
     bool large_folios;   /* the page cache holds the file in pieces larger than a page */
     bool keeps_blocks;   /* a block once given stays good for stores through the mapping (not so on btrfs and its kin) */
     bool can_allocate;   /* the file system knows fallocate() */
