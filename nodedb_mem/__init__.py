@@ -21,6 +21,7 @@ from nodedb_mem.errors import (
     RegionIOError,
     RepeatedSlotError,
     StaleSlotError,
+    UndecodableError,
     UnknownEngineError,
     WrongThreadError,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "SlotParts",
     "SlotRef",
     "StaleSlotError",
+    "UndecodableError",
     "UnknownEngineError",
     "WrongThreadError",
     "get_include",

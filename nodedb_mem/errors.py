@@ -178,6 +178,10 @@ class RegionIOError(_NoRoom, RegionError, OSError):
         return OSError.__str__(self) + self._space()
 
 
+class UndecodableError(MemError, ValueError):
+    """The bytes are no encoded object, or are cut off or damaged, or what they name cannot be had here."""
+
+
 class BudgetExhaustedError(MemError):
     """An engine asked for more than its budget has left.
 

@@ -1,0 +1,306 @@
+"""Objects as buffers: pickle protocol 5 with its large buffers left where they are, behind a head that says all.
+
+A value is a head, the part that pickle makes, and the buffers that pickle leaves out. The head holds all that another
+process needs to take the value apart again:
+
+| field | bytes | meaning |
+|---|---|---|
+| magic | 4 | ``NdmV`` |
+| version | 1 | 1 |
+| kind | 1 | pickle, bytes, bytearray, str, memoryview |
+| alignment | 1 | its power of two: each buffer starts at a multiple of it, counted from the value's start |
+| flags | 1 | 1: read-only (a memoryview); 2: the pickle names objects that live in the process that wrote it |
+| start | 4 | where the pickled part starts |
+| buffers | 4 | how many there are |
+| check | 4 | CRC-32 of the rest of the head, the sizes and the pickled part |
+| reserved | 4 | 0 |
+| size | 8 | of the pickled part |
+| sizes | 8 each | of the buffers |
+
+The buffers have no checksum: it would cost more than all else.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from struct import Struct
+from typing import TYPE_CHECKING, Any, NamedTuple
+from zlib import crc32
+
+from nodedb_mem.errors import UndecodableError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from typing_extensions import Buffer
+
+_HEAD = Struct("<4s4B4IQ")
+_BEFORE_CHECK = Struct("<4s4B2I").size
+_AFTER_CHECK = _BEFORE_CHECK + 4
+_MAGIC = b"NdmV"
+_VERSION = 1
+_PICKLE, _BYTES, _BYTEARRAY, _STR, _MEMORYVIEW = range(5)
+_READ_ONLY, _BOUND = 1, 2
+
+_JOINED = 16 << 10  # a pickled part, or a value of bytes, up to this size is copied behind the head: one part less
+_IN_BAND = 256  # a buffer up to this size is copied into the pickled part
+
+#: What a buffer of a value is aligned to, in bytes, where its region lets it.
+ALIGNMENT = 64
+
+
+class Encoded(NamedTuple):
+    """An object as buffers, made by `encode`.
+
+    Attributes
+    ----------
+    parts : list of buffer
+        To be gathered into one slot.
+    aligned : bool
+        Each part has to start at a multiple of the alignment that `encode` was told.
+    size : int
+        Of the value, in bytes, as it will lie in its slot.
+    pickled : bytes
+        The part that pickle made; empty where the object needed no pickle.
+    buffers : list of memoryview
+        Where the object's own bytes are.
+    copied : bool
+        Decoding gives an object that shares no memory with the value.
+    """
+
+    parts: list[Buffer]
+    aligned: bool
+    size: int
+    pickled: bytes
+    buffers: list[memoryview]
+    copied: bool
+
+
+class Value(NamedTuple):
+    """A value that was taken apart by `split`."""
+
+    kind: int
+    flags: int
+    pickled: memoryview
+    buffers: list[memoryview]
+
+
+def encode(value: object, *, alignment: int = ALIGNMENT, kept: Sequence[object] = ()) -> Encoded:
+    """Take an object apart into buffers, without a copy of what is large.
+
+    Parameters
+    ----------
+    value
+        Anything that pickle takes, or cloudpickle where it is installed. bytes, bytearray, str and memoryview go
+        without pickle.
+    alignment
+        Of the region that the buffers go to.
+    kept
+        Objects inside the value that are named by their place in this list, not pickled. The value can be decoded with
+        such a list only.
+
+    Raises
+    ------
+    TypeError
+        The object cannot be pickled.
+    """
+    kind = _KINDS.get(type(value))
+    if kind is not None:
+        return _encode_plain(kind, value, alignment)
+    pickled, buffers = _pickle(value, kept)
+    return _lay_out(_PICKLE, _BOUND if kept else 0, alignment, pickled, buffers)
+
+
+def decode(buffer: Buffer, *, kept: Sequence[object] = ()) -> Any:
+    """Make the object again.
+
+    Parameters
+    ----------
+    buffer
+        The whole value. The object's buffers are views of it, writable if it is. What is immutable is copied.
+    kept
+        As it was given to `encode`.
+
+    Raises
+    ------
+    UndecodableError
+        The buffer is no encoded value, or is cut off, or damaged, or of another version, or its classes cannot be had.
+    """
+    return load(split(buffer), kept)
+
+
+def split(buffer: Buffer) -> Value:
+    """Take a value apart: its pickled part, and its buffers, as views. Raises `UndecodableError` as `decode` does."""
+    view = memoryview(buffer).cast("B")
+    if len(view) < _HEAD.size:
+        raise UndecodableError(f"a value has a head of {_HEAD.size} bytes: there are {len(view)}")
+    magic, version, kind, shift, flags, start, count, check, _, size = _HEAD.unpack_from(view)
+    if magic != _MAGIC:
+        raise UndecodableError("the bytes are no encoded object")
+    if version != _VERSION:
+        raise UndecodableError(f"the object was encoded by version {version}, this is version {_VERSION}")
+    end = _HEAD.size + 8 * count
+    if not (end <= start and start + size <= len(view) and shift < 32):
+        raise UndecodableError("the encoded object is cut off")
+    checked = crc32(view[start : start + size], crc32(view[_AFTER_CHECK:end], crc32(view[:_BEFORE_CHECK])))
+    if checked != check:
+        raise UndecodableError("the encoded object is damaged")
+    buffers = []
+    last = start + size
+    for number in memoryview(view[_HEAD.size : end].tobytes()).cast("Q"):
+        first = _up(last, 1 << shift)
+        last = first + number
+        buffers.append(view[first:last])
+    if last != len(view):
+        raise UndecodableError(f"the encoded object has {last} bytes: there are {len(view)}")
+    return Value(kind, flags, view[start : start + size], buffers)
+
+
+def load(value: Value, kept: Sequence[object] = ()) -> Any:
+    """Make an object from what `split` gave. Raises `UndecodableError` as `decode` does."""
+    try:
+        if value.kind == _PICKLE:
+            if value.flags & _BOUND:
+                return _Unpickler(value, kept).load()
+            return pickle.loads(value.pickled, buffers=value.buffers)
+        return _DECODERS[value.kind](value)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise UndecodableError(f"the object cannot be made again: {type(error).__name__}: {error}") from error
+
+
+# -- what needs no pickle -----------------------------------------------------------------------------------------
+
+_KINDS: dict[type, int] = {bytes: _BYTES, bytearray: _BYTEARRAY, str: _STR, memoryview: _MEMORYVIEW}
+
+
+def _encode_plain(kind: int, value: Any, alignment: int) -> Encoded:
+    if kind == _MEMORYVIEW:
+        return _encode_view(value, alignment)
+    data = value.encode("utf-8", "surrogatepass") if kind == _STR else value
+    head = _head(kind, 0, 0, _HEAD.size + 8, b"", (len(data),))
+    size = len(head) + len(data)
+    parts: list[Buffer] = [b"".join((head, data))] if len(data) <= _JOINED else [head, data]
+    return Encoded(parts, False, size, b"", [memoryview(data)], True)
+
+
+def _encode_view(view: memoryview, alignment: int) -> Encoded:
+    if view.format.lstrip("@") not in tuple("cbB?hHiIlLqQnNfd"):
+        raise TypeError(f"cannot store a memoryview of format {view.format!r}")
+    sizes = view.shape or ()
+    shape = " ".join(map(str, (view.format, *sizes))).encode()
+    data = view.cast("B") if view.c_contiguous and 0 not in sizes else memoryview(view.tobytes())
+    return _lay_out(_MEMORYVIEW, _READ_ONLY if view.readonly else 0, alignment, shape, [data])
+
+
+def _decode_view(value: Value) -> memoryview:
+    layout: Any
+    layout, *sizes = bytes(value.pickled).decode().split(" ")
+    shape = [int(size) for size in sizes]
+    (data,) = value.buffers
+    if layout != "B" or len(shape) != 1:
+        # memoryview.cast() takes no shape with a 0 in it.
+        data = data.cast(layout, shape) if 0 not in shape else data.cast(layout)
+    return data.toreadonly() if value.flags & _READ_ONLY else data
+
+
+_DECODERS: dict[int, Callable[[Value], object]] = {
+    _BYTES: lambda value: bytes(value.buffers[0]),
+    _BYTEARRAY: lambda value: bytearray(value.buffers[0]),
+    _STR: lambda value: str(value.buffers[0], "utf-8", "surrogatepass"),
+    _MEMORYVIEW: _decode_view,
+}
+
+
+# -- pickle -------------------------------------------------------------------------------------------------------
+
+
+class _Pickler(pickle.Pickler):
+    """A pickler that names some objects by their number instead of pickling them."""
+
+    def __init__(self, file: Any, kept: Sequence[object], **options: Any) -> None:
+        super().__init__(file, 5, **options)
+        self.numbers = {id(each): number for number, each in enumerate(kept)}
+
+    def persistent_id(self, obj: object) -> int | None:
+        return self.numbers.get(id(obj))
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, value: Value, kept: Sequence[object]) -> None:
+        super().__init__(io.BytesIO(value.pickled), buffers=value.buffers)
+        self.kept = kept
+
+    def persistent_load(self, number: int) -> object:
+        if not self.kept:
+            raise ValueError("it names objects of the process that wrote it")
+        return self.kept[number]
+
+
+def _pickle(value: object, kept: Sequence[object]) -> tuple[bytes, list[memoryview]]:
+    buffers: list[memoryview] = []
+
+    def take(buffer: pickle.PickleBuffer) -> bool:
+        """Keep a buffer out of the pickle, unless it is small."""
+        raw = buffer.raw()
+        if raw.nbytes <= _IN_BAND:
+            return True
+        buffers.append(raw)
+        return False
+
+    try:
+        if kept:
+            file = io.BytesIO()
+            _Pickler(file, kept, buffer_callback=take).dump(value)
+            return file.getvalue(), buffers
+        return pickle.dumps(value, 5, buffer_callback=take), buffers
+    except MemoryError:
+        raise
+    except Exception as refused:
+        buffers.clear()
+        try:
+            return _cloudpickle(value, kept, take), buffers
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise TypeError(f"cannot pickle {type(value).__name__!r}: {refused}") from error
+
+
+def _cloudpickle(value: object, kept: Sequence[object], take: Callable[[pickle.PickleBuffer], bool]) -> bytes:
+    import cloudpickle
+
+    if kept:
+        raise TypeError("cloudpickle names no objects")
+    result: bytes = cloudpickle.dumps(value, 5, buffer_callback=take)
+    return result
+
+
+# -- layout -------------------------------------------------------------------------------------------------------
+
+
+def _lay_out(kind: int, flags: int, alignment: int, pickled: bytes, buffers: list[memoryview]) -> Encoded:
+    sizes = [buffer.nbytes for buffer in buffers]
+    first = _HEAD.size + 8 * len(sizes)
+    joined = len(pickled) <= _JOINED
+    start = first if joined else _up(first, alignment)
+    head = _head(kind, alignment.bit_length() - 1 if buffers else 0, flags, start, pickled, sizes)
+    # What the size of a value is, as the region lays its parts out.
+    size = start + len(pickled)
+    for each in sizes:
+        size = _up(size, alignment) + each
+    before: list[Buffer] = [head + pickled] if joined else [head, pickled]
+    return Encoded([*before, *buffers], not joined or bool(buffers), size, pickled, buffers, not buffers)
+
+
+def _head(kind: int, shift: int, flags: int, start: int, pickled: bytes, sizes: Sequence[int]) -> bytes:
+    """Make a head, with the sizes of the buffers after it."""
+    listed = Struct(f"<{len(sizes)}Q").pack(*sizes)
+    head = _HEAD.pack(_MAGIC, _VERSION, kind, shift, flags, start, len(sizes), 0, 0, len(pickled))
+    check = crc32(pickled, crc32(listed, crc32(head[_AFTER_CHECK:], crc32(head[:_BEFORE_CHECK]))))
+    return b"".join((head[:_BEFORE_CHECK], check.to_bytes(4, "little"), head[_AFTER_CHECK:], listed))
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
