@@ -28,6 +28,7 @@ from nodedb_mem.errors import (
 from nodedb_mem.reader import Lease, OverflowReader
 from nodedb_mem.refs import SlotParts, SlotRef
 from nodedb_mem.region import OverflowRegion
+from nodedb_mem.spilling import OverflowMap
 from nodedb_mem.stats import Compaction, EngineUsage, OverflowSlot, ReaderSlot, ReaderStats, RegionStats
 from nodedb_mem.tuning import MemoryTuning
 
@@ -42,6 +43,7 @@ __all__ = [
     "Lease",
     "MemError",
     "MemoryTuning",
+    "OverflowMap",
     "OverflowReader",
     "OverflowRegion",
     "OverflowSlot",

@@ -70,6 +70,8 @@ class _NoRoom:
     pinned_bytes: int | None = None
     views: int | None = None
     disk_free: int | None = None
+    #: Where a mapping of objects found no room: the key whose value did not go to the region.
+    key: object = None
 
     def _note_space(self, error: Any) -> None:
         if error.space_known:

@@ -267,6 +267,14 @@ class OverflowRegion(RegionControl):
             raise
         return slot
 
+    def _gather(self, parts: list[Buffer], engine: int, aligned: bool) -> int:
+        """Gather parts into one slot, for a caller who knows where they lie."""
+        if engine.__class__ is not EngineId:
+            self._learn_engine(engine)
+        if len(parts) == 1:
+            return _write(self._holder, parts[0], engine)
+        return _memory.write_vectored(self._holder, parts, engine, aligned)[0]
+
     def parts(self, slot: int) -> SlotParts:
         """Say where the parts of a live slot lie in its value. A value has one part, unless `write_vectored` wrote it.
 
