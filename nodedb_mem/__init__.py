@@ -25,11 +25,12 @@ from nodedb_mem.errors import (
     UnknownEngineError,
     WrongThreadError,
 )
+from nodedb_mem.overflow_map import OverflowMap
 from nodedb_mem.reader import Lease, OverflowReader
 from nodedb_mem.refs import SlotParts, SlotRef
 from nodedb_mem.region import OverflowRegion
-from nodedb_mem.spilling import OverflowMap
-from nodedb_mem.stats import Compaction, EngineUsage, OverflowSlot, ReaderSlot, ReaderStats, RegionStats
+from nodedb_mem.spilling import SpillMapping
+from nodedb_mem.stats import Compaction, EngineUsage, OverflowSlot, ReaderSlot, ReaderStats, RegionStats, SpillStats
 from nodedb_mem.tuning import MemoryTuning
 
 __all__ = [
@@ -57,6 +58,8 @@ __all__ = [
     "RepeatedSlotError",
     "SlotParts",
     "SlotRef",
+    "SpillMapping",
+    "SpillStats",
     "StaleSlotError",
     "UndecodableError",
     "UnknownEngineError",

@@ -67,6 +67,8 @@ class Encoded(NamedTuple):
         Where the object's own bytes are.
     copied : bool
         Decoding gives an object that shares no memory with the value.
+    named : frozenset of int
+        Which of the kept objects were met.
     """
 
     parts: list[Buffer]
@@ -75,6 +77,7 @@ class Encoded(NamedTuple):
     pickled: bytes
     buffers: list[memoryview]
     copied: bool
+    named: frozenset[int] = frozenset()
 
 
 class Value(NamedTuple):
@@ -108,8 +111,9 @@ def encode(value: object, *, alignment: int = ALIGNMENT, kept: Sequence[object] 
     kind = _KINDS.get(type(value))
     if kind is not None:
         return _encode_plain(kind, value, alignment)
-    pickled, buffers = _pickle(value, kept)
-    return _lay_out(_PICKLE, _BOUND if kept else 0, alignment, pickled, buffers)
+    pickled, buffers, named = _pickle(value, kept)
+    encoded = _lay_out(_PICKLE, _BOUND if named else 0, alignment, pickled, buffers)
+    return encoded._replace(named=named) if named else encoded
 
 
 def decode(buffer: Buffer, *, kept: Sequence[object] = ()) -> Any:
@@ -223,9 +227,13 @@ class _Pickler(pickle.Pickler):
     def __init__(self, file: Any, kept: Sequence[object], **options: Any) -> None:
         super().__init__(file, 5, **options)
         self.numbers = {id(each): number for number, each in enumerate(kept)}
+        self.named: set[int] = set()
 
     def persistent_id(self, obj: object) -> int | None:
-        return self.numbers.get(id(obj))
+        number = self.numbers.get(id(obj))
+        if number is not None:
+            self.named.add(number)
+        return number
 
 
 class _Unpickler(pickle.Unpickler):
@@ -239,7 +247,7 @@ class _Unpickler(pickle.Unpickler):
         return self.kept[number]
 
 
-def _pickle(value: object, kept: Sequence[object]) -> tuple[bytes, list[memoryview]]:
+def _pickle(value: object, kept: Sequence[object]) -> tuple[bytes, list[memoryview], frozenset[int]]:
     buffers: list[memoryview] = []
 
     def take(buffer: pickle.PickleBuffer) -> bool:
@@ -253,26 +261,25 @@ def _pickle(value: object, kept: Sequence[object]) -> tuple[bytes, list[memoryvi
     try:
         if kept:
             file = io.BytesIO()
-            _Pickler(file, kept, buffer_callback=take).dump(value)
-            return file.getvalue(), buffers
-        return pickle.dumps(value, 5, buffer_callback=take), buffers
+            pickler = _Pickler(file, kept, buffer_callback=take)
+            pickler.dump(value)
+            return file.getvalue(), buffers, frozenset(pickler.named)
+        return pickle.dumps(value, 5, buffer_callback=take), buffers, frozenset()
     except MemoryError:
         raise
     except Exception as refused:
         buffers.clear()
         try:
-            return _cloudpickle(value, kept, take), buffers
+            return _cloudpickle(value, take), buffers, frozenset()
         except MemoryError:
             raise
         except Exception as error:
             raise TypeError(f"cannot pickle {type(value).__name__!r}: {refused}") from error
 
 
-def _cloudpickle(value: object, kept: Sequence[object], take: Callable[[pickle.PickleBuffer], bool]) -> bytes:
+def _cloudpickle(value: object, take: Callable[[pickle.PickleBuffer], bool]) -> bytes:
     import cloudpickle
 
-    if kept:
-        raise TypeError("cloudpickle names no objects")
     result: bytes = cloudpickle.dumps(value, 5, buffer_callback=take)
     return result
 

@@ -1,211 +1,410 @@
-"""Mappings of objects whose values lie in a region: `OverflowMap` keeps all of them there."""
+"""`SpillMapping`: a mapping that keeps to a budget of RAM, and moves what is coldest to a region.
+
+Threads: a hit takes no lock. All else is done by one thread at a time, which adopts the region, and releases it
+afterwards. How values move is told in `nodedb_mem._tiers`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, MutableMapping
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any, TypeVar
+import asyncio
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import threading
+from collections.abc import MutableMapping
+from contextlib import contextmanager
+from operator import index
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar
 
-from nodedb_mem._stored import Stored, alignment_of, encode_for, get, put
-from nodedb_mem.codec import decode
+from nodedb_mem._sizeof import sizeof
+from nodedb_mem._tiers import COLD, Entry, Tiers
 from nodedb_mem.engine import EngineId
-from nodedb_mem.errors import CapacityExceededError, RegionError, RegionIOError
+from nodedb_mem.errors import RegionClosedError, WrongThreadError
+from nodedb_mem.overflow_map import OverflowMap
+from nodedb_mem.region import OverflowRegion
+from nodedb_mem.stats import SpillStats
+from nodedb_mem.tuning import DEFAULT_INITIAL_CAPACITY
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator
+    from types import TracebackType
 
-    from nodedb_mem.codec import Encoded
-    from nodedb_mem.region import OverflowRegion
+__all__ = ["OverflowMap", "SpillMapping", "SpillStats", "sizeof"]
 
 K = TypeVar("K")
 V = TypeVar("V")
 
-_BATCH = 1000  # values that `update` encodes before it writes them
-_BATCH_BYTES = 16 << 20
+_log = logging.getLogger(__name__)
+
+_MOST_HELD = 64  # values in use that one insertion passes over on its way to one that can go out
+_ANY_SIZE = (1 << 63) - 1  # as a cache limit: none, but pages that were read leave the RSS
 
 
-class OverflowMap(MutableMapping[K, V]):
-    """A mapping whose values all lie in a region, encoded by `nodedb_mem.codec`.
+class SpillMapping(MutableMapping[K, V], Generic[K, V]):
+    """A mapping whose values stay in RAM up to a budget. The coldest go to a temporary region and come back when asked.
 
-    A value comes back as an object of its own, each time anew: arrays on private, copy-on-write memory, writable and
-    aligned, whose stored bytes never change. To keep a change, assign the value again. Replacing or deleting a key
-    leaves what came from it as it is.
-
-    The keys stay in RAM, as in a dict, and so does the order of insertion. All verbs that touch values are for the
-    region's owner: `WrongThreadError` elsewhere. The map does not close the region. `clear` frees its slots.
+    It is used as a dict is: a value that was changed in place (``m["a"][3] = 7``) comes back changed. It may be used
+    from all threads of its process. In a forked child only values in RAM can be had.
 
     Parameters
     ----------
-    region
-        Where the values go; its alignment is 64 bytes or more. Others may use it, too.
+    budget
+        The most bytes of values that stay in RAM, as `weight` weighs them when they are assigned. Values in use, and
+        pinned ones, stay beyond it.
+    directory
+        Where the region's file takes its blocks; by default the directory for temporary files.
     engine
         The owner of the values, as for `OverflowRegion.write`.
+    max_capacity
+        The most the file may grow to; by default the size of the file system.
+    cache_limit
+        The most bytes of the file that may stay in RAM, as for `OverflowRegion`; by default the kernel decides.
+    weight
+        Tells how many bytes of RAM a value holds.
 
-    Raises
-    ------
-    ValueError
-        The region's alignment is less than 64 bytes.
+    Warns
+    -----
+    ResourceWarning
+        As `OverflowRegion` warns.
     """
 
-    def __init__(self, region: OverflowRegion, *, engine: int = EngineId.QUERY) -> None:
-        self._alignment = alignment_of(region)
-        self._engine = engine
-        self._slots: dict[K, Stored] = {}
-        self.region = region
+    def __init__(
+        self,
+        budget: int,
+        directory: str | os.PathLike[str] | None = None,
+        *,
+        engine: int = EngineId.QUERY,
+        max_capacity: int | None = None,
+        cache_limit: int | None = None,
+        weight: Callable[[Any], int] = sizeof,
+    ) -> None:
+        self._budget = _checked(budget)
+        folder = tempfile.gettempdir() if directory is None else directory
+        ceiling = shutil.disk_usage(folder).total if max_capacity is None else index(max_capacity)
+        self._region = OverflowRegion.temporary(
+            folder,
+            initial_capacity=min(DEFAULT_INITIAL_CAPACITY, ceiling),
+            max_capacity=ceiling,
+            cache_limit=_ANY_SIZE if cache_limit is None else cache_limit,
+        )
+        self._region.release_ownership()
+        self._process = os.getpid()
+        self._lock = threading.RLock()
+        self._depth = 0  # how many blocks of the thread that has the lock need the region
+        self._entries: dict[K, Entry] = {}
+        self._tiers = Tiers(self._region, engine, weight)
+        self._has_logged = False
+        self._closed = False
+
+    # -- the mapping ----------------------------------------------------------------------------------------------
 
     def __getitem__(self, key: K) -> V:
-        """Make the object again.
+        """Give a value, from RAM or from the region.
 
         Raises
         ------
         KeyError
             There is no such key.
-        UndecodableError
-            Its class cannot be had, or refuses.
-        RegionError
-            As `OverflowRegion.restore` raises.
+        RegionIOError, MemoryError
+            The value cannot be brought back now; it is where it was.
         """
-        value: V = get(self.region, self._slots[key])[0]
+        entry = self._entries.get(key)
+        if entry is None:
+            self._miss(key)
+        value: V = entry.value
+        if value is COLD:
+            return self._bring_back(key)
+        try:
+            self._tiers.hot.move_to_end(entry)
+        except KeyError:  # it has just gone out; the value is the caller's now, and is seen to be in use
+            return self._bring_back(key)
+        self._tiers.hits += 1
         return value
 
     def __setitem__(self, key: K, value: V) -> None:
-        """Store an object; nothing has changed where that fails.
+        """Store a value. It is in RAM afterwards, unless it is larger than the budget.
 
         Raises
         ------
         TypeError
-            The object cannot be pickled; the message names the key.
+            The value has to be pickled to be weighed, and cannot be; the message names the key. Nothing has changed.
         CapacityExceededError, RegionIOError
-            As `OverflowRegion.write` raises, with `key`.
+            Another value was to make room, and found none in the region: it is `key`'s. It stays in RAM, and what was
+            assigned is stored.
         """
-        hash(key)
-        encoded = encode_for(key, value, self._alignment)
-        self._replace(key, put(self.region, key, encoded, self._engine))
+        entry = self._insert(key, value)
+        if self._tiers.bytes > self._budget:
+            with self._session() as tiers:
+                tiers.shrink(self._budget, _MOST_HELD, own=entry, known=_IN_SETITEM)
 
     def __delitem__(self, key: K) -> None:
-        """Free a value. What came from it stays as it is."""
-        self.region.free(self._slots[key].slot)
-        del self._slots[key]
+        """Remove a key. Its value is freed, if no other key names it."""
+        with self._session() as tiers:
+            entry = self._entries.get(key)
+            if entry is None:
+                self._miss(key)
+            tiers.forget(entry, key)
+            del self._entries[key]
 
-    def get_many(self, keys: Iterable[K]) -> list[V]:
-        """Make many objects, in the order of the keys. Small ones that hold no buffers are read in one call.
+    def update(self, other: Any = (), /, **more: Any) -> None:
+        """Store many values, as a dict's update does. Raises as assignment does; what came before is stored."""
+        super().update(other, **more)
+        del other
+        with self._session() as tiers:
+            tiers.shrink(self._budget, _MOST_HELD)
+
+    def popitem(self) -> tuple[K, V]:
+        """Remove and give the pair that was inserted last. KeyError if there is none."""
+        with self._lock:
+            for key in reversed(self._entries):
+                return key, self.pop(key)
+        raise KeyError("popitem(): the mapping is empty")
+
+    def clear(self) -> None:
+        """Remove all keys."""
+        with self._session() as tiers:
+            for key, entry in list(self._entries.items()):
+                tiers.forget(entry, key)
+                del self._entries[key]
+
+    def __contains__(self, key: object) -> bool:
+        """Tell whether there is such a key."""
+        return key in self._entries
+
+    def __iter__(self) -> Iterator[K]:
+        """Give the keys in the order of insertion. RuntimeError if their number changes meanwhile."""
+        return iter(self._entries)
+
+    def __reversed__(self) -> Iterator[K]:
+        """Give the keys in the reverse order of insertion."""
+        return reversed(self._entries)
+
+    def __len__(self) -> int:
+        """Count the keys."""
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        """Tell how much there is, not what."""
+        state = (
+            "closed"
+            if self._closed
+            else f"{self._tiers.bytes} of {self._budget} bytes in RAM, {self._tiers.bytes_out} out"
+        )
+        return f"<{type(self).__name__} of {len(self)} keys: {state}>"
+
+    async def aget(self, key: K) -> V:
+        """Give a value without keeping the event loop waiting: it comes back on a worker thread. Raises as ``[]``."""
+        entry = self._entries.get(key)
+        if entry is not None and entry.value is not COLD:
+            return self[key]
+        return await asyncio.to_thread(self.__getitem__, key)
+
+    async def aset(self, key: K, value: V) -> None:
+        """Store a value on a worker thread: what has to make room is written there. Raises as assignment."""
+        await asyncio.to_thread(self.__setitem__, key, value)
+
+    # -- the budget -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def pin(self, key: K) -> Iterator[V]:
+        """Keep a value in RAM for the length of a ``with`` block, which gets the value."""
+        with self._lock:
+            value = self[key]
+            entry = self._entries[key]
+            entry.pins += 1
+        try:
+            yield value
+        finally:
+            with self._lock:
+                entry.pins -= 1
+
+    def evict(self, what: int | Iterable[K] | None = None) -> int:
+        """Put values out now, whatever the budget.
+
+        Parameters
+        ----------
+        what
+            How many bytes, of the coldest values; or which keys; None for all. Values in use, and pinned ones, stay.
+
+        Returns
+        -------
+        int
+            Bytes of RAM that left.
 
         Raises
         ------
         KeyError
             One of the keys is missing.
+        CapacityExceededError, RegionIOError
+            A value found no room; `key` is its key.
         """
-        wanted = [self._slots[key] for key in keys]
-        plain = [number for number, stored in enumerate(wanted) if stored.copied]
-        views = dict(zip(plain, self.region.read_many([wanted[number].slot for number in plain]), strict=True))
-        found: list[Any] = []
-        for number, stored in enumerate(wanted):
-            view = views.pop(number, None)
-            found.append(get(self.region, stored)[0] if view is None else decode(view))
-        return found
+        if isinstance(what, str | bytes):
+            raise TypeError("a number of bytes or an iterable of keys is needed")
+        with self._session() as tiers:
+            before = tiers.bytes
+            if what is None or isinstance(what, int):
+                tiers.shrink(0 if what is None else max(0, before - what), len(tiers.hot))
+            else:
+                for entry in [self._entries[key] for key in what]:
+                    if entry in tiers.hot and not entry.pins:
+                        tiers.put_out(entry)
+            return before - tiers.bytes
 
-    def update(self, other: Any = (), /, **more: Any) -> None:
-        """Store many objects, as a dict's update does. Small ones are written in one call, a thousand at a time.
+    def set_budget(self, budget: int) -> None:
+        """Set how many bytes of values may stay in RAM; what is beyond goes out. Raises as `evict`."""
+        with self._session() as tiers:
+            self._budget = _checked(budget)
+            tiers.shrink(self._budget, len(tiers.hot))
 
-        Raises
-        ------
-        TypeError, CapacityExceededError, RegionIOError
-            As assignment raises. Earlier batches are stored; no value of the one that failed is.
-        """
-        batch: list[tuple[K, Encoded]] = []
-        size = 0
-        for key, value in _pairs(other, more):
-            hash(key)
-            batch.append((key, encode_for(key, value, self._alignment)))
-            size += batch[-1][1].size
-            if len(batch) == _BATCH or size >= _BATCH_BYTES:
-                self._write(batch)
-                batch, size = [], 0
-        if batch:
-            self._write(batch)
+    @property
+    def budget(self) -> int:
+        """How many bytes of values may stay in RAM."""
+        return self._budget
 
-    def popitem(self) -> tuple[K, V]:
-        """Remove and give the pair that was inserted last. KeyError if there is none."""
-        for key in reversed(self._slots):
-            return key, self.pop(key)
-        raise KeyError("popitem(): the mapping is empty")
+    def stats(self) -> SpillStats:
+        """Tell what was done so far."""
+        with self._lock:
+            tiers = self._tiers
+            in_ram = sum(len(entry.keys) for entry in self._entries.values() if entry.value is not COLD)
+            counted = {name: getattr(tiers, name) for name in SpillStats.__dataclass_fields__ if hasattr(tiers, name)}
+            return SpillStats(
+                **counted,
+                bytes_in_ram=tiers.bytes,
+                keys_in_ram=in_ram,
+                keys_out=len(self._entries) - in_ram,
+            )
 
-    def clear(self) -> None:
-        """Free all values in one call."""
-        self.region.free_many([stored.slot for stored in self._slots.values()])
-        self._slots.clear()
+    # -- the end --------------------------------------------------------------------------------------------------
 
-    def slot(self, key: K) -> int:
-        """Return the number of the slot that holds a value, for `OverflowRegion.share_object` and the like."""
-        return self._slots[key].slot
+    def close(self) -> None:
+        """Drop all values, those in the region, too; closing again does nothing. What came out of it stays readable."""
+        with self._lock:
+            if self._closed or os.getpid() != self._process:
+                return
+            self._closed = True
+            self._entries = {}
+            self._tiers.clear()
+            if not self._depth:
+                self._region.adopt()
+            self._region.close()
 
-    def __contains__(self, key: object) -> bool:
-        """Tell whether there is such a key."""
-        return key in self._slots
+    @property
+    def closed(self) -> bool:
+        """Whether `close` has been called."""
+        return self._closed
 
-    def __iter__(self) -> Iterator[K]:
-        """Give the keys in the order of insertion. RuntimeError if their number changes meanwhile."""
-        return iter(self._slots)
+    def __enter__(self) -> Self:
+        """Give the mapping itself."""
+        return self
 
-    def __reversed__(self) -> Iterator[K]:
-        """Give the keys in the reverse order of insertion."""
-        return reversed(self._slots)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the mapping."""
+        self.close()
 
-    def __len__(self) -> int:
-        """Count the keys."""
-        return len(self._slots)
+    def __del__(self) -> None:
+        """Let go of the descriptors."""
+        if hasattr(self, "_tiers"):
+            self._tiers.pages.close()
 
-    def __repr__(self) -> str:
-        """Tell how much there is, not what."""
-        return f"<{type(self).__name__} of {len(self)} keys in {self.region!r}>"
+    def __reduce__(self) -> NoReturn:
+        """Refuse: share the values instead."""
+        raise TypeError(f"cannot copy or pickle {type(self).__name__!r}")
 
-    def _replace(self, key: K, stored: Stored) -> None:
-        """Put a slot in the place of the one before, which is freed."""
-        before = self._slots.get(key)
-        if before is not None:
+    # -- one thread at a time -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _session(self) -> Iterator[Tiers]:
+        """Take the lock, and the region, for a block."""
+        if os.getpid() != self._process:
+            raise WrongThreadError("the mapping belongs to the process that made it: this one was forked from it")
+        with self._lock:
+            if self._closed:
+                raise RegionClosedError("the mapping is closed")
+            if not self._depth:
+                self._region.adopt()
+            self._depth += 1
             try:
-                self.region.free(before.slot)
-            except RegionError:
-                with suppress(RegionError):
-                    self.region.free(stored.slot)
-                raise
-        self._slots[key] = stored
+                yield self._tiers
+            finally:
+                self._depth -= 1
+                if not self._depth and not self._closed:
+                    self._region.release_ownership()
 
-    def _write(self, batch: list[tuple[K, Encoded]]) -> None:
-        """Write what was encoded, all or nothing; values that are one buffer go together."""
-        stored: dict[int, Stored] = {}
-        single = [number for number, (_, encoded) in enumerate(batch) if len(encoded.parts) == 1]
+    def _miss(self, key: object) -> NoReturn:
+        if self._closed:
+            raise RegionClosedError("the mapping is closed")
+        raise KeyError(key)
+
+    def _bring_back(self, key: K) -> V:
+        with self._session() as tiers:
+            entry = self._entries.get(key)
+            if entry is None:
+                self._miss(key)
+            value: V = entry.value
+            if value is not COLD:
+                tiers.hot.move_to_end(entry)
+                tiers.hits += 1
+                return value
+            value = tiers.bring_back(entry)
+            try:
+                tiers.shrink(self._budget, _MOST_HELD)
+                self._has_logged = False
+            except Exception as error:  # the value is there; whoever inserts is told
+                self._note(error)
+            return value
+
+    def _insert(self, key: K, value: V) -> Entry:
+        """Make a value hot under a key."""
+        hash(key)
+        tiers = self._tiers
         try:
-            if single:
-                slots = self._write_single([batch[number] for number in single])
-                stored.update(zip(single, slots, strict=True))
-            for number, (key, encoded) in enumerate(batch):
-                if number not in stored:
-                    stored[number] = put(self.region, key, encoded, self._engine)
-        except BaseException:
-            with suppress(RegionError):
-                self.region.free_many([each.slot for each in stored.values()])
-            raise
-        for number, (key, _) in enumerate(batch):
-            self._replace(key, stored[number])
+            weight = tiers.weigh(value)
+        except TypeError as error:
+            raise TypeError(f"the value of {key!r}: {error}") from error
+        with self._session():
+            before = self._entries.get(key)
+            entry = tiers.by_value.get(id(value))
+            if entry is None:
+                entry = Entry(key, weight)
+                tiers.add(entry, value)
+            else:
+                tiers.weigh_again(entry, weight)
+                if entry is before:
+                    return entry
+                entry.keys.append(key)
+            self._entries[key] = entry
+            if before is not None:
+                tiers.forget(before, key)
+            return entry
 
-    def _write_single(self, batch: list[tuple[K, Encoded]]) -> list[Stored]:
-        """Write values that are one buffer each in one call."""
-        try:
-            slots = self.region.write_many([encoded.parts[0] for _, encoded in batch], self._engine)
-        except (CapacityExceededError, RegionIOError) as error:
-            error.key = batch[0][0]
-            raise
-        return [Stored(slot, encoded.size, encoded.copied) for slot, (_, encoded) in zip(slots, batch, strict=True)]
+    def _note(self, error: Exception) -> None:
+        """Log what failed while nobody could be told, once until it works again."""
+        if not self._has_logged:
+            self._has_logged = True
+            _log.warning("a value stays in RAM, beyond the budget: %s", error)
 
 
-def _pairs(other: Any, more: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
-    """Give keys and values of what `update` takes."""
-    if isinstance(other, Mapping):
-        yield from other.items()
-    elif hasattr(other, "keys"):
-        for key in other.keys():  # noqa: SIM118
-            yield key, other[key]
-    else:
-        yield from other
-    yield from more.items()
+def _checked(budget: int) -> int:
+    size = index(budget)
+    if size < 0:
+        raise ValueError("budget must not be negative")
+    return size
+
+
+class _Probe:
+    """Counts the references to a value that ``mapping[key] = value`` has while it runs."""
+
+    count = 0
+
+    def __setitem__(self, key: object, value: object) -> None:
+        local = object()
+        self.count = sys.getrefcount(value) - sys.getrefcount(local) + 1
+
+
+_probe = _Probe()
+_probe[0] = object()
+_IN_SETITEM = _probe.count

@@ -133,3 +133,44 @@ class ReaderStats:
     pinned_bytes: int
     leases: int | None
     owner: int | None
+
+
+@dataclass(frozen=True)
+class SpillStats:
+    """What a `SpillMapping` has done. Sizes are in bytes.
+
+    Attributes
+    ----------
+    hits, misses : int
+        Values that were found in RAM, and values that came back from the region.
+    bytes_in_ram, bytes_out : int
+        Weights of the values that are in RAM; sizes of those that are only in the region.
+    keys_in_ram, keys_out : int
+    evictions : int
+        Values that went out.
+    writes_saved, bytes_saved : int
+        Those of them that had not changed since they came back, so that nothing was written.
+    bytes_written, bytes_read : int
+    passed_over : int
+        Times that a value could not go out, because it was in use.
+    failures : int
+        Times that a value could not go out, because it found no room or cannot be pickled.
+    write_seconds, read_seconds : float
+        Time in which values went out and came back.
+    """
+
+    hits: int
+    misses: int
+    bytes_in_ram: int
+    bytes_out: int
+    keys_in_ram: int
+    keys_out: int
+    evictions: int
+    writes_saved: int
+    bytes_saved: int
+    bytes_written: int
+    bytes_read: int
+    passed_over: int
+    failures: int
+    write_seconds: float
+    read_seconds: float

@@ -1,0 +1,235 @@
+"""The two tiers of a `SpillMapping`: values in RAM, in the order of their last use, and values in slots of a region.
+
+An entry is one value and the keys that name it. It is hot, its value in RAM, or cold, its value in a slot. A hot entry
+that was cold before keeps its slot: if the value goes out unchanged, nothing is written.
+
+A value goes out only if nobody else holds it (`nodedb_mem._held`): what a holder changes in place must be seen under
+its key, and the holder would keep it in RAM anyway. Such a value counts as just used, and is looked at again when its
+turn comes. What is inside of a value and still held by others then, say a configuration that many values share, stays
+in RAM as it is, and the value goes out without it.
+
+All of this is for one thread at a time, which owns the region. Other threads may take the value of a hot entry
+meanwhile: it is taken off the entry before anyone looks who holds it.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from nodedb_mem._changes import PageMap
+from nodedb_mem._held import has_memory, holders, is_atom
+from nodedb_mem._sizeof import sizeof
+from nodedb_mem._stored import Stored, encode_for, get, is_unchanged, put
+from nodedb_mem.codec import ALIGNMENT
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from nodedb_mem.region import OverflowRegion
+
+_MOST_MAPPINGS = 16_384  # of the 65,530 that a process may have; beyond it values come back as copies
+_TIDY = 64 << 20  # bytes freed in the region between two looks at its holes
+
+COLD: Any = type("_Cold", (), {"__repr__": lambda self: "<cold>"})()
+
+
+class Entry:
+    """A value and the keys that name it.
+
+    `value` is `COLD` when it is in its slot only. `stored` is where it was last written; `view` is the private mapping
+    that it came back in. `kept` is what its pickle names.
+    """
+
+    __slots__ = ("held", "kept", "keys", "pins", "stored", "stuck", "value", "view", "weight")
+
+    def __init__(self, key: Any, weight: int) -> None:
+        self.keys = [key]
+        self.value: Any = COLD
+        self.weight = weight
+        self.stored: Stored | None = None
+        self.view: memoryview | None = None
+        self.kept: list[Any] = []
+        self.pins = 0
+        self.held = False  # others held what is inside of it when its turn came last
+        self.stuck = False  # it cannot be pickled
+
+
+class Tiers:
+    """Which entries are hot, and how they move."""
+
+    def __init__(self, region: OverflowRegion, engine: int, weigh: Callable[[Any], int]) -> None:
+        self.region = region
+        self.engine = engine
+        self.weigh = weigh
+        self.hot: OrderedDict[Entry, None] = OrderedDict()
+        self.by_value: dict[int, Entry] = {}  # the hot ones, by the id() of their values
+        self.pages = PageMap()
+        self.moving: Entry | None = None
+        self.mappings = self.freed = 0
+        self.bytes = self.bytes_out = 0
+        self.hits = self.misses = self.evictions = self.writes_saved = self.bytes_saved = 0
+        self.bytes_written = self.bytes_read = self.passed_over = self.failures = 0
+        self.write_seconds = self.read_seconds = 0.0
+
+    # -- up -------------------------------------------------------------------------------------------------------
+
+    def add(self, entry: Entry, value: Any, view: memoryview | None = None) -> None:
+        """Make an entry hot."""
+        entry.view = view
+        self.mappings += view is not None
+        self.by_value[id(value)] = entry
+        self.hot[entry] = None
+        self.bytes += entry.weight
+        entry.value = value
+
+    def bring_back(self, entry: Entry) -> Any:
+        """Make a cold entry hot, and give its value."""
+        self._refuse_moving(entry)
+        assert entry.stored is not None
+        start = perf_counter()
+        value, view = get(self.region, entry.stored, entry.kept, may_map=self.mappings < _MOST_MAPPINGS)
+        self.misses += 1
+        self.bytes_read += entry.stored.size
+        self.bytes_out -= entry.stored.size
+        self.add(entry, value, view)
+        self.read_seconds += perf_counter() - start
+        return value
+
+    def weigh_again(self, entry: Entry, weight: int) -> None:
+        """Note the weight of a hot entry that was assigned again."""
+        self.bytes += weight - entry.weight
+        entry.weight = weight
+        entry.stuck = False
+        self.hot.move_to_end(entry)
+
+    # -- away -----------------------------------------------------------------------------------------------------
+
+    def forget(self, entry: Entry, key: Any) -> None:
+        """Take a key off its entry. The last one takes the value along."""
+        self._refuse_moving(entry)
+        entry.keys.remove(key)
+        if entry.keys:
+            return
+        if entry in self.hot:
+            value, entry.value = entry.value, COLD
+            self._leave(entry, id(value))
+        elif entry.stored is not None:
+            self.bytes_out -= entry.stored.size
+        self._free(entry)
+
+    def clear(self) -> None:
+        """Let go of everything but the region."""
+        self.hot.clear()
+        self.by_value.clear()
+        self.pages.close()
+
+    def _leave(self, entry: Entry, value_id: int) -> None:
+        """Count the entry as hot no longer; its value has been taken off."""
+        self.mappings -= entry.view is not None
+        entry.view = None
+        del self.by_value[value_id]
+        del self.hot[entry]
+        self.bytes -= entry.weight
+
+    def _free(self, entry: Entry) -> None:
+        if entry.stored is not None:
+            stored, entry.stored = entry.stored, None
+            self.region.free(stored.slot)
+            self.freed += stored.size
+
+    def _refuse_moving(self, entry: Entry) -> None:
+        """Refuse what a value's own pickling, or a finalizer on the way, asks for."""
+        if entry is self.moving:
+            raise RuntimeError(f"the value of {entry.keys[0]!r} is on its way out")
+
+    # -- down -----------------------------------------------------------------------------------------------------
+
+    def shrink(self, target: int, most_held: int, *, own: Entry | None = None, known: int = 0) -> None:
+        """Put the coldest values out until those in RAM weigh no more than `target`.
+
+        Gives up where `most_held` have been passed over, because they are in use, and each at most once. `own` is being
+        assigned: the frames of that have `known` references to its value.
+        """
+        passed = 0
+        most = min(most_held, len(self.hot))
+        while self.bytes > target and passed < most:
+            entry = self._coldest()
+            if entry.pins or entry.stuck or not self.put_out(entry, known if entry is own else 0):
+                self.hot.move_to_end(entry)
+                passed += 1
+        if self.freed > max(_TIDY, self.bytes_out):
+            self.freed = 0
+            self.region.compact(_TIDY)
+            self.region.trim()
+
+    def _coldest(self) -> Entry:
+        while True:
+            try:
+                return next(iter(self.hot))
+            except RuntimeError:  # a hit on another thread came between
+                continue
+
+    def put_out(self, entry: Entry, known: int = 0) -> bool:
+        """Move a value to the region. False if it is in use; where it fails, it stays in RAM."""
+        self._refuse_moving(entry)
+        start = perf_counter()
+        box = [entry.value]
+        value_id = id(entry.value)
+        self.moving = entry
+        entry.value = COLD  # from here on no other thread comes by it
+        out = False
+        try:
+            itself, kept = holders(box, known)
+            if kept and not entry.held:
+                entry.held = itself = True
+            if not itself:
+                entry.held = False
+                out = self._write(entry, box, kept)
+        except BaseException as error:
+            self.failures += 1
+            entry.stuck = isinstance(error, TypeError)
+            raise
+        finally:
+            self.moving = None
+            if not out:
+                entry.value = box[0]
+        if not out:
+            self.passed_over += 1
+            return False
+        self._leave(entry, value_id)
+        self.evictions += 1
+        assert entry.stored is not None
+        self.bytes_out += entry.stored.size
+        if self.weigh is sizeof:  # what has grown in place weighs more when it comes back
+            entry.weight = max(entry.weight, entry.stored.size)
+        box.clear()  # the memory goes now
+        self.write_seconds += perf_counter() - start
+        return True
+
+    def _write(self, entry: Entry, box: list[Any], kept: list[Any]) -> bool:
+        """Store a value, unless it is stored already. False if it is in use."""
+        stored = entry.stored
+        if stored is not None and is_atom(box[0]):
+            return self._save(stored)
+        encoded = encode_for(entry.keys[0], box[0], ALIGNMENT, kept)
+        if any(has_memory(each) for number, each in enumerate(kept) if number not in encoded.named):
+            return False  # others see memory that the pickle has by another object
+        bound = bool(encoded.named or entry.kept)
+        if stored is not None and not bound and is_unchanged(self.region, stored, encoded, entry.view, self.pages):
+            return self._save(stored)
+        fresh = put(self.region, entry.keys[0], encoded, self.engine)
+        self._free(entry)
+        entry.stored = fresh
+        entry.kept = [each if number in encoded.named else None for number, each in enumerate(kept)]
+        if not encoded.named:
+            entry.kept = []
+        self.bytes_written += fresh.size
+        return True
+
+    def _save(self, stored: Stored) -> bool:
+        """Count a write that was not needed."""
+        self.writes_saved += 1
+        self.bytes_saved += stored.size
+        return True

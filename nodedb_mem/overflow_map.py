@@ -1,0 +1,211 @@
+"""`OverflowMap`: a mapping of objects whose values all lie in a region."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, MutableMapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from nodedb_mem._stored import Stored, alignment_of, encode_for, get, put
+from nodedb_mem.codec import decode
+from nodedb_mem.engine import EngineId
+from nodedb_mem.errors import CapacityExceededError, RegionError, RegionIOError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from nodedb_mem.codec import Encoded
+    from nodedb_mem.region import OverflowRegion
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+_BATCH = 1000  # values that `update` encodes before it writes them
+_BATCH_BYTES = 16 << 20
+
+
+class OverflowMap(MutableMapping[K, V]):
+    """A mapping whose values all lie in a region, encoded by `nodedb_mem.codec`.
+
+    A value comes back as an object of its own, each time anew: arrays on private, copy-on-write memory, writable and
+    aligned, whose stored bytes never change. To keep a change, assign the value again. Replacing or deleting a key
+    leaves what came from it as it is.
+
+    The keys stay in RAM, as in a dict, and so does the order of insertion. All verbs that touch values are for the
+    region's owner: `WrongThreadError` elsewhere. The map does not close the region. `clear` frees its slots.
+
+    Parameters
+    ----------
+    region
+        Where the values go; its alignment is 64 bytes or more. Others may use it, too.
+    engine
+        The owner of the values, as for `OverflowRegion.write`.
+
+    Raises
+    ------
+    ValueError
+        The region's alignment is less than 64 bytes.
+    """
+
+    def __init__(self, region: OverflowRegion, *, engine: int = EngineId.QUERY) -> None:
+        self._alignment = alignment_of(region)
+        self._engine = engine
+        self._slots: dict[K, Stored] = {}
+        self.region = region
+
+    def __getitem__(self, key: K) -> V:
+        """Make the object again.
+
+        Raises
+        ------
+        KeyError
+            There is no such key.
+        UndecodableError
+            Its class cannot be had, or refuses.
+        RegionError
+            As `OverflowRegion.restore` raises.
+        """
+        value: V = get(self.region, self._slots[key])[0]
+        return value
+
+    def __setitem__(self, key: K, value: V) -> None:
+        """Store an object; nothing has changed where that fails.
+
+        Raises
+        ------
+        TypeError
+            The object cannot be pickled; the message names the key.
+        CapacityExceededError, RegionIOError
+            As `OverflowRegion.write` raises, with `key`.
+        """
+        hash(key)
+        encoded = encode_for(key, value, self._alignment)
+        self._replace(key, put(self.region, key, encoded, self._engine))
+
+    def __delitem__(self, key: K) -> None:
+        """Free a value. What came from it stays as it is."""
+        self.region.free(self._slots[key].slot)
+        del self._slots[key]
+
+    def get_many(self, keys: Iterable[K]) -> list[V]:
+        """Make many objects, in the order of the keys. Small ones that hold no buffers are read in one call.
+
+        Raises
+        ------
+        KeyError
+            One of the keys is missing.
+        """
+        wanted = [self._slots[key] for key in keys]
+        plain = [number for number, stored in enumerate(wanted) if stored.copied]
+        views = dict(zip(plain, self.region.read_many([wanted[number].slot for number in plain]), strict=True))
+        found: list[Any] = []
+        for number, stored in enumerate(wanted):
+            view = views.pop(number, None)
+            found.append(get(self.region, stored)[0] if view is None else decode(view))
+        return found
+
+    def update(self, other: Any = (), /, **more: Any) -> None:
+        """Store many objects, as a dict's update does. Small ones are written in one call, a thousand at a time.
+
+        Raises
+        ------
+        TypeError, CapacityExceededError, RegionIOError
+            As assignment raises. Earlier batches are stored; no value of the one that failed is.
+        """
+        batch: list[tuple[K, Encoded]] = []
+        size = 0
+        for key, value in _pairs(other, more):
+            hash(key)
+            batch.append((key, encode_for(key, value, self._alignment)))
+            size += batch[-1][1].size
+            if len(batch) == _BATCH or size >= _BATCH_BYTES:
+                self._write(batch)
+                batch, size = [], 0
+        if batch:
+            self._write(batch)
+
+    def popitem(self) -> tuple[K, V]:
+        """Remove and give the pair that was inserted last. KeyError if there is none."""
+        for key in reversed(self._slots):
+            return key, self.pop(key)
+        raise KeyError("popitem(): the mapping is empty")
+
+    def clear(self) -> None:
+        """Free all values in one call."""
+        self.region.free_many([stored.slot for stored in self._slots.values()])
+        self._slots.clear()
+
+    def slot(self, key: K) -> int:
+        """Return the number of the slot that holds a value, for `OverflowRegion.share_object` and the like."""
+        return self._slots[key].slot
+
+    def __contains__(self, key: object) -> bool:
+        """Tell whether there is such a key."""
+        return key in self._slots
+
+    def __iter__(self) -> Iterator[K]:
+        """Give the keys in the order of insertion. RuntimeError if their number changes meanwhile."""
+        return iter(self._slots)
+
+    def __reversed__(self) -> Iterator[K]:
+        """Give the keys in the reverse order of insertion."""
+        return reversed(self._slots)
+
+    def __len__(self) -> int:
+        """Count the keys."""
+        return len(self._slots)
+
+    def __repr__(self) -> str:
+        """Tell how much there is, not what."""
+        return f"<{type(self).__name__} of {len(self)} keys in {self.region!r}>"
+
+    def _replace(self, key: K, stored: Stored) -> None:
+        """Put a slot in the place of the one before, which is freed."""
+        before = self._slots.get(key)
+        if before is not None:
+            try:
+                self.region.free(before.slot)
+            except RegionError:
+                with suppress(RegionError):
+                    self.region.free(stored.slot)
+                raise
+        self._slots[key] = stored
+
+    def _write(self, batch: list[tuple[K, Encoded]]) -> None:
+        """Write what was encoded, all or nothing; values that are one buffer go together."""
+        stored: dict[int, Stored] = {}
+        single = [number for number, (_, encoded) in enumerate(batch) if len(encoded.parts) == 1]
+        try:
+            if single:
+                slots = self._write_single([batch[number] for number in single])
+                stored.update(zip(single, slots, strict=True))
+            for number, (key, encoded) in enumerate(batch):
+                if number not in stored:
+                    stored[number] = put(self.region, key, encoded, self._engine)
+        except BaseException:
+            with suppress(RegionError):
+                self.region.free_many([each.slot for each in stored.values()])
+            raise
+        for number, (key, _) in enumerate(batch):
+            self._replace(key, stored[number])
+
+    def _write_single(self, batch: list[tuple[K, Encoded]]) -> list[Stored]:
+        """Write values that are one buffer each in one call."""
+        try:
+            slots = self.region.write_many([encoded.parts[0] for _, encoded in batch], self._engine)
+        except (CapacityExceededError, RegionIOError) as error:
+            error.key = batch[0][0]
+            raise
+        return [Stored(slot, encoded.size, encoded.copied) for slot, (_, encoded) in zip(slots, batch, strict=True)]
+
+
+def _pairs(other: Any, more: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """Give keys and values of what `update` takes."""
+    if isinstance(other, Mapping):
+        yield from other.items()
+    elif hasattr(other, "keys"):
+        for key in other.keys():  # noqa: SIM118
+            yield key, other[key]
+    else:
+        yield from other
+    yield from more.items()
