@@ -34,15 +34,34 @@ _ATOMS: tuple[type, ...] = (
     *(weakref.ref, weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary),
 )
 
-# What memoryviews share: it is of no use without one of them.
+# What memoryviews of one object share.
 _MANAGED = type(gc.get_referents(memoryview(b""))[0])
 
 # What has memory of its own, of which others may have views.
-_MEMORY = (bytearray, memoryview, array)
+_MEMORY = (bytearray, memoryview, array, _MANAGED)
 
-_IMMUTABLE_PACKAGES = frozenset({"pyarrow"})
+_IMMUTABLE_PACKAGES = frozenset({"nodedb_mem", "pyarrow"})
+
+_count = sys.getrefcount
+
+
+def _count_box() -> int:
+    box = [object()]
+    return _count(box[0])
+
+
+def _count_argument(value: object) -> int:
+    return _count(value)
+
+
+# What getrefcount() says of an object that nothing refers to but the value of a dict; the item of a list; what it says
+# of the argument of a function beyond the references that there are before.
+_OF_DICT = next(map(_count, {0: object()}.values()))
+_OF_LIST = _count_box()
+_OF_ARGUMENT = _count_argument(object())
 
 _is_atom: dict[type, bool] = {}
+_known_atoms: set[type] = set()
 
 
 def _learn(kind: type) -> bool:
@@ -53,17 +72,15 @@ def _learn(kind: type) -> bool:
         atom = issubclass(kind, numpy.dtype | numpy.generic | numpy.ufunc)
     if len(_is_atom) < 10_000:  # types come and go
         _is_atom[kind] = atom
+        if atom:
+            _known_atoms.add(kind)
     return atom
-
-
-def _is_array(value: object) -> bool:
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.ndarray)
 
 
 def has_memory(value: object) -> bool:
     """Whether an object's memory may be seen through others."""
-    return isinstance(value, _MEMORY) or _is_array(value)
+    numpy = sys.modules.get("numpy")
+    return isinstance(value, _MEMORY) or (numpy is not None and isinstance(value, numpy.ndarray))
 
 
 def is_atom(value: object) -> bool:
@@ -72,14 +89,32 @@ def is_atom(value: object) -> bool:
     return _is_atom[kind] if kind in _is_atom else _learn(kind)
 
 
-def _referents(level: list[object]) -> Iterable[Any]:
+def is_plain_array(value: Any) -> bool:
+    """Whether an object is an array of NumPy's own class, of elements that are bytes and nothing else."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and type(value) is numpy.ndarray and value.dtype.kind in "biufcmMSU"
+
+
+def _may_have_held_base(base: Any, own_memory: bool) -> bool:
+    """Whether others than an array may refer to its base, or to the base of that."""
+    if base is None:
+        return False
+    if _count(base) > _OF_ARGUMENT + 1:
+        return True
+    if is_plain_array(base):
+        return _may_have_held_base(base.base, own_memory)
+    return not own_memory
+
+
+def _referents(level: list[Any]) -> Iterable[Any]:
     """What the objects refer to, one by one."""
-    arrays = [value for value in level if _is_array(value)]
+    numpy = sys.modules.get("numpy")
+    arrays = [value for value in level if isinstance(value, numpy.ndarray)] if numpy is not None else []
     found = gc.get_referents(*level)
     for each in arrays:
-        if each.base is not None:  # type: ignore[attr-defined]
-            found.append(each.base)  # type: ignore[attr-defined]
-        if each.dtype.hasobject:  # type: ignore[attr-defined]
+        if each.base is not None:
+            found.append(each.base)
+        if each.dtype.hasobject:
             found.extend(_elements(each))
     return found
 
@@ -92,13 +127,7 @@ def _elements(objects: Any) -> list[object]:
     return [value for name in names if objects.dtype[name].hasobject for value in _elements(objects[name])]
 
 
-_count = sys.getrefcount
-
-# What getrefcount() says of an object that nothing refers to but the value of a dict, or the item of a list.
-_OF_DICT = next(map(_count, {0: object()}.values()))
-
-
-def holders(box: list[Any], known: int = 0) -> tuple[bool, list[Any]]:
+def holders(box: list[Any], known: int = 0, *, own_memory: bool = False) -> tuple[bool, list[Any]]:
     """Tell what others hold of a value.
 
     Parameters
@@ -107,6 +136,8 @@ def holders(box: list[Any], known: int = 0) -> tuple[bool, list[Any]]:
         The value, in a list, which should be the only reference to it.
     known
         Further references to the value that do not count.
+    own_memory
+        The value was made on memory that nobody else knows. Views that libraries keep of it do not count.
 
     Returns
     -------
@@ -117,24 +148,28 @@ def holders(box: list[Any], known: int = 0) -> tuple[bool, list[Any]]:
     """
     if is_atom(box[0]):
         return False, []
+    if is_plain_array(box[0]):
+        if _count(box[0]) > _OF_LIST + known:
+            return True, []
+        if not _may_have_held_base(box[0].base, own_memory):
+            return False, []
     seen: dict[int, Any] = {id(box[0]): box[0]}
     inner: dict[int, int] = {}
     level = box
     while level:
         found = _referents(level)
         level = []
+        if _known_atoms.issuperset(map(type, found)):
+            break
         for value in found:
             number = id(value)
             if number in inner:
                 inner[number] += 1
-                continue
-            kind = type(value)
-            if _is_atom[kind] if kind in _is_atom else _learn(kind):
-                continue
-            inner[number] = 1
-            if number not in seen:
-                seen[number] = value
-                level.append(value)
+            elif not is_atom(value):
+                inner[number] = 1
+                if number not in seen:
+                    seen[number] = value
+                    level.append(value)
     del found
     value = None
     counts = list(map(_count, seen.values()))
@@ -143,14 +178,14 @@ def holders(box: list[Any], known: int = 0) -> tuple[bool, list[Any]]:
     others = [
         value
         for (number, value), count in zip(seen.items(), counts, strict=True)
-        if count - _OF_DICT - inner.get(number, 0) > 0 and not _is_harmless(value)
+        if count - _OF_DICT - inner.get(number, 0) > 0 and not _is_harmless(value, own_memory)
     ]
     itself = bool(others) and id(others[0]) == own
     return itself, others[itself:]
 
 
-def _is_harmless(value: object) -> bool:
+def _is_harmless(value: object, own_memory: bool) -> bool:
     """Whether a holder of an object has nothing to change: not in it, nor in what it holds."""
     if isinstance(value, tuple | frozenset):
-        return all(is_atom(each) or _is_harmless(each) for each in value)
-    return isinstance(value, _MANAGED)
+        return all(is_atom(each) or _is_harmless(each, own_memory) for each in value)
+    return own_memory and isinstance(value, _MANAGED)

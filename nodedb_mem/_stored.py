@@ -6,18 +6,22 @@ import errno
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nodedb_mem._changes import PageMap, address_of, is_same
-from nodedb_mem.codec import ALIGNMENT, Encoded, decode, encode
+from nodedb_mem._held import is_plain_array
+from nodedb_mem.codec import ALIGNMENT, IN_BAND, Encoded, decode, encode
 from nodedb_mem.errors import CapacityExceededError, RegionIOError
 from nodedb_mem.refs import SlotParts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from typing_extensions import Buffer
+
     from nodedb_mem.region import OverflowRegion
 
 # A private mapping costs 5 us whatever its size, and a fault for each page that is touched. Up to this size a copy is
 # less, and a process may have 65,530 mappings.
 _COPIED = 128 << 10
+_SMALL = 16 << 10  # a copy of so much is less than a view
 
 
 class Stored(NamedTuple):
@@ -60,18 +64,19 @@ def put(region: OverflowRegion, key: object, encoded: Encoded, engine: int) -> S
 
 def get(
     region: OverflowRegion, stored: Stored, kept: Sequence[object] = (), *, may_map: bool = True
-) -> tuple[Any, memoryview | None]:
+) -> tuple[Any, Buffer | None]:
     """Read an object. Its buffers are writable, and its own: the stored bytes never change.
 
     Returns
     -------
     value
-    view : memoryview or None
-        The private mapping that its buffers lie in; None where they are copies.
+    view : buffer or None
+        The private mapping that its buffers lie in; None where they are copies. It is no memoryview: one of these would
+        count among those who hold the memory.
     """
     slot, size, copied = stored
     if copied:
-        return decode(region.read(slot), kept=kept), None
+        return decode(region.read(slot) if size > _SMALL else region.read_bytes(slot), kept=kept), None
     if size > _COPIED and may_map:
         try:
             view = region.restore(slot)
@@ -79,7 +84,7 @@ def get(
             if error.errno != errno.ENOMEM:
                 raise
         else:
-            return decode(view, kept=kept), view
+            return decode(view, kept=kept), view.obj
     room = bytearray(size + ALIGNMENT)
     start = -address_of(room) % ALIGNMENT
     view = memoryview(room)[start : start + size]
@@ -87,9 +92,24 @@ def get(
     return decode(view, kept=kept), None
 
 
-def is_unchanged(
-    region: OverflowRegion, stored: Stored, encoded: Encoded, view: memoryview | None, pages: PageMap
-) -> bool:
+def layout_of(value: Any) -> tuple[object, ...] | None:
+    """Return what pickle says of an array beside its bytes. None if the object is no array, or a small or odd one.
+
+    Two arrays on one memory are the same to pickle, and lie in one piece at the end of the value, if this is equal.
+    """
+    if not is_plain_array(value) or not value.flags.c_contiguous or value.nbytes <= IN_BAND:
+        return None
+    return value.dtype, value.shape, value.strides, value.flags.writeable, address_of(value)
+
+
+def is_same_array(region: OverflowRegion, stored: Stored, value: Any, view: Buffer | None, pages: PageMap) -> bool:
+    """Whether the bytes of an array are what was stored; its `layout_of` is as it was."""
+    if view is not None:
+        return not pages.has_changed(address_of(view), stored.size)
+    return is_same(value, region.read(stored.slot)[stored.size - value.nbytes :], value.nbytes)
+
+
+def is_unchanged(region: OverflowRegion, stored: Stored, encoded: Encoded, view: Buffer | None, pages: PageMap) -> bool:
     """Whether an object, encoded again, is what was stored.
 
     Parameters
@@ -101,6 +121,8 @@ def is_unchanged(
     if encoded.size != stored.size:
         return False
     at = region.read(stored.slot)
+    if len(encoded.parts) == 1:
+        return is_same(encoded.parts[0], at, stored.size)
     sizes = [memoryview(part).nbytes for part in encoded.parts]
     layout = SlotParts.layout(sizes, region._alignment if encoded.aligned else 1)
     before = len(encoded.parts) - len(encoded.buffers) if encoded.aligned else len(encoded.parts)

@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING, Any
 from nodedb_mem._changes import PageMap
 from nodedb_mem._held import has_memory, holders, is_atom
 from nodedb_mem._sizeof import sizeof
-from nodedb_mem._stored import Stored, encode_for, get, is_unchanged, put
+from nodedb_mem._stored import Stored, encode_for, get, is_same_array, is_unchanged, layout_of, put
 from nodedb_mem.codec import ALIGNMENT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from typing_extensions import Buffer
 
     from nodedb_mem.region import OverflowRegion
 
@@ -39,17 +41,18 @@ class Entry:
     """A value and the keys that name it.
 
     `value` is `COLD` when it is in its slot only. `stored` is where it was last written; `view` is the private mapping
-    that it came back in. `kept` is what its pickle names.
+    that it came back in, and `layout` the array's that came back. `kept` is what its pickle names.
     """
 
-    __slots__ = ("held", "kept", "keys", "pins", "stored", "stuck", "value", "view", "weight")
+    __slots__ = ("held", "kept", "keys", "layout", "pins", "stored", "stuck", "value", "view", "weight")
 
     def __init__(self, key: Any, weight: int) -> None:
         self.keys = [key]
         self.value: Any = COLD
         self.weight = weight
         self.stored: Stored | None = None
-        self.view: memoryview | None = None
+        self.view: Buffer | None = None
+        self.layout: tuple[object, ...] | None = None
         self.kept: list[Any] = []
         self.pins = 0
         self.held = False  # others held what is inside of it when its turn came last
@@ -60,7 +63,9 @@ class Tiers:
     """Which entries are hot, and how they move."""
 
     def __init__(self, region: OverflowRegion, engine: int, weigh: Callable[[Any], int]) -> None:
-        self.region = region
+        self._region = region
+        self.owned = False  # by this thread, until `release`
+        self.closed = False
         self.engine = engine
         self.weigh = weigh
         self.hot: OrderedDict[Entry, None] = OrderedDict()
@@ -73,9 +78,32 @@ class Tiers:
         self.bytes_written = self.bytes_read = self.passed_over = self.failures = 0
         self.write_seconds = self.read_seconds = 0.0
 
+    @property
+    def region(self) -> OverflowRegion:
+        """The region, owned by this thread from here on."""
+        if not self.owned:
+            self._region.adopt()
+            self.owned = True
+        return self._region
+
+    def release(self) -> None:
+        """Let another thread have the region."""
+        if self.owned:
+            self.owned = False
+            self._region.release_ownership()
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.hot.clear()
+        self.by_value.clear()
+        self.pages.close()
+        self.region.close()
+        self.owned = False
+        self.closed = True
+
     # -- up -------------------------------------------------------------------------------------------------------
 
-    def add(self, entry: Entry, value: Any, view: memoryview | None = None) -> None:
+    def add(self, entry: Entry, value: Any, view: Buffer | None = None) -> None:
         """Make an entry hot."""
         entry.view = view
         self.mappings += view is not None
@@ -94,6 +122,7 @@ class Tiers:
         self.bytes_read += entry.stored.size
         self.bytes_out -= entry.stored.size
         self.add(entry, value, view)
+        entry.layout = layout_of(value)
         self.read_seconds += perf_counter() - start
         return value
 
@@ -118,12 +147,6 @@ class Tiers:
         elif entry.stored is not None:
             self.bytes_out -= entry.stored.size
         self._free(entry)
-
-    def clear(self) -> None:
-        """Let go of everything but the region."""
-        self.hot.clear()
-        self.by_value.clear()
-        self.pages.close()
 
     def _leave(self, entry: Entry, value_id: int) -> None:
         """Count the entry as hot no longer; its value has been taken off."""
@@ -181,7 +204,7 @@ class Tiers:
         entry.value = COLD  # from here on no other thread comes by it
         out = False
         try:
-            itself, kept = holders(box, known)
+            itself, kept = holders(box, known, own_memory=entry.stored is not None and type(box[0]) is not memoryview)
             if kept and not entry.held:
                 entry.held = itself = True
             if not itself:
@@ -212,6 +235,14 @@ class Tiers:
         """Store a value, unless it is stored already. False if it is in use."""
         stored = entry.stored
         if stored is not None and is_atom(box[0]):
+            return self._save(stored)
+        if (
+            stored is not None
+            and not kept
+            and entry.layout is not None
+            and layout_of(box[0]) == entry.layout
+            and is_same_array(self.region, stored, box[0], entry.view, self.pages)
+        ):
             return self._save(stored)
         encoded = encode_for(entry.keys[0], box[0], ALIGNMENT, kept)
         if any(has_memory(each) for number, each in enumerate(kept) if number not in encoded.named):

@@ -12,9 +12,9 @@ process needs to take the value apart again:
 | flags | 1 | 1: read-only (a memoryview); 2: the pickle names objects that live in the process that wrote it |
 | start | 4 | where the pickled part starts |
 | buffers | 4 | how many there are |
-| check | 4 | CRC-32 of the rest of the head, the sizes and the pickled part |
-| reserved | 4 | 0 |
 | size | 8 | of the pickled part |
+| reserved | 4 | 0 |
+| check | 4 | CRC-32 of what is before it, and of all from here to the end of the pickled part |
 | sizes | 8 each | of the buffers |
 
 The buffers have no checksum: it would cost more than all else.
@@ -35,16 +35,15 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
-_HEAD = Struct("<4s4B4IQ")
-_BEFORE_CHECK = Struct("<4s4B2I").size
-_AFTER_CHECK = _BEFORE_CHECK + 4
+_HEAD = Struct("<4s4B2IQ2I")
+_CHECK = _HEAD.size - 4
 _MAGIC = b"NdmV"
 _VERSION = 1
 _PICKLE, _BYTES, _BYTEARRAY, _STR, _MEMORYVIEW = range(5)
 _READ_ONLY, _BOUND = 1, 2
 
 _JOINED = 16 << 10  # a pickled part, or a value of bytes, up to this size is copied behind the head: one part less
-_IN_BAND = 256  # a buffer up to this size is copied into the pickled part
+IN_BAND = 256  # a buffer up to this size is copied into the pickled part
 
 #: What a buffer of a value is aligned to, in bytes, where its region lets it.
 ALIGNMENT = 64
@@ -136,10 +135,12 @@ def decode(buffer: Buffer, *, kept: Sequence[object] = ()) -> Any:
 
 def split(buffer: Buffer) -> Value:
     """Take a value apart: its pickled part, and its buffers, as views. Raises `UndecodableError` as `decode` does."""
-    view = memoryview(buffer).cast("B")
+    view = memoryview(buffer)
+    if view.format != "B" or view.ndim != 1:
+        view = view.cast("B")
     if len(view) < _HEAD.size:
         raise UndecodableError(f"a value has a head of {_HEAD.size} bytes: there are {len(view)}")
-    magic, version, kind, shift, flags, start, count, check, _, size = _HEAD.unpack_from(view)
+    magic, version, kind, shift, flags, start, count, size, _, check = _HEAD.unpack_from(view)
     if magic != _MAGIC:
         raise UndecodableError("the bytes are no encoded object")
     if version != _VERSION:
@@ -147,12 +148,11 @@ def split(buffer: Buffer) -> Value:
     end = _HEAD.size + 8 * count
     if not (end <= start and start + size <= len(view) and shift < 32):
         raise UndecodableError("the encoded object is cut off")
-    checked = crc32(view[start : start + size], crc32(view[_AFTER_CHECK:end], crc32(view[:_BEFORE_CHECK])))
-    if checked != check:
+    last = start + size
+    if crc32(view[_HEAD.size : last], crc32(view[:_CHECK])) != check:
         raise UndecodableError("the encoded object is damaged")
     buffers = []
-    last = start + size
-    for number in memoryview(view[_HEAD.size : end].tobytes()).cast("Q"):
+    for number in memoryview(view[_HEAD.size : end].tobytes()).cast("Q") if count else ():
         first = _up(last, 1 << shift)
         last = first + number
         buffers.append(view[first:last])
@@ -253,7 +253,7 @@ def _pickle(value: object, kept: Sequence[object]) -> tuple[bytes, list[memoryvi
     def take(buffer: pickle.PickleBuffer) -> bool:
         """Keep a buffer out of the pickle, unless it is small."""
         raw = buffer.raw()
-        if raw.nbytes <= _IN_BAND:
+        if raw.nbytes <= IN_BAND:
             return True
         buffers.append(raw)
         return False
@@ -303,10 +303,11 @@ def _lay_out(kind: int, flags: int, alignment: int, pickled: bytes, buffers: lis
 
 def _head(kind: int, shift: int, flags: int, start: int, pickled: bytes, sizes: Sequence[int]) -> bytes:
     """Make a head, with the sizes of the buffers after it."""
-    listed = Struct(f"<{len(sizes)}Q").pack(*sizes)
-    head = _HEAD.pack(_MAGIC, _VERSION, kind, shift, flags, start, len(sizes), 0, 0, len(pickled))
-    check = crc32(pickled, crc32(listed, crc32(head[_AFTER_CHECK:], crc32(head[:_BEFORE_CHECK]))))
-    return b"".join((head[:_BEFORE_CHECK], check.to_bytes(4, "little"), head[_AFTER_CHECK:], listed))
+    listed = b"".join(size.to_bytes(8, "little") for size in sizes) if sizes else b""
+    head = _HEAD.pack(_MAGIC, _VERSION, kind, shift, flags, start, len(sizes), len(pickled), 0, 0)[:_CHECK]
+    between = listed + bytes(start - _HEAD.size - len(listed))
+    check = crc32(pickled, crc32(between, crc32(head)))
+    return b"".join((head, check.to_bytes(4, "little"), listed))
 
 
 def _up(number: int, multiple: int) -> int:

@@ -83,20 +83,18 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         self._budget = _checked(budget)
         folder = tempfile.gettempdir() if directory is None else directory
         ceiling = shutil.disk_usage(folder).total if max_capacity is None else index(max_capacity)
-        self._region = OverflowRegion.temporary(
+        region = OverflowRegion.temporary(
             folder,
             initial_capacity=min(DEFAULT_INITIAL_CAPACITY, ceiling),
             max_capacity=ceiling,
             cache_limit=_ANY_SIZE if cache_limit is None else cache_limit,
         )
-        self._region.release_ownership()
-        self._process = os.getpid()
+        region.release_ownership()
         self._lock = threading.RLock()
-        self._depth = 0  # how many blocks of the thread that has the lock need the region
         self._entries: dict[K, Entry] = {}
-        self._tiers = Tiers(self._region, engine, weight)
+        self._tiers = Tiers(region, engine, weight)
+        self._session = _Session(self._lock, self._tiers)
         self._has_logged = False
-        self._closed = False
 
     # -- the mapping ----------------------------------------------------------------------------------------------
 
@@ -136,12 +134,12 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         """
         entry = self._insert(key, value)
         if self._tiers.bytes > self._budget:
-            with self._session() as tiers:
+            with self._session as tiers:
                 tiers.shrink(self._budget, _MOST_HELD, own=entry, known=_IN_SETITEM)
 
     def __delitem__(self, key: K) -> None:
         """Remove a key. Its value is freed, if no other key names it."""
-        with self._session() as tiers:
+        with self._session as tiers:
             entry = self._entries.get(key)
             if entry is None:
                 self._miss(key)
@@ -152,7 +150,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         """Store many values, as a dict's update does. Raises as assignment does; what came before is stored."""
         super().update(other, **more)
         del other
-        with self._session() as tiers:
+        with self._session as tiers:
             tiers.shrink(self._budget, _MOST_HELD)
 
     def popitem(self) -> tuple[K, V]:
@@ -164,7 +162,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
 
     def clear(self) -> None:
         """Remove all keys."""
-        with self._session() as tiers:
+        with self._session as tiers:
             for key, entry in list(self._entries.items()):
                 tiers.forget(entry, key)
                 del self._entries[key]
@@ -189,7 +187,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         """Tell how much there is, not what."""
         state = (
             "closed"
-            if self._closed
+            if self._tiers.closed
             else f"{self._tiers.bytes} of {self._budget} bytes in RAM, {self._tiers.bytes_out} out"
         )
         return f"<{type(self).__name__} of {len(self)} keys: {state}>"
@@ -242,7 +240,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         """
         if isinstance(what, str | bytes):
             raise TypeError("a number of bytes or an iterable of keys is needed")
-        with self._session() as tiers:
+        with self._session as tiers:
             before = tiers.bytes
             if what is None or isinstance(what, int):
                 tiers.shrink(0 if what is None else max(0, before - what), len(tiers.hot))
@@ -254,7 +252,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
 
     def set_budget(self, budget: int) -> None:
         """Set how many bytes of values may stay in RAM; what is beyond goes out. Raises as `evict`."""
-        with self._session() as tiers:
+        with self._session as tiers:
             self._budget = _checked(budget)
             tiers.shrink(self._budget, len(tiers.hot))
 
@@ -281,19 +279,14 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
     def close(self) -> None:
         """Drop all values, those in the region, too; closing again does nothing. What came out of it stays readable."""
         with self._lock:
-            if self._closed or os.getpid() != self._process:
-                return
-            self._closed = True
-            self._entries = {}
-            self._tiers.clear()
-            if not self._depth:
-                self._region.adopt()
-            self._region.close()
+            if not self._tiers.closed and os.getpid() == self._session.process:
+                self._entries = {}
+                self._tiers.close()
 
     @property
     def closed(self) -> bool:
         """Whether `close` has been called."""
-        return self._closed
+        return self._tiers.closed
 
     def __enter__(self) -> Self:
         """Give the mapping itself."""
@@ -316,31 +309,13 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
 
     # -- one thread at a time -------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _session(self) -> Iterator[Tiers]:
-        """Take the lock, and the region, for a block."""
-        if os.getpid() != self._process:
-            raise WrongThreadError("the mapping belongs to the process that made it: this one was forked from it")
-        with self._lock:
-            if self._closed:
-                raise RegionClosedError("the mapping is closed")
-            if not self._depth:
-                self._region.adopt()
-            self._depth += 1
-            try:
-                yield self._tiers
-            finally:
-                self._depth -= 1
-                if not self._depth and not self._closed:
-                    self._region.release_ownership()
-
     def _miss(self, key: object) -> NoReturn:
-        if self._closed:
+        if self._tiers.closed:
             raise RegionClosedError("the mapping is closed")
         raise KeyError(key)
 
     def _bring_back(self, key: K) -> V:
-        with self._session() as tiers:
+        with self._session as tiers:
             entry = self._entries.get(key)
             if entry is None:
                 self._miss(key)
@@ -365,7 +340,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
             weight = tiers.weigh(value)
         except TypeError as error:
             raise TypeError(f"the value of {key!r}: {error}") from error
-        with self._session():
+        with self._session:
             before = self._entries.get(key)
             entry = tiers.by_value.get(id(value))
             if entry is None:
@@ -386,6 +361,36 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         if not self._has_logged:
             self._has_logged = True
             _log.warning("a value stays in RAM, beyond the budget: %s", error)
+
+
+class _Session:
+    """The lock of a mapping, for a block of one thread; the region goes with it."""
+
+    __slots__ = ("depth", "lock", "process", "tiers")
+
+    def __init__(self, lock: threading.RLock, tiers: Tiers) -> None:
+        self.lock = lock
+        self.tiers = tiers
+        self.process = os.getpid()
+        self.depth = 0
+
+    def __enter__(self) -> Tiers:
+        if os.getpid() != self.process:
+            raise WrongThreadError("the mapping belongs to the process that made it: this one was forked from it")
+        self.lock.acquire()
+        if self.tiers.closed:
+            self.lock.release()
+            raise RegionClosedError("the mapping is closed")
+        self.depth += 1
+        return self.tiers
+
+    def __exit__(self, *exception: object) -> None:
+        self.depth -= 1
+        try:
+            if not self.depth:
+                self.tiers.release()
+        finally:
+            self.lock.release()
 
 
 def _checked(budget: int) -> int:

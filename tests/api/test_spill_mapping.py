@@ -269,6 +269,8 @@ HELD: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "a list inside": (lambda: {"a": [[1, 2]]}, lambda value: value["a"][0]),
     "an attribute": (lambda: Box([1, 2]), lambda value: value.inside),
     "of an array of objects": (lambda: np.array([[1], [2, 3]], dtype=object), lambda value: value[1]),
+    "a buffer": (lambda: memoryview(bytearray(9)), lambda value: value[3:]),
+    "what an array is made on": (lambda: np.frombuffer(memoryview(bytearray(9)), "u1"), lambda value: value.base),
     "bytes": (lambda: bytearray(1000), lambda value: memoryview(value)),
 }
 
