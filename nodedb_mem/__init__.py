@@ -25,6 +25,7 @@ from nodedb_mem.errors import (
     UnknownEngineError,
     WrongThreadError,
 )
+from nodedb_mem.objects import ObjectRef
 from nodedb_mem.overflow_map import OverflowMap
 from nodedb_mem.reader import Lease, OverflowReader
 from nodedb_mem.refs import SlotParts, SlotRef
@@ -44,6 +45,7 @@ __all__ = [
     "Lease",
     "MemError",
     "MemoryTuning",
+    "ObjectRef",
     "OverflowMap",
     "OverflowReader",
     "OverflowRegion",

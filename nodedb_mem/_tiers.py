@@ -25,10 +25,12 @@ from nodedb_mem._stored import Stored, encode_for, get, is_same_array, is_unchan
 from nodedb_mem.codec import ALIGNMENT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from typing_extensions import Buffer
 
+    from nodedb_mem.codec import Encoded
+    from nodedb_mem.objects import ObjectRef
     from nodedb_mem.region import OverflowRegion
 
 _MOST_MAPPINGS = 16_384  # of the 65,530 that a process may have; beyond it values come back as copies
@@ -132,6 +134,17 @@ class Tiers:
         entry.weight = weight
         entry.stuck = False
         self.hot.move_to_end(entry)
+
+    def share(self, entry: Entry) -> ObjectRef:
+        """Make a reference to a value as it is now, which is in its slot afterwards, too."""
+        self._refuse_moving(entry)
+        if entry.value is COLD and entry.kept:  # others could not make the kept ones
+            self.bring_back(entry)
+        if entry.value is not COLD and self._store(entry, encode_for(entry.keys[0], entry.value, ALIGNMENT)):
+            self.mappings -= entry.view is not None
+            entry.view = None  # what it tells of is no longer what is stored
+        assert entry.stored is not None
+        return self.region.share_object(entry.stored.slot)
 
     # -- away -----------------------------------------------------------------------------------------------------
 
@@ -247,15 +260,24 @@ class Tiers:
         encoded = encode_for(entry.keys[0], box[0], ALIGNMENT, kept)
         if any(has_memory(each) for number, each in enumerate(kept) if number not in encoded.named):
             return False  # others see memory that the pickle has by another object
+        if not self._store(entry, encoded, kept):
+            assert stored is not None
+            self._save(stored)
+        return True
+
+    def _store(self, entry: Entry, encoded: Encoded, kept: Sequence[Any] = ()) -> bool:
+        """Write an encoded value; false, and nothing is done, if it is what is stored."""
+        stored = entry.stored
         bound = bool(encoded.named or entry.kept)
         if stored is not None and not bound and is_unchanged(self.region, stored, encoded, entry.view, self.pages):
-            return self._save(stored)
+            return False
         fresh = put(self.region, entry.keys[0], encoded, self.engine)
         self._free(entry)
         entry.stored = fresh
-        entry.kept = [each if number in encoded.named else None for number, each in enumerate(kept)]
-        if not encoded.named:
-            entry.kept = []
+        entry.layout = None
+        entry.kept = []
+        if encoded.named:
+            entry.kept = [each if number in encoded.named else None for number, each in enumerate(kept)]
         self.bytes_written += fresh.size
         return True
 

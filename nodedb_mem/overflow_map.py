@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from nodedb_mem.codec import Encoded
+    from nodedb_mem.objects import ObjectRef
     from nodedb_mem.region import OverflowRegion
 
 K = TypeVar("K")
@@ -135,9 +136,17 @@ class OverflowMap(MutableMapping[K, V]):
         self.region.free_many([stored.slot for stored in self._slots.values()])
         self._slots.clear()
 
-    def slot(self, key: K) -> int:
-        """Return the number of the slot that holds a value, for `OverflowRegion.share_object` and the like."""
-        return self._slots[key].slot
+    def share(self, key: K) -> ObjectRef:
+        """Make a reference to a value, for other processes. It is stale once the key is assigned again or deleted.
+
+        Raises
+        ------
+        KeyError
+            There is no such key.
+        RegionIOError
+            As `OverflowRegion.share` raises.
+        """
+        return self.region.share_object(self._slots[key].slot)
 
     def __contains__(self, key: object) -> bool:
         """Tell whether there is such a key."""

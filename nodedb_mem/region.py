@@ -14,6 +14,7 @@ from nodedb_mem._control import RegionControl
 from nodedb_mem._opening import region_options
 from nodedb_mem.engine import KNOWN_ENGINES, EngineId
 from nodedb_mem.errors import InvalidSlotError, RegionError
+from nodedb_mem.objects import ObjectRef
 from nodedb_mem.refs import SlotParts, SlotRef
 from nodedb_mem.stats import OverflowSlot
 from nodedb_mem.tuning import (
@@ -506,6 +507,10 @@ class OverflowRegion(RegionControl):
         else:
             paths = [self._place, self._place + ".slots", self._place + ".leases"]
         return SlotRef(paths[0], incarnation, slot, generation, size, *paths[1:])
+
+    def share_object(self, slot: int) -> ObjectRef:
+        """Make a reference to an object that `nodedb_mem.codec` has encoded, for other processes. As `share`."""
+        return ObjectRef(self.share(slot))
 
     def evict(self, slots: Slots | None = None) -> None:
         """Write values back to disk and drop them from RAM, now.

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
+    from nodedb_mem.objects import ObjectRef
+
 __all__ = ["OverflowMap", "SpillMapping", "SpillStats", "sizeof"]
 
 K = TypeVar("K")
@@ -202,6 +204,26 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
     async def aset(self, key: K, value: V) -> None:
         """Store a value on a worker thread: what has to make room is written there. Raises as assignment."""
         await asyncio.to_thread(self.__setitem__, key, value)
+
+    def share(self, key: K) -> ObjectRef:
+        """Make a reference to a value as it is now, for other processes: it is written, if it has changed.
+
+        The reference is stale once the value has gone out changed, or its key is assigned again or deleted.
+
+        Raises
+        ------
+        KeyError
+            There is no such key.
+        TypeError
+            The value cannot be pickled.
+        CapacityExceededError, RegionIOError
+            The value finds no room in the region, or the leases file cannot be made.
+        """
+        with self._session as tiers:
+            entry = self._entries.get(key)
+            if entry is None:
+                self._miss(key)
+            return tiers.share(entry)
 
     # -- the budget -----------------------------------------------------------------------------------------------
 

@@ -105,6 +105,7 @@ View *ndm_i_view_new(bool writable)
         view->writable = writable;
         view->leased_by = NULL;
         view->lease = -1;
+        view->offset = 0;
     }
     return view;
 }

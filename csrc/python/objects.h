@@ -34,6 +34,7 @@ typedef struct {
     bool writable;
     Holder *leased_by; /* NULL: no lease */
     int64_t lease;
+    uint64_t offset; /* of what is leased, in its file */
 } View;
 
 /* Make the types. 0, or -1 with an exception. */

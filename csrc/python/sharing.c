@@ -123,8 +123,16 @@ static PyObject *lease(PyObject *Py_UNUSED(module), PyObject *const *arguments, 
     if (number >= 0) {
         view->leased_by = (Holder *)Py_NewRef(arguments[0]);
         view->lease = number;
+        view->offset = value.offset;
     }
     return ndm_i_viewed(view, address, value.size, arguments[0], arguments[1], &refusal);
+}
+
+/* leased_at(view) -> where in the file the leased value is: it stays there */
+static PyObject *leased_at(PyObject *Py_UNUSED(module), PyObject *object)
+{
+    const View *view = ndm_i_as_view(object);
+    return view ? PyLong_FromUnsignedLongLong(view->offset) : NULL;
 }
 
 /* end_lease(view): ends the lease, if it has not ended. */
@@ -195,6 +203,7 @@ PyMethodDef ndm_i_sharing[] = {
     {"is_unchanged", is_unchanged, METH_O, NULL},
     NDM_I_VERB("lease", lease),
     {"end_lease", end_lease, METH_O, NULL},
+    {"leased_at", leased_at, METH_O, NULL},
     NDM_I_VERB("find", find),
     NDM_I_VERB("next_slot", next_slot),
     {NULL, NULL, 0, NULL},
