@@ -19,7 +19,7 @@ from array import array
 from datetime import date, time, timedelta, tzinfo
 from decimal import Decimal
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from uuid import UUID
 
 if TYPE_CHECKING:
@@ -127,7 +127,82 @@ def _elements(objects: Any) -> list[object]:
     return [value for name in names if objects.dtype[name].hasobject for value in _elements(objects[name])]
 
 
-def holders(box: list[Any], known: int = 0, *, own_memory: bool = False) -> tuple[bool, list[Any]]:
+class Span(NamedTuple):
+    """Where the elements of an array lie."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    itemsize: int
+
+    @classmethod
+    def of(cls, array: Any) -> Self:
+        """Describe an array."""
+        return cls(array.__array_interface__["data"][0], array.shape, array.strides, array.itemsize)
+
+    def extent(self, *, but: int | None = None) -> tuple[int, int]:
+        """Return where it begins and ends, in bytes; as if the axis `but` were of length 1."""
+        steps = [
+            (count - 1) * step
+            for axis, (count, step) in enumerate(zip(self.shape, self.strides, strict=True))
+            if axis != but
+        ]
+        begin = self.address + sum(step for step in steps if step < 0)
+        return begin, self.address + sum(step for step in steps if step > 0) + self.itemsize
+
+    def is_apart(self, other: Span) -> bool:
+        """Whether two arrays have no byte in common. False where that is hard to tell."""
+        if 0 in self.shape or 0 in other.shape:
+            return True
+        (begin, end), (others_begin, others_end) = self.extent(), other.extent()
+        if end <= others_begin or others_end <= begin:
+            return True
+        if self.strides != other.strides or not self.strides:
+            return False
+        # Parts of the rows of one matrix: where they lie in a row tells.
+        axis = max(range(len(self.strides)), key=lambda axis: abs(self.strides[axis]))
+        row = abs(self.strides[axis])
+        (begin, end), (others_begin, others_end) = self.extent(but=axis), other.extent(but=axis)
+        origin = min(begin, others_begin)
+        first, second = (begin - origin) % row, (others_begin - origin) % row
+        ends = first + end - begin, second + others_end - others_begin
+        return max(ends) <= row and (ends[0] <= second or ends[1] <= first)
+
+
+class Shared(NamedTuple):
+    """An array that others refer to, and that a value has views of; it is not in the value itself.
+
+    `outside` and `inside` count the references; `spans` tells where the views of the value lie.
+    """
+
+    base: Any
+    outside: int
+    inside: int
+    spans: list[Span]
+
+
+class Held(NamedTuple):
+    """What others hold of a value.
+
+    Attributes
+    ----------
+    itself : bool
+        Someone else refers to the value itself.
+    inside : list
+        What is inside the value, can be changed, and is referred to from outside.
+    shared : list of Shared
+        Those arrays of `inside` that are there as the memory of views only.
+    """
+
+    itself: bool
+    inside: list[Any]
+    shared: list[Shared]
+
+
+_NOT_HELD = Held(False, [], [])
+
+
+def holders(box: list[Any], known: int = 0, *, own_memory: bool = False) -> Held:
     """Tell what others hold of a value.
 
     Parameters
@@ -138,21 +213,14 @@ def holders(box: list[Any], known: int = 0, *, own_memory: bool = False) -> tupl
         Further references to the value that do not count.
     own_memory
         The value was made on memory that nobody else knows. Views that libraries keep of it do not count.
-
-    Returns
-    -------
-    itself : bool
-        Someone else refers to the value itself.
-    inside : list
-        What is inside the value, can be changed, and is referred to from outside.
     """
     if is_atom(box[0]):
-        return False, []
+        return _NOT_HELD
     if is_plain_array(box[0]):
         if _count(box[0]) > _OF_LIST + known:
-            return True, []
+            return Held(True, [], [])
         if not _may_have_held_base(box[0].base, own_memory):
-            return False, []
+            return _NOT_HELD
     seen: dict[int, Any] = {id(box[0]): box[0]}
     inner: dict[int, int] = {}
     level = box
@@ -175,13 +243,28 @@ def holders(box: list[Any], known: int = 0, *, own_memory: bool = False) -> tupl
     counts = list(map(_count, seen.values()))
     own = next(iter(seen))
     counts[0] -= 1 + known
-    others = [
-        value
-        for (number, value), count in zip(seen.items(), counts, strict=True)
-        if count - _OF_DICT - inner.get(number, 0) > 0 and not _is_harmless(value, own_memory)
+    outside = {number: count - _OF_DICT - inner.get(number, 0) for number, count in zip(seen, counts, strict=True)}
+    others = [number for number, count in outside.items() if count > 0 and not _is_harmless(seen[number], own_memory)]
+    if not others:
+        return _NOT_HELD
+    if others[0] == own:
+        return Held(True, [], [])
+    return Held(False, [seen[number] for number in others], _find_shared(seen, inner, outside, others))
+
+
+def _find_shared(
+    seen: dict[int, Any], inner: dict[int, int], outside: dict[int, int], others: list[int]
+) -> list[Shared]:
+    """Find the arrays among `others` that the value refers to by views only."""
+    views: dict[int, list[Span]] = {number: [] for number in others if is_plain_array(seen[number])}
+    for value in seen.values() if views else ():
+        if is_plain_array(value) and id(value.base) in views:
+            views[id(value.base)].append(Span.of(value))
+    return [
+        Shared(seen[number], outside[number], inner[number], spans)
+        for number, spans in views.items()
+        if len(spans) == inner[number]
     ]
-    itself = bool(others) and id(others[0]) == own
-    return itself, others[itself:]
 
 
 def _is_harmless(value: object, own_memory: bool) -> bool:

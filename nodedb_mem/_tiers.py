@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Buffer
 
+    from nodedb_mem._held import Shared, Span
     from nodedb_mem.codec import Encoded
     from nodedb_mem.objects import ObjectRef
     from nodedb_mem.region import OverflowRegion
@@ -46,7 +47,7 @@ class Entry:
     that it came back in, and `layout` the array's that came back. `kept` is what its pickle names.
     """
 
-    __slots__ = ("held", "kept", "keys", "layout", "pins", "stored", "stuck", "value", "view", "weight")
+    __slots__ = ("held", "kept", "keys", "layout", "pins", "shares", "stored", "stuck", "value", "view", "weight")
 
     def __init__(self, key: Any, weight: int) -> None:
         self.keys = [key]
@@ -59,6 +60,8 @@ class Entry:
         self.pins = 0
         self.held = False  # others held what is inside of it when its turn came last
         self.stuck = False  # it cannot be pickled
+        # Arrays, by id(), that it has views of: how many, and where they lie. Known until the value is asked for.
+        self.shares: dict[int, tuple[int, list[Span]]] = {}
 
 
 class Tiers:
@@ -73,6 +76,7 @@ class Tiers:
         self.hot: OrderedDict[Entry, None] = OrderedDict()
         self.by_value: dict[int, Entry] = {}  # the hot ones, by the id() of their values
         self.pages = PageMap()
+        self.sharers: dict[int, set[Entry]] = {}  # by the id() of an array
         self.moving: Entry | None = None
         self.mappings = self.freed = 0
         self.bytes = self.bytes_out = 0
@@ -98,6 +102,7 @@ class Tiers:
         """Let go of everything."""
         self.hot.clear()
         self.by_value.clear()
+        self.sharers.clear()
         self.pages.close()
         self.region.close()
         self.owned = False
@@ -165,6 +170,7 @@ class Tiers:
         """Count the entry as hot no longer; its value has been taken off."""
         self.mappings -= entry.view is not None
         entry.view = None
+        self._unshare(entry)
         del self.by_value[value_id]
         del self.hot[entry]
         self.bytes -= entry.weight
@@ -217,12 +223,15 @@ class Tiers:
         entry.value = COLD  # from here on no other thread comes by it
         out = False
         try:
-            itself, kept = holders(box, known, own_memory=entry.stored is not None and type(box[0]) is not memoryview)
-            if kept and not entry.held:
-                entry.held = itself = True
-            if not itself:
-                entry.held = False
-                out = self._write(entry, box, kept)
+            own_memory = entry.stored is not None and type(box[0]) is not memoryview
+            held = holders(box, known, own_memory=own_memory)
+            has_had_chance, entry.held = entry.held, bool(held.inside)
+            if held.shared:
+                self._share(entry, held.shared)
+            if not held.itself and (has_had_chance or not held.inside):
+                mine = {id(each.base) for each in held.shared if self._is_among_us(entry, each)}
+                out = self._write(entry, box, [each for each in held.inside if id(each) not in mine])
+            del held
         except BaseException as error:
             self.failures += 1
             entry.stuck = isinstance(error, TypeError)
@@ -243,6 +252,38 @@ class Tiers:
         box.clear()  # the memory goes now
         self.write_seconds += perf_counter() - start
         return True
+
+    # -- views of one array in several values ---------------------------------------------------------------------
+
+    def _share(self, entry: Entry, shared: list[Shared]) -> None:
+        """Note which arrays a value has views of."""
+        self._unshare(entry)
+        entry.shares = {id(each.base): (each.inside, each.spans) for each in shared}
+        for number in entry.shares:
+            self.sharers.setdefault(number, set()).add(entry)
+
+    def _unshare(self, entry: Entry) -> None:
+        for number in entry.shares:
+            sharers = self.sharers.get(number, set())
+            sharers.discard(entry)
+            if not sharers:
+                self.sharers.pop(number, None)
+        entry.shares = {}
+
+    def _is_among_us(self, entry: Entry, shared: Shared) -> bool:
+        """Whether none but values here refer to an array, and this one's part of it is its own.
+
+        What was noted of the others is true: nobody has asked for them since, and nobody else has them.
+        """
+        number = id(shared.base)
+        noted = [
+            other.shares[number]
+            for other in self.sharers.get(number, ())
+            if other is not entry and number in other.shares and not other.pins
+        ]
+        return shared.outside == sum(count for count, _ in noted) and all(
+            mine.is_apart(theirs) for _, spans in noted for theirs in spans for mine in shared.spans
+        )
 
     def _write(self, entry: Entry, box: list[Any], kept: list[Any]) -> bool:
         """Store a value, unless it is stored already. False if it is in use."""

@@ -120,6 +120,8 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
             self._tiers.hot.move_to_end(entry)
         except KeyError:  # it has just gone out; the value is the caller's now, and is seen to be in use
             return self._bring_back(key)
+        if entry.shares:  # from here on others may have it
+            entry.shares = {}
         self._tiers.hits += 1
         return value
 
@@ -345,6 +347,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
             if value is not COLD:
                 tiers.hot.move_to_end(entry)
                 tiers.hits += 1
+                entry.shares = {}
                 return value
             value = tiers.bring_back(entry)
             try:

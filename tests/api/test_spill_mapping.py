@@ -318,6 +318,65 @@ def test_what_many_values_share_does_not_keep_them_in_ram(new: New) -> None:
     assert (mapping[3]["data"] == array(3)).all()
 
 
+def test_parts_of_one_array_go_out(new: New) -> None:
+    mapping, whole = new(0), array(1, 400_000)
+    for number, part in enumerate(np.array_split(whole, 8)):
+        mapping[number] = part
+    for number, part in enumerate(np.array_split(whole.reshape(400, 1000), 8, axis=1)):
+        mapping["column", number] = {"a": [part]}
+    del part
+    mapping.evict()
+    assert mapping.stats().keys_out == 0  # whoever has it may change it
+    whole[7] = 77
+    expected, gone = whole.copy(), weakref.ref(whole)
+    del whole
+    for number in range(8):
+        del mapping["column", number]
+    mapping.evict()
+    mapping.evict()
+    assert mapping.stats().keys_in_ram == 0 and gone() is None
+    assert (np.concatenate([mapping[number] for number in range(8)]) == expected).all()
+
+
+def test_parts_of_the_rows_of_one_array_go_out(new: New) -> None:
+    mapping = new(0)
+    for number, part in enumerate(np.array_split(array(1, 400_000).reshape(400, 1000).copy(), 8, axis=1)):
+        mapping[number] = {"a": [part]}
+    del part
+    mapping.evict()
+    mapping.evict()
+    assert mapping.stats().keys_in_ram == 0
+    assert (np.hstack([mapping[number]["a"][0] for number in range(8)]).ravel() == array(1, 400_000)).all()
+
+
+def test_parts_that_overlap_stay_together(new: New) -> None:
+    mapping = new(0)
+    whole = array(1)
+    mapping["a"], mapping["b"], mapping["c"] = whole[:600], whole[500:], whole[10:20]
+    del whole
+    for number in range(4):
+        mapping.evict()
+        mapping["b"][0] = number
+        assert mapping["a"][500] == number
+        mapping["c"][0] = number
+        assert mapping["a"][10] == number
+
+
+def test_groups_of_a_frame_go_out(new: New) -> None:
+    pandas = pytest.importorskip("pandas")
+    mapping = new(0)
+    frame = pandas.DataFrame({"k": np.arange(30_000) % 7, "n": np.arange(30_000.0), "s": ["x"] * 30_000})
+    expected = frame.groupby("k")["n"].sum().to_dict()
+    for key, group in frame.groupby("k"):
+        mapping[key] = group
+    del frame, group
+    gc.collect()
+    mapping.evict()
+    mapping.evict()
+    assert mapping.stats().keys_in_ram == 0
+    assert {key: group["n"].sum() for key, group in mapping.items()} == expected
+
+
 def test_one_value_under_several_keys_is_one(new: New) -> None:
     mapping = new()
     mapping["a"] = mapping["b"] = array(1)
