@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from nodedb_mem._held import Shared, Span
+    from nodedb_mem._reserving import Reservation
     from nodedb_mem.codec import Encoded
     from nodedb_mem.objects import ObjectRef
     from nodedb_mem.region import OverflowRegion
@@ -47,7 +48,20 @@ class Entry:
     that it came back in, and `layout` the array's that came back. `kept` is what its pickle names.
     """
 
-    __slots__ = ("held", "kept", "keys", "layout", "pins", "shares", "stored", "stuck", "value", "view", "weight")
+    __slots__ = (
+        "held",
+        "kept",
+        "keys",
+        "layout",
+        "pins",
+        "reservation",
+        "shares",
+        "stored",
+        "stuck",
+        "value",
+        "view",
+        "weight",
+    )
 
     def __init__(self, key: Any, weight: int) -> None:
         self.keys = [key]
@@ -58,6 +72,7 @@ class Entry:
         self.layout: tuple[object, ...] | None = None
         self.kept: list[Any] = []
         self.pins = 0
+        self.reservation: Reservation | None = None  # of its weight, while it is hot
         self.held = False  # others held what is inside of it when its turn came last
         self.stuck = False  # it cannot be pickled
         # Arrays, by id(), that it has views of: how many, and where they lie. Known until the value is asked for.
@@ -98,20 +113,30 @@ class Tiers:
             self.owned = False
             self._region.release_ownership()
 
+    def abandon(self) -> None:
+        """Let go of what no collector sees: descriptors and reservations."""
+        self.pages.close()
+        for entry in self.hot:
+            if entry.reservation is not None:
+                entry.reservation.release()
+
     def close(self) -> None:
         """Let go of everything."""
+        self.abandon()
         self.hot.clear()
         self.by_value.clear()
         self.sharers.clear()
-        self.pages.close()
         self.region.close()
         self.owned = False
         self.closed = True
 
     # -- up -------------------------------------------------------------------------------------------------------
 
-    def add(self, entry: Entry, value: Any, view: Buffer | None = None) -> None:
+    def add(
+        self, entry: Entry, value: Any, view: Buffer | None = None, *, reservation: Reservation | None = None
+    ) -> None:
         """Make an entry hot."""
+        entry.reservation = reservation
         entry.view = view
         self.mappings += view is not None
         self.by_value[id(value)] = entry
@@ -119,7 +144,7 @@ class Tiers:
         self.bytes += entry.weight
         entry.value = value
 
-    def bring_back(self, entry: Entry) -> Any:
+    def bring_back(self, entry: Entry, reservation: Reservation | None = None) -> Any:
         """Make a cold entry hot, and give its value."""
         self._refuse_moving(entry)
         assert entry.stored is not None
@@ -128,13 +153,16 @@ class Tiers:
         self.misses += 1
         self.bytes_read += entry.stored.size
         self.bytes_out -= entry.stored.size
-        self.add(entry, value, view)
+        self.add(entry, value, view, reservation=reservation)
         entry.layout = layout_of(value)
         self.read_seconds += perf_counter() - start
         return value
 
-    def weigh_again(self, entry: Entry, weight: int) -> None:
+    def weigh_again(self, entry: Entry, weight: int, reservation: Reservation | None) -> None:
         """Note the weight of a hot entry that was assigned again."""
+        if entry.reservation is not None:
+            entry.reservation.release()
+        entry.reservation = reservation
         self.bytes += weight - entry.weight
         entry.weight = weight
         entry.stuck = False
@@ -174,6 +202,9 @@ class Tiers:
         del self.by_value[value_id]
         del self.hot[entry]
         self.bytes -= entry.weight
+        if entry.reservation is not None:
+            reservation, entry.reservation = entry.reservation, None
+            reservation.release()
 
     def _free(self, entry: Entry) -> None:
         if entry.stored is not None:

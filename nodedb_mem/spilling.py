@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from operator import index
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar
 
+from nodedb_mem._reserving import Account
 from nodedb_mem._sizeof import sizeof
 from nodedb_mem._tiers import COLD, Entry, Tiers
 from nodedb_mem.engine import EngineId
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
+    from nodedb_mem._reserving import Governor
     from nodedb_mem.objects import ObjectRef
 
 __all__ = ["OverflowMap", "SpillMapping", "SpillStats", "sizeof"]
@@ -41,6 +43,7 @@ V = TypeVar("V")
 _log = logging.getLogger(__name__)
 
 _MOST_HELD = 64  # values in use that one insertion passes over on its way to one that can go out
+_PATIENCE = 0.1  # seconds that a governor's question waits for another thread's work
 _ANY_SIZE = (1 << 63) - 1  # as a cache limit: none, but pages that were read leave the RSS
 
 
@@ -57,14 +60,22 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         pinned ones, stay beyond it.
     directory
         Where the region's file takes its blocks; by default the directory for temporary files.
+    governor
+        A memory governor. Every byte of values in RAM is reserved there, and values go out when it asks for memory.
+        What does not fit is charged, and as much goes out.
     engine
-        The owner of the values, as for `OverflowRegion.write`.
+        The owner of the values, as for `OverflowRegion.write`, and for the governor.
     max_capacity
         The most the file may grow to; by default the size of the file system.
     cache_limit
         The most bytes of the file that may stay in RAM, as for `OverflowRegion`; by default the kernel decides.
     weight
         Tells how many bytes of RAM a value holds.
+
+    Raises
+    ------
+    UnknownEngineError
+        The governor does not know the engine.
 
     Warns
     -----
@@ -77,6 +88,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         budget: int,
         directory: str | os.PathLike[str] | None = None,
         *,
+        governor: Governor | None = None,
         engine: int = EngineId.QUERY,
         max_capacity: int | None = None,
         cache_limit: int | None = None,
@@ -96,6 +108,12 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         self._entries: dict[K, Entry] = {}
         self._tiers = Tiers(region, engine, weight)
         self._session = _Session(self._lock, self._tiers)
+        self._account = Account(governor, engine)
+        try:
+            self._account.open(self._give_back)
+        except BaseException:
+            self.close()
+            raise
         self._has_logged = False
 
     # -- the mapping ----------------------------------------------------------------------------------------------
@@ -136,10 +154,10 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
             Another value was to make room, and found none in the region: it is `key`'s. It stays in RAM, and what was
             assigned is stored.
         """
-        entry = self._insert(key, value)
-        if self._tiers.bytes > self._budget:
+        entry, beyond = self._insert(key, value)
+        if beyond or self._tiers.bytes > self._budget:
             with self._session as tiers:
-                tiers.shrink(self._budget, _MOST_HELD, own=entry, known=_IN_SETITEM)
+                tiers.shrink(min(self._budget, tiers.bytes - beyond), _MOST_HELD, own=entry, known=_IN_SETITEM)
 
     def __delitem__(self, key: K) -> None:
         """Remove a key. Its value is freed, if no other key names it."""
@@ -305,6 +323,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         with self._lock:
             if not self._tiers.closed and os.getpid() == self._session.process:
                 self._entries = {}
+                self._account.close()
                 self._tiers.close()
 
     @property
@@ -323,9 +342,10 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         self.close()
 
     def __del__(self) -> None:
-        """Let go of the descriptors."""
-        if hasattr(self, "_tiers"):
-            self._tiers.pages.close()
+        """Let go of the descriptors, and of what is reserved."""
+        if hasattr(self, "_account"):
+            self._account.close()
+            self._tiers.abandon()
 
     def __reduce__(self) -> NoReturn:
         """Refuse: share the values instead."""
@@ -339,47 +359,80 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         raise KeyError(key)
 
     def _bring_back(self, key: K) -> V:
-        with self._session as tiers:
-            entry = self._entries.get(key)
-            if entry is None:
-                self._miss(key)
-            value: V = entry.value
-            if value is not COLD:
-                tiers.hot.move_to_end(entry)
-                tiers.hits += 1
-                entry.shares = {}
-                return value
-            value = tiers.bring_back(entry)
-            try:
-                tiers.shrink(self._budget, _MOST_HELD)
-                self._has_logged = False
-            except Exception as error:  # the value is there; whoever inserts is told
-                self._note(error)
-            return value
+        entry = self._entries.get(key)
+        if entry is None:
+            self._miss(key)
+        reservation, fits = self._account.obtain(entry.weight)
+        try:
+            with self._session as tiers:
+                if self._entries.get(key) is entry:
+                    value: V = entry.value
+                    if value is not COLD:
+                        tiers.hot.move_to_end(entry)
+                        tiers.hits += 1
+                        entry.shares = {}
+                        return value
+                    value = tiers.bring_back(entry, reservation)
+                    beyond, reservation = 0 if fits else entry.weight, None
+                    try:
+                        tiers.shrink(min(self._budget, tiers.bytes - beyond), _MOST_HELD)
+                        self._has_logged = False
+                    except Exception as error:  # the value is there; whoever inserts is told
+                        self._note(error)
+                    return value
+        finally:
+            if reservation is not None:
+                reservation.release()
+        return self[key]  # another value by now
 
-    def _insert(self, key: K, value: V) -> Entry:
-        """Make a value hot under a key."""
+    def _insert(self, key: K, value: V) -> tuple[Entry, int]:
+        """Make a value hot under a key. Give its entry, and how many bytes were charged beyond what there is."""
         hash(key)
         tiers = self._tiers
         try:
             weight = tiers.weigh(value)
         except TypeError as error:
             raise TypeError(f"the value of {key!r}: {error}") from error
-        with self._session:
-            before = self._entries.get(key)
-            entry = tiers.by_value.get(id(value))
-            if entry is None:
-                entry = Entry(key, weight)
-                tiers.add(entry, value)
-            else:
-                tiers.weigh_again(entry, weight)
-                if entry is before:
-                    return entry
-                entry.keys.append(key)
-            self._entries[key] = entry
-            if before is not None:
-                tiers.forget(before, key)
-            return entry
+        reservation, fits = self._account.obtain(weight)
+        beyond = 0 if fits else weight
+        try:
+            with self._session:
+                before = self._entries.get(key)
+                entry = tiers.by_value.get(id(value))
+                if entry is None:
+                    entry = Entry(key, weight)
+                    tiers.add(entry, value, reservation=reservation)
+                    reservation = None
+                else:
+                    tiers.weigh_again(entry, weight, reservation)
+                    reservation = None
+                    if entry is before:
+                        return entry, beyond
+                    entry.keys.append(key)
+                self._entries[key] = entry
+                if before is not None:
+                    tiers.forget(before, key)
+                return entry, beyond
+        finally:
+            if reservation is not None:
+                reservation.release()
+
+    def _give_back(self, wanted: int) -> int:
+        """Put values out for a governor. Bytes that were freed; 0 where another thread is at work here."""
+        if not self._lock.acquire(timeout=_PATIENCE):
+            return 0
+        try:
+            with self._session as tiers:
+                before = tiers.bytes
+                try:
+                    tiers.shrink(max(0, before - wanted), _MOST_HELD)
+                except Exception as error:
+                    self._note(error)
+                return before - tiers.bytes
+        except (RegionClosedError, WrongThreadError):
+            return 0
+        finally:
+            self._lock.release()
 
     def _note(self, error: Exception) -> None:
         """Log what failed while nobody could be told, once until it works again."""

@@ -17,7 +17,14 @@ import pytest
 from zict.tests import utils_test as zict_checks
 
 from kit import RunPython, in_thread
-from nodedb_mem import CapacityExceededError, RegionClosedError, SpillMapping, WrongThreadError
+from nodedb_mem import (
+    BudgetExhaustedError,
+    CapacityExceededError,
+    RegionClosedError,
+    SpillMapping,
+    UnknownEngineError,
+    WrongThreadError,
+)
 
 New = Callable[..., SpillMapping[Any, Any]]
 
@@ -611,3 +618,128 @@ def test_nothing_is_left_after_a_kill(run_python: RunPython, tmp_path: Path) -> 
         print(os.listdir(sys.argv[1]))
         """
     assert run_python(script, tmp_path / "spilled") == "[]\n"
+
+
+# With a governor
+
+
+class Budgets:
+    """A governor of one engine, as little as a mapping needs."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.used, self.peak = limit, 0, 0
+        self.reclaimers: list[Callable[[int], int]] = []
+        self.charged = 0
+        self.lock = threading.Lock()
+
+    def reserve(self, engine: int, size: int) -> Any:
+        for reclaim in list(self.reclaimers):
+            if self.used + size > self.limit:
+                reclaim(self.used + size - self.limit)
+        if self.used + size > self.limit:
+            raise BudgetExhaustedError(engine, size, self.limit - self.used, self.limit)
+        return Reserved(self, size)
+
+    def charge(self, engine: int, size: int) -> Any:
+        self.charged += 1
+        return Reserved(self, size)
+
+    def add_reclaimer(self, engine: int, callback: Callable[[int], int]) -> Any:
+        self.reclaimers.append(callback)
+        return type("Handle", (), {"remove": lambda handle: self.reclaimers.remove(callback)})()
+
+
+class Reserved:
+    def __init__(self, budgets: Budgets, size: int) -> None:
+        self.budgets, self.size = budgets, size
+        with budgets.lock:
+            budgets.used += size
+            budgets.peak = max(budgets.peak, budgets.used)
+
+    def release(self) -> None:
+        with self.budgets.lock:
+            self.budgets.used -= self.size
+            self.size = 0
+
+
+def test_what_is_in_ram_is_reserved_and_given_back_when_asked_for(new: New) -> None:
+    budgets = Budgets(1_000_000)
+    mapping = new(1 << 30, governor=budgets)
+    for number in range(30):
+        mapping[number] = array(number)
+        assert budgets.used == mapping.stats().bytes_in_ram <= 1_000_000
+    for number in range(30):
+        assert (mapping[number] == array(number)).all()
+        assert budgets.used == mapping.stats().bytes_in_ram <= 1_000_000
+    assert budgets.charged == 0 and budgets.peak <= 1_000_000
+    mapping[3] = mapping[3]
+    mapping["three"] = mapping[3]
+    del mapping[4], mapping[3]
+    assert budgets.used == mapping.stats().bytes_in_ram
+    held = budgets.reserve(0, 900_000)
+    assert mapping.stats().bytes_in_ram <= 100_000
+    held.release()
+    mapping.close()
+    assert budgets.used == 0 and budgets.reclaimers == []
+
+
+def test_what_does_not_fit_is_charged_and_goes_out(new: New) -> None:
+    budgets = Budgets(50_000)
+    mapping = new(1 << 30, governor=budgets)
+    for number in range(3):
+        mapping[number] = array(number)
+        assert budgets.used == 0
+    value = mapping[1]
+    assert budgets.used > 100_000 and budgets.charged == 4 and (value == array(1)).all()
+    del value
+    mapping["a"] = 1
+    mapping.evict()
+    assert budgets.used == mapping.stats().bytes_in_ram == 0
+
+
+def test_two_mappings_under_one_governor_give_way_to_each_other(new: New) -> None:
+    budgets = Budgets(1_000_000)
+    first, second = new(1 << 30, governor=budgets), new(1 << 30, governor=budgets)
+
+    def work(mapping: SpillMapping[Any, Any]) -> None:
+        for number in range(60):
+            mapping[number] = array(number)
+            assert mapping[number // 2][5] == array(number // 2)[5]
+
+    threads = [threading.Thread(target=work, args=(mapping,)) for mapping in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert budgets.used == first.stats().bytes_in_ram + second.stats().bytes_in_ram
+    assert all((mapping[number] == array(number)).all() for mapping in (first, second) for number in range(60))
+
+
+def test_an_engine_that_the_governor_does_not_know(new: New, tmp_path: Path) -> None:
+    class Unknown(Budgets):
+        def reserve(self, engine: int, size: int) -> Any:
+            raise UnknownEngineError("no such engine")
+
+    with pytest.raises(UnknownEngineError):
+        SpillMapping(1, tmp_path, governor=Unknown(1))
+
+
+def test_an_abandoned_mapping_gives_everything_back(tmp_path: Path) -> None:
+    budgets = Budgets(1_000_000)
+    mapping: SpillMapping[str, Any] = SpillMapping(1 << 30, tmp_path, governor=budgets)
+    mapping["a"] = array(1)
+    del mapping
+    gc.collect()
+    assert budgets.used == 0 and budgets.reclaimers == []
+
+
+def test_with_the_memory_governor(new: New) -> None:
+    governing = pytest.importorskip("nodedb_mem.governor")
+    governor = governing.MemoryGovernor(2_000_000, {4: 1_000_000, 0: 500_000})
+    mapping = new(1 << 30, governor=governor)
+    for number in range(30):
+        mapping[number] = array(number)
+    assert governor.snapshot().engines[4].allocated == mapping.stats().bytes_in_ram <= 1_000_000
+    assert all((mapping[number] == array(number)).all() for number in range(30))
+    mapping.close()
+    assert governor.snapshot().allocated == 0
