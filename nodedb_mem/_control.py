@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NoReturn, Self
 from nodedb_mem._core import ffi, lib
 from nodedb_mem._opening import open_region
 from nodedb_mem.engine import KNOWN_ENGINES
-from nodedb_mem.errors import check, raise_status
+from nodedb_mem.errors import RegionSizeError, check, raise_status
 from nodedb_mem.stats import Compaction, EngineUsage, RegionStats
 
 if TYPE_CHECKING:
@@ -59,11 +59,11 @@ class RegionControl:
         where = ("region", shown) if path is None else ("region", shown, shown + ".slots", shown + ".leases")
         if hasattr(self, "_holder"):
             raise RuntimeError(f"{shown}: a region is initialised once: make another")
+        out = ffi.new("ndm_info *")  # before the file is opened: there may be no memory
         holder = open_region(place, options, where, temporary=path is None)
         try:
             # The holder owns the region, and each use of the handle keeps the holder.
             handle = ffi.from_buffer("ndm_region *", holder)
-            out = ffi.new("ndm_info *")
             check(_info(handle, out), where)
             if hasattr(self, "_holder"):
                 raise RuntimeError(f"{shown}: a region is initialised once: make another")
@@ -175,14 +175,17 @@ class RegionControl:
 
     @property
     def max_capacity(self) -> int:
-        """The most the file may grow to, in bytes. It may be raised, not lowered (`ValueError`)."""
+        """The most the file may grow to, in bytes. It may be raised, not lowered (`RegionSizeError`).
+
+        The file is larger than that if it was when it was opened; then it does not grow.
+        """
         return self._figures().max_capacity
 
     @max_capacity.setter
     def max_capacity(self, value: int) -> None:
         size = index(value)
         if not 0 <= size < 1 << 63:
-            raise ValueError("max_capacity must be positive and below 2**63")
+            raise RegionSizeError("max_capacity must be positive and below 2**63")
         check(lib.ndm_region_set_max_capacity(self._handle, size), self._where)
 
     @property

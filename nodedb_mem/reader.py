@@ -76,7 +76,8 @@ class OverflowReader:
     ValueError
         The path holds a null byte.
     RegionIOError
-        A file is missing (ENOENT) or may not be read, or is no region's, of another version or cut short (EINVAL).
+        A file is missing (ENOENT) or may not be read, or is no region's, of another version, torn or cut short
+        (EINVAL), or the files are a copy that has lost its attribute or was made while the region was open (EUCLEAN).
     StaleSlotError
         `source` is a reference into a region that has been opened anew since. Whether its value is still there is told
         by the verbs. A named region may be read after it was closed; the files of a temporary one are gone then

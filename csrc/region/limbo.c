@@ -29,8 +29,10 @@ static void come_home(ndm_i_limbo *limbo, uint32_t extent)
 
 static bool note(ndm_i_limbo *limbo, uint32_t extent, uint32_t slot, uint32_t generation, unsigned unit_shift)
 {
-    struct ndm_i_leased *leased = malloc(sizeof *leased);
-    if (!leased)
+    struct ndm_i_leased *leased = limbo->spare;
+    if (leased)
+        limbo->spare = leased->next;
+    else if (!(leased = malloc(sizeof *leased)))
         return false;
     *leased = (struct ndm_i_leased){limbo->leased, extent, slot, generation, unit_shift};
     limbo->leased = leased;
@@ -58,6 +60,29 @@ bool ndm_i_limbo_add_leased(ndm_i_limbo *limbo, uint32_t extent, unsigned unit_s
     leave(limbo, extent);
     return true;
 }
+
+bool ndm_i_limbo_reserve(ndm_i_limbo *limbo, uint64_t count)
+{
+    while (count-- > 0) {
+        struct ndm_i_leased *spare = malloc(sizeof *spare);
+        if (!spare)
+            return false;
+        spare->next = limbo->spare;
+        limbo->spare = spare;
+    }
+    return true;
+}
+
+static void free_all(struct ndm_i_leased **list)
+{
+    while (*list) {
+        struct ndm_i_leased *leased = *list;
+        *list = leased->next;
+        free(leased);
+    }
+}
+
+void ndm_i_limbo_drop_spare(ndm_i_limbo *limbo) { free_all(&limbo->spare); }
 
 static bool is_leased(const ndm_i_limbo *limbo, const struct ndm_i_leased *leased)
 {
@@ -108,9 +133,6 @@ bool ndm_i_limbo_reap(ndm_i_limbo *limbo)
 
 void ndm_i_limbo_forget(ndm_i_limbo *limbo)
 {
-    while (limbo->leased) {
-        struct ndm_i_leased *leased = limbo->leased;
-        limbo->leased = leased->next;
-        free(leased);
-    }
+    free_all(&limbo->leased);
+    ndm_i_limbo_drop_spare(limbo);
 }

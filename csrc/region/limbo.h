@@ -15,6 +15,7 @@ typedef struct {
     ndm_i_home *home;
     ndm_i_leases *leases;
     struct ndm_i_leased *leased; /* those that leases keep */
+    struct ndm_i_leased *spare;  /* memory for more */
     uint64_t units;              /* in limbo: freed, and waiting */
 } ndm_i_limbo;
 
@@ -33,6 +34,10 @@ static inline void ndm_i_limbo_add(ndm_i_limbo *limbo, uint32_t extent, uint32_t
 /* An extent that leases of an earlier owner's time keep: any lease of its bytes does. `unit_shift`: one unit is 1 <<
  * unit_shift bytes. false: no memory. */
 bool ndm_i_limbo_add_leased(ndm_i_limbo *limbo, uint32_t extent, unsigned unit_shift);
+
+/* Make sure that the next `count` add_leased()s need no memory; what was reserved and is left over goes with drop_spare(). */
+bool ndm_i_limbo_reserve(ndm_i_limbo *limbo, uint64_t count);
+void ndm_i_limbo_drop_spare(ndm_i_limbo *limbo);
 
 /* What ended since comes home: views that were dropped, leases that were released. */
 bool ndm_i_limbo_collect_ended(ndm_i_limbo *limbo);

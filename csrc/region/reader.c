@@ -66,12 +66,12 @@ static int open_slots(ndm_reader *reader, const char *path)
     if (!reader->table)
         return ndm_last_error()->status;
     const ndm_i_header *header = ndm_i_reader_header(reader);
-    if ((status = ndm_i_header_check(header, reader->data.inode, reader->data.born)) != NDM_OK)
+    if ((status = ndm_i_header_check(header, &reader->data)) != NDM_OK)
         return status;
     const uint64_t count = atomic_load(&header->count);
     reader->incarnation = atomic_load(&header->incarnation);
-    if (reader->incarnation == 0 || count > (reader->table->length - NDM_I_HEADER_ROOM) / sizeof(ndm_i_record))
-        return ndm_i_fail_io(EINVAL, "the slot table is cut short, or being made");
+    if (reader->incarnation == 0 || !ndm_i_is_alignment(header->alignment) || count > (reader->table->length - NDM_I_HEADER_ROOM) / sizeof(ndm_i_record))
+        return ndm_i_fail_io(EINVAL, "the slot table is torn, cut short, or being made");
     return NDM_OK;
 }
 
@@ -258,7 +258,9 @@ int ndm_reader_stats(ndm_reader *reader, ndm_reader_figures *out)
     uint64_t resident, unwritten;
     const int64_t leases = ndm_i_leases_look(reader->leases_path, NULL);
     reader->data.capacity = ndm_i_file_size(&reader->data);
-    if ((status = ndm_i_residency(&reader->data, &resident, &unwritten)) == NDM_OK)
+    if (!ndm_i_is_alignment(header->alignment)) /* whoever may write to the table may have changed it */
+        status = (int)ndm_i_of_file(NDM_FILE_SLOTS, ndm_i_fail_io(EUCLEAN, "the slot table is torn"));
+    else if ((status = ndm_i_residency(&reader->data, &resident, &unwritten)) == NDM_OK)
         *out = (ndm_reader_figures){.incarnation = reader->incarnation,
                                     .capacity = reader->data.capacity,
                                     .max_capacity = ndm_i_acquire(&header->max_capacity),

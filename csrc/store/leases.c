@@ -81,7 +81,7 @@ static int start(ndm_i_leases *leases, const char *path)
         status = ndm_i_fail_io(EEXIST, "path.leases exists but is not a leases file");
         goto fail;
     }
-    status = ndm_i_file_start(&leases->file, sizeof(ndm_i_lease_table), sizeof(ndm_i_lease_table), true);
+    status = ndm_i_file_start(&leases->file, sizeof(ndm_i_lease_table), sizeof(ndm_i_lease_table));
     if (status != NDM_OK)
         goto fail;
     int refused = ndm_i_file_allocate(&leases->file, 0, sizeof(ndm_i_lease_table));
@@ -123,7 +123,7 @@ static int join(ndm_i_leases *leases, const char *path, bool as_owner)
                                                               : "the file is not a leases file");
         goto fail;
     }
-    status = ndm_i_file_start(&leases->file, sizeof(ndm_i_lease_table), sizeof(ndm_i_lease_table), true);
+    status = ndm_i_file_start(&leases->file, sizeof(ndm_i_lease_table), sizeof(ndm_i_lease_table));
     if (status != NDM_OK)
         goto fail;
     const int refused = as_owner ? ndm_i_file_allocate(&leases->file, 0, sizeof(ndm_i_lease_table)) : 0;

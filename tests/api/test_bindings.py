@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kit import NewRegion
 
+from kit import NewRegion
 from nodedb_mem import InvalidSlotError, OverflowReader, OverflowRegion, RegionClosedError, RegionError, _memory
 from nodedb_mem._core import lib
 from nodedb_mem.errors import error_of
