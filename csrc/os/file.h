@@ -22,6 +22,7 @@ typedef struct {
     uint64_t born;
     uint64_t modified;   /* time of the last change when it was examined, in nanoseconds */
     uint32_t user;       /* whose file it is */
+    uint64_t process;    /* that opened it: its locks are that process's */
     int fd;
     bool in_memory;      /* tmpfs */
     bool large_folios;   /* the page cache holds the file in pieces larger than a page */
@@ -129,7 +130,11 @@ int ndm_i_file_disk_bytes(const ndm_i_file *file, uint64_t *bytes);
 /* Let go of the mapping; views keep it. */
 void ndm_i_file_unmap(ndm_i_file *file);
 
-/* Unlock and close the file. Unlinks `path` if it is given. */
+/* Unlock and close the file. Unlinks `path` if it is given. In a forked child the copies are closed, no more: what the
+ * parent has locked stays locked. */
 void ndm_i_file_close(ndm_i_file *file, const char *unlink_path);
+
+/* Close the descriptor only, in a forked child: the mapping stays. */
+void ndm_i_file_abandon(ndm_i_file *file);
 
 #endif

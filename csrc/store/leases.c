@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "store/leases.h"
 
+#include "os/owner.h"
 #include "os/status.h"
 
 #include <errno.h>
@@ -146,7 +147,8 @@ int ndm_i_leases_join(ndm_i_leases *leases, const char *path, bool as_owner)
 
 void ndm_i_leases_close(ndm_i_leases *leases)
 {
-    for (uint64_t entry = 0; entry < NDM_I_LEASES && leases->table; entry++)
+    const bool ours = leases->table && ndm_i_is_process(leases->file.process); /* a child has claimed nothing */
+    for (uint64_t entry = 0; ours && entry < NDM_I_LEASES; entry++)
         ndm_i_leases_release(leases, entry);
     if (leases->file.fd >= 0)
         ndm_i_file_close(&leases->file, NULL);

@@ -2,6 +2,7 @@
 #include "store/slots.h"
 
 #include "os/bits.h"
+#include "os/owner.h"
 #include "os/status.h"
 #include "store/kinship.h"
 
@@ -215,15 +216,18 @@ void ndm_i_slots_take_over(ndm_i_slots *slots, const ndm_i_file *data)
     publish(&ndm_i_slots_header(slots)->owner, (uint64_t)getpid());
 }
 
+/* A forked child's end is not the owner's. */
+static bool may_end(const ndm_i_slots *slots) { return slots->started && ndm_i_is_process(slots->table.process); }
+
 void ndm_i_slots_seal(ndm_i_slots *slots, const ndm_i_file *data)
 {
-    if (slots->started)
+    if (may_end(slots))
         ndm_i_kinship_seal(ndm_i_slots_header(slots), data);
 }
 
 void ndm_i_slots_close(ndm_i_slots *slots, const char *unlink_path)
 {
-    if (slots->started)
+    if (may_end(slots))
         publish(&ndm_i_slots_header(slots)->owner, 0);
     ndm_i_file_close(&slots->table, unlink_path);
     slots->started = false;
@@ -247,12 +251,11 @@ ndm_i_record *ndm_i_slots_record(const ndm_i_slots *slots, int64_t slot)
 int ndm_i_slots_reserve(ndm_i_slots *slots, uint64_t count)
 {
     const uint64_t reusable = slots->count - slots->live;
-    const uint64_t needed = count > reusable ? slots->count + (count - reusable) : 0;
-    if (needed <= room(slots))
+    if (count <= reusable || count - reusable <= room(slots) - slots->count)
         return NDM_OK;
-    if (needed > MOST_SLOTS)
+    if (count - reusable > MOST_SLOTS - slots->count)
         return ndm_i_fail(NDM_ERR_MEMORY, "the region has as many slots as can be numbered");
-    const uint64_t old = slots->table.capacity;
+    const uint64_t old = slots->table.capacity, needed = slots->count + (count - reusable);
     uint64_t wanted = old * 2;
     while (wanted < NDM_I_HEADER_ROOM + needed * sizeof(ndm_i_record))
         wanted *= 2;
