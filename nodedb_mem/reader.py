@@ -83,8 +83,9 @@ class OverflowReader:
     ValueError
         The path holds a null byte.
     RegionIOError
-        A file is missing (ENOENT) or may not be read, or is no region's, of another version, torn or cut short
-        (EINVAL), or the files are a copy that has lost its attribute or was made while the region was open (EUCLEAN).
+        A file is missing (ENOENT) or may not be read, or is no region's, of another version or cut short (EINVAL),
+        or torn (EUCLEAN), or the files are a copy that has lost its attribute or was made while the region was open
+        (EUCLEAN).
     StaleSlotError
         `source` is a reference into a region that has been opened anew since. The verbs check whether its value is
         still there. A named region may be read after it was closed. The files of a temporary one are gone then (ENOENT,
