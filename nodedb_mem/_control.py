@@ -134,15 +134,15 @@ class RegionControl:
 
         Raises
         ------
-        ValueError
-            `budget` is negative.
+        RegionSizeError
+            `budget` is negative (a `ValueError`).
         RegionIOError
             A hole that `trim` had punched cannot get its blocks back (ENOSPC). Every value is intact, and values that
             were moved so far stay where they are.
         """
         limit = _NO_LIMIT if budget is None else index(budget)
         if limit < 0:
-            raise ValueError("budget must not be negative")
+            raise RegionSizeError("budget must not be negative")
         out = ffi.new("ndm_compaction *")
         control(lib.control_compact, self._where, self._handle, min(limit, _NO_LIMIT), out)
         return Compaction(out.moved_bytes, out.remaining_bytes)

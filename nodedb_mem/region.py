@@ -13,7 +13,7 @@ from nodedb_mem._arrays import int64_copy, int64_room, slot_numbers
 from nodedb_mem._control import RegionControl
 from nodedb_mem._opening import absolute, region_options, temporary_folder
 from nodedb_mem.engine import KNOWN_ENGINES, EngineId
-from nodedb_mem.errors import InvalidSlotError, RegionError, RegionIOError
+from nodedb_mem.errors import InvalidSlotError, RegionError, RegionIOError, RegionSizeError
 from nodedb_mem.refs import SlotParts, SlotRef
 from nodedb_mem.stats import OverflowSlot
 from nodedb_mem.tuning import (
@@ -383,8 +383,10 @@ class OverflowRegion(RegionControl):
 
         Raises
         ------
+        RegionSizeError
+            `size` is negative, or 2**63 and more (a `ValueError`).
         ValueError
-            `size` is negative, or `engine` is not 0 to 255.
+            `engine` is not 0 to 255.
         CapacityExceededError, RegionIOError
             As for `write`; EOPNOTSUPP on a file system (btrfs) where a store might find no block.
         """
@@ -392,7 +394,7 @@ class OverflowRegion(RegionControl):
             self._learn_engine(engine)
         length = index(size)
         if not 0 <= length < 1 << 63:
-            raise ValueError("size must not be negative, and below 2**63")
+            raise RegionSizeError("size must not be negative, and below 2**63")
         return _memory.allocate(self._holder, length, engine)
 
     def commit(self, slot: int) -> None:

@@ -58,8 +58,8 @@ static int look_at_move(const ndm_region *region, move *moving)
     if (moving->back)
         return NDM_OK;
     const uint64_t unit = (uint64_t)1 << region->unit_shift;
-    if (moving->from == moving->to || !fits(region, moving->from, moving->size) || !fits(region, moving->to, moving->size) ||
-        moving->from % unit != 0 || moving->to % unit != 0 || moved > moving->size)
+    if (moving->from == moving->to || moved > moving->size || moving->from % unit != 0 || moving->to % unit != 0 ||
+        !fits(region, moving->from, moving->size) || !fits(region, moving->to, moving->size))
         return torn("the slot table is torn: a value was moved to no place");
     if (moving->to > moving->from && overlap(moving->from, moving->to, moving->size)) /* it would overwrite itself */
         return torn("the slot table is torn: a value was moved over itself");

@@ -1,7 +1,7 @@
 /* Any slot table and any leases file: an input is a list of words that are set in the files of a sound region, or of
- * lengths that these are cut to. Leases may be held meanwhile. Then a reader looks at all that it is shown, an owner recovers the region, and one opens
- * it by default. Each may refuse; a recovery that was refused has changed neither the values nor the table. Built and run
- * by `make fuzz`; nothing fails on the disk here. */
+ * lengths that these are cut to. Leases may be held meanwhile. Then a reader looks at all that it is shown, an owner
+ * recovers the region, and one opens it by default. Each may refuse. An open that was refused has changed neither the
+ * values nor the table. Built and run by `make fuzz`; nothing fails on the disk here. */
 #define NDM_FUZZ_DISK
 #include "faults.h"
 
@@ -32,7 +32,8 @@ struct image {
 
 static struct image files[FILES];
 static ndm_i_identity identity;
-static const ndm_options fresh = {.initial_capacity = 65536, .max_capacity = 1 << 20, .alignment = 64, .cache_limit = UINT64_MAX};
+static const ndm_options fresh = {
+    .initial_capacity = 65536, .max_capacity = 1 << 20, .alignment = 64, .cache_limit = UINT64_MAX};
 static const ndm_options recovered = {
     .initial_capacity = 65536, .max_capacity = 1 << 20, .alignment = 64, .cache_limit = UINT64_MAX, .recover = 1};
 
