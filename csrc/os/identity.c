@@ -35,9 +35,10 @@ bool ndm_i_identity_set(const ndm_i_file *file, ndm_i_identity identity)
 
 uint64_t ndm_i_identity_stamp(const ndm_i_file *file)
 {
-    const struct timespec times[2] = {{.tv_nsec = UTIME_OMIT}, {.tv_nsec = UTIME_NOW}};
+    struct timespec times[2] = {{.tv_nsec = UTIME_OMIT}};
     struct stat facts;
-    if (futimens(file->fd, times) != 0 || fstat(file->fd, &facts) != 0)
+    /* UTIME_NOW would be the clock's last tick, which a store just before may have left, too. */
+    if (clock_gettime(CLOCK_REALTIME, &times[1]) != 0 || futimens(file->fd, times) != 0 || fstat(file->fd, &facts) != 0)
         return 0;
     return (uint64_t)facts.st_mtim.tv_sec * 1000000000u + (uint64_t)facts.st_mtim.tv_nsec;
 }

@@ -29,7 +29,8 @@ ndm_i_identity ndm_i_identity_of(const ndm_i_file *file);
 /* Have the file bear it. false: the file system would not. */
 bool ndm_i_identity_set(const ndm_i_file *file, ndm_i_identity identity);
 
-/* Set the time of the file's last change to now. Returns it, in nanoseconds; 0 where it cannot be set. */
+/* Set the time of the file's last change to now, finer than the system's own ticks where the file system keeps that. Returns
+ * the time as the file has it, in nanoseconds; 0 where it cannot be set. */
 uint64_t ndm_i_identity_stamp(const ndm_i_file *file);
 
 #endif

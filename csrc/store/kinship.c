@@ -29,6 +29,16 @@ static bool is_there(const ndm_i_header *header, const ndm_i_file *data)
     return ndm_i_word(&header->inode) == data->inode && ndm_i_word(&header->born) == data->born;
 }
 
+/* Is the time of a copy the one that was noted? The file system of the copy may round times down. */
+static bool is_time(uint64_t noted, uint64_t found)
+{
+    static const uint64_t steps[] = {1, 100, 1000, 1000000, 1000000000, 2000000000}; /* nanoseconds */
+    for (unsigned i = 0; i < sizeof steps / sizeof *steps; i++)
+        if (noted != 0 && noted - noted % steps[i] == found)
+            return true;
+    return false;
+}
+
 ndm_i_kinship ndm_i_kinship_of(const ndm_i_header *header, const ndm_i_file *data)
 {
     const ndm_i_identity wanted = noted(header->identity), before = noted(header->identity_before);
@@ -42,8 +52,7 @@ ndm_i_kinship ndm_i_kinship_of(const ndm_i_header *header, const ndm_i_file *dat
     /* Overlays may give a file another number; no copy keeps the time of birth. */
     if (is_there(header, data) || (data->born != 0 && ndm_i_word(&header->born) == data->born))
         return NDM_I_SAME;
-    const uint64_t closed = ndm_i_word(&header->closed_at);
-    return closed != 0 && closed == data->modified ? NDM_I_COPY : NDM_I_LIVE_COPY;
+    return is_time(ndm_i_word(&header->closed_at), data->modified) ? NDM_I_COPY : NDM_I_LIVE_COPY;
 }
 
 int ndm_i_kinship_check(ndm_i_kinship kinship)
