@@ -85,11 +85,17 @@ bool ndm_i_file_lock_byte(const ndm_i_file *file, uint64_t byte, bool lock)
     return fcntl(file->fd, F_OFD_SETLK, &range) == 0;
 }
 
-bool ndm_i_file_is_byte_locked(const ndm_i_file *file, uint64_t byte)
+/* Would a read lock meet another's lock? That is a write lock then. */
+static bool is_write_locked(const ndm_i_file *file, uint64_t start, uint64_t length)
 {
-    struct flock range = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = (off_t)byte, .l_len = 1};
-    return fcntl(file->fd, F_OFD_GETLK, &range) == 0 && range.l_type != F_UNLCK;
+    struct flock range = {
+        .l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = (off_t)start, .l_len = (off_t)length};
+    return fcntl(file->fd, F_OFD_GETLK, &range) != 0 || range.l_type != F_UNLCK;
 }
+
+bool ndm_i_file_is_byte_locked(const ndm_i_file *file, uint64_t byte) { return is_write_locked(file, byte, 1); }
+
+bool ndm_i_file_has_locked_byte(const ndm_i_file *file, uint64_t count) { return is_write_locked(file, 0, count); }
 
 uint64_t ndm_i_file_size(const ndm_i_file *file)
 {
@@ -319,19 +325,28 @@ int ndm_i_file_write(const ndm_i_file *file, const uint8_t *data, uint64_t size,
     return 0;
 }
 
-int ndm_i_file_load(const ndm_i_file *file, uint64_t offset, void *buffer, uint64_t size)
+int64_t ndm_i_file_load_some(const ndm_i_file *file, uint64_t offset, void *buffer, uint64_t size)
 {
-    for (uint8_t *next = buffer; size > 0;) {
-        const ssize_t done = pread(file->fd, next, size, (off_t)offset);
+    uint64_t loaded = 0;
+    while (loaded < size) {
+        const ssize_t done = pread(file->fd, (uint8_t *)buffer + loaded, size - loaded, (off_t)(offset + loaded));
         if (done < 0 && errno == EINTR)
             continue;
-        if (done <= 0)
-            return ndm_i_fail_io(done < 0 ? errno : EIO, "cannot read the file");
-        next += done;
-        size -= (uint64_t)done;
-        offset += (uint64_t)done;
+        if (done < 0)
+            return -1;
+        if (done == 0)
+            break;
+        loaded += (uint64_t)done;
     }
-    return NDM_OK;
+    return (int64_t)loaded;
+}
+
+int ndm_i_file_load(const ndm_i_file *file, uint64_t offset, void *buffer, uint64_t size)
+{
+    const int64_t loaded = ndm_i_file_load_some(file, offset, buffer, size);
+    if (loaded >= 0 && (uint64_t)loaded == size)
+        return NDM_OK;
+    return ndm_i_fail_io(loaded < 0 ? errno : EIO, "cannot read the file");
 }
 
 int ndm_i_file_allocate(ndm_i_file *file, uint64_t start, uint64_t end)

@@ -44,8 +44,10 @@ enum { NDM_I_LOCK_FILE, NDM_I_LOCK_BYTE, NDM_I_LOCK_NONE };
 /* Lock, or unlock, one byte for this open file. false: another has it. */
 bool ndm_i_file_lock_byte(const ndm_i_file *file, uint64_t byte, bool lock);
 
-/* Has another open file that byte? */
+/* Has another open file that byte; or one of the first `count` bytes? A lock that reading is enough for (F_RDLCK) does not
+ * count: what is asked for is a lock that only who may write to the file can hold. Where the system cannot tell, yes. */
 bool ndm_i_file_is_byte_locked(const ndm_i_file *file, uint64_t byte);
+bool ndm_i_file_has_locked_byte(const ndm_i_file *file, uint64_t count);
 
 /* The file's size now; 0 if it cannot be told. */
 uint64_t ndm_i_file_size(const ndm_i_file *file);
@@ -91,6 +93,9 @@ int ndm_i_file_write(const ndm_i_file *file, const uint8_t *data, uint64_t size,
 
 /* pread all of it; a file that ends before is EIO. */
 int ndm_i_file_load(const ndm_i_file *file, uint64_t offset, void *buffer, uint64_t size);
+
+/* pread, up to the file's end: how many bytes came. Negative, and no more than that, where the system cannot read them. */
+int64_t ndm_i_file_load_some(const ndm_i_file *file, uint64_t offset, void *buffer, uint64_t size);
 
 /* Get blocks for [start, end); what is there stays. Does nothing where the file system knows no fallocate(): writing
  * gets them there. 0 or errno. */

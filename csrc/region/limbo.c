@@ -100,10 +100,12 @@ bool ndm_i_limbo_collect_ended(ndm_i_limbo *limbo)
     return came;
 }
 
+/* A process that died has reported no release. */
 bool ndm_i_limbo_reap(ndm_i_limbo *limbo)
 {
     ndm_i_leases_reap(limbo->leases);
-    return ndm_i_limbo_collect(limbo);
+    const bool came = ndm_i_limbo_collect(limbo);
+    return (limbo->leased && collect_leased(limbo)) || came;
 }
 
 void ndm_i_limbo_forget(ndm_i_limbo *limbo)

@@ -81,7 +81,11 @@ static int start_anew(ndm_region *region, const ndm_options *options)
     uint64_t count = 0;
     int status = ndm_i_slots_invalidate(&region->slots);
     if (status == NDM_OK) {
-        count = ndm_i_leased_before(region, leased);
+        const int64_t kept = ndm_i_leased_before(region, leased);
+        status = kept < 0 ? (int)kept : NDM_OK;
+        count = kept < 0 ? 0 : (uint64_t)kept;
+    }
+    if (status == NDM_OK) {
         status = empty_data(region, found ? found : options->initial_capacity, ndm_i_ceiling(options->max_capacity),
                             leased, &count);
     }

@@ -326,7 +326,7 @@ int64_t ndm_reader_lease(ndm_reader *reader, int64_t slot, int64_t generation, c
     int64_t status = ndm_i_reader_enter(reader);
     if (status != NDM_OK)
         return status;
-    if (!reader->leases.table)
+    if (!ndm_i_leases_are_open(&reader->leases))
         status = join_leases(reader);
     const int64_t entry = status == NDM_OK ? claim_in_place(reader, slot, generation, &value) : status;
     const char *address = entry >= 0 ? view_of(reader, &value) : NULL;
@@ -350,7 +350,7 @@ int ndm_reader_release(ndm_reader *reader, int64_t lease)
     if (!ndm_i_is_process(reader->process))
         return ndm_i_fail(NDM_ERR_WRONG_THREAD, "the reader belongs to the process that opened it");
     pthread_mutex_lock(&reader->lock);
-    if (lease >= 0 && lease < NDM_I_LEASES && reader->leases.table) /* else it went with the files */
+    if (lease >= 0 && lease < NDM_I_LEASES && ndm_i_leases_are_open(&reader->leases)) /* else it went with the files */
         ndm_i_leases_release(&reader->leases, (uint64_t)lease);
     pthread_mutex_unlock(&reader->lock);
     return NDM_OK;

@@ -180,7 +180,12 @@ static int add_leased(ndm_region *region, found *values, uint64_t *count)
     ndm_i_span *places = malloc(NDM_I_LEASES * sizeof *places);
     if (!places)
         return ndm_i_fail(NDM_ERR_MEMORY, "no memory to recover the region");
-    uint64_t kept = in_units(region, places, ndm_i_leases_places(&region->leases, places));
+    const int64_t leased = ndm_i_leases_places(&region->leases, places);
+    if (leased < 0) {
+        free(places);
+        return (int)leased;
+    }
+    uint64_t kept = in_units(region, places, (uint64_t)leased);
     kept = joined(places, without_values(region, places, kept, values, *count));
     for (uint64_t i = 0; i < kept; i++)
         values[(*count)++] = (found){places[i].offset, places[i].size, NDM_I_NO_SLOT};
@@ -190,11 +195,12 @@ static int add_leased(ndm_region *region, found *values, uint64_t *count)
     return NDM_OK;
 }
 
-uint64_t ndm_i_leased_before(ndm_region *region, ndm_i_span *places)
+int64_t ndm_i_leased_before(ndm_region *region, ndm_i_span *places)
 {
     atomic_thread_fence(memory_order_seq_cst); /* the incarnation has been taken back: see leases.h */
     ndm_i_leases_reap(&region->leases);
-    return joined(places, in_units(region, places, ndm_i_leases_places(&region->leases, places)));
+    const int64_t count = ndm_i_leases_places(&region->leases, places);
+    return count < 0 ? count : (int64_t)joined(places, in_units(region, places, (uint64_t)count));
 }
 
 int ndm_i_keep_places(ndm_region *region, const ndm_i_span *places, uint64_t count)

@@ -2,36 +2,78 @@
 #define _GNU_SOURCE
 #include "store/leases.h"
 
+#include "os/bits.h"
 #include "os/status.h"
 
 #include <errno.h>
 #include <stddef.h>
-#include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 static const char magic[8] = {'N', 'D', 'M', 'L', 'E', 'A', 'S', 'E'};
-enum { VERSION = 2 };
+enum { VERSION = 3 };
+
+/* The magic, then the version, are the same in every version but the first, which had no version and another size. */
+typedef struct {
+    char magic[8];
+    uint64_t version;
+    uint64_t released; /* another number after each release */
+    uint64_t unused;
+} header;
+
+typedef struct {
+    uint64_t key; /* slot + 1 (32 bits), generation (32); 0: free */
+    uint64_t incarnation, offset, size;
+} lease;
+
+enum { AT_ONCE = 250 }; /* entries that are read in one go */
+#define FILE_SIZE (sizeof(header) + NDM_I_LEASES * sizeof(lease))
 
 _Static_assert((int)NDM_I_LEASES <= (int)NDM_I_MOST_CLAIMS, "an entry is a claim");
-_Static_assert(sizeof(ndm_i_lease) == 32 && offsetof(ndm_i_lease_table, entries) == 32, "the file's layout");
+_Static_assert((int)NDM_I_LEASES % (int)AT_ONCE == 0, "whole reads");
+_Static_assert(sizeof(lease) == 32 && sizeof(header) == 32, "the file's layout");
 
 static uint64_t packed(uint32_t slot, uint32_t generation) { return ((uint64_t)slot + 1) | (uint64_t)generation << 32; }
 
-/* Take an entry out, once. An entry counts among those held from before it is set until after it is gone. */
-static void vacate(void *leases, uint64_t entry)
+/* ---- entries in the file -------------------------------------------------------------------------------- */
+
+static uint64_t place_in_file(uint64_t entry) { return sizeof(header) + entry * sizeof(lease); }
+
+/* Read AT_ONCE entries; those that the file is too short for are empty. false: the system cannot read them. */
+static bool load(const ndm_i_file *file, uint64_t first, lease *entries)
 {
-    ndm_i_lease_table *table = leases;
-    if (atomic_exchange(&table->entries[entry].key, 0) == 0)
-        return;
-    atomic_fetch_sub(&table->held, 1);
-    atomic_fetch_add(&table->released, 1);
+    memset(entries, 0, AT_ONCE * sizeof *entries);
+    return ndm_i_file_load_some(file, place_in_file(first), entries, AT_ONCE * sizeof *entries) >= 0;
+}
+
+/* 0 or errno. */
+static int store(const ndm_i_file *file, uint64_t entry, const lease *content)
+{
+    return ndm_i_file_write(file, (const uint8_t *)content, sizeof *content, place_in_file(entry));
+}
+
+/* Empty an entry that is claimed here. Where the disk refuses, it says nothing all the same once it is claimed no more. */
+static void vacate(const ndm_i_file *file, uint64_t entry)
+{
+    static const uint64_t none = 0;
+    ndm_i_file_write(file, (const uint8_t *)&none, sizeof none, place_in_file(entry) + offsetof(lease, key));
+}
+
+/* A number that no two releases have in common: the owner looks for a change. Readers cannot count together without a
+ * mapping, and need not. */
+static uint64_t moment(void)
+{
+    struct timespec now = {0};
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
 /* ---- opening -------------------------------------------------------------------------------------------- */
 
 enum { NONE, FOREIGN, OTHER_VERSION, OURS };
 
-/* What the open file holds. */
+/* What the open file holds. One that was shortened is ours while its version is there, and none if no more than the mark is:
+ * what it said is lost. */
 static int recognise(const ndm_i_file *file)
 {
     struct {
@@ -40,12 +82,13 @@ static int recognise(const ndm_i_file *file)
     } found = {.version = 0};
     if (file->capacity == 0)
         return NONE;
-    if (file->capacity < sizeof found || ndm_i_file_load(file, 0, &found, sizeof found) != NDM_OK)
+    if (file->capacity < sizeof magic ||
+        ndm_i_file_load_some(file, 0, &found, ndm_i_min(file->capacity, sizeof found)) < (int64_t)sizeof magic)
         return FOREIGN;
     if (memcmp(found.magic, magic, sizeof magic) == 0)
-        return found.version == VERSION && file->capacity == sizeof(ndm_i_lease_table) ? OURS : OTHER_VERSION;
+        return found.version == VERSION ? OURS : file->capacity < sizeof found ? NONE : OTHER_VERSION;
     const bool unfinished = memcmp(found.magic, "\0\0\0\0\0\0\0", sizeof magic) == 0;
-    return unfinished && file->capacity == sizeof(ndm_i_lease_table) ? NONE : FOREIGN;
+    return unfinished && file->capacity == FILE_SIZE ? NONE : FOREIGN;
 }
 
 /* Readers of another version may still store to the file that stands there: it is left to them. */
@@ -61,11 +104,22 @@ static int open_to_start(ndm_i_file *file, const char *path, int *found)
     return status;
 }
 
-/* The file is mapped. */
-static void use_table(ndm_i_leases *leases)
+/* Give the file its whole length, and blocks, so that no reader meets a full disk; then its mark. Entries stay. */
+static int complete(ndm_i_leases *leases)
 {
-    leases->table = (ndm_i_lease_table *)leases->file.mapping->base;
-    ndm_i_claims_init(&leases->claims, &leases->file, NDM_I_LEASES);
+    ndm_i_file *file = &leases->file;
+    header whole = {.version = VERSION, .released = moment()};
+    memcpy(whole.magic, magic, sizeof magic);
+    const uint64_t length = ndm_i_min(ndm_i_file_size(file), FILE_SIZE);
+    int refused = ndm_i_file_write(file, NULL, FILE_SIZE - length, length);
+    if (!refused)
+        refused = ndm_i_file_allocate(file, 0, FILE_SIZE);
+    if (!refused)
+        refused = ndm_i_file_write(file, (const uint8_t *)&whole, sizeof whole, 0);
+    if (refused)
+        return ndm_i_fail_io(refused, "cannot get room for the leases");
+    leases->seen = whole.released;
+    return NDM_OK;
 }
 
 static int in_leases(int64_t status) { return (int)ndm_i_of_file(NDM_FILE_LEASES, status); }
@@ -77,30 +131,12 @@ static int start(ndm_i_leases *leases, const char *path)
     int status = path ? open_to_start(&leases->file, path, &found) : ndm_i_file_open_unnamed(&leases->file, NULL);
     if (status != NDM_OK)
         return status;
-    if (found != NONE && found != OURS) {
-        status = ndm_i_fail_io(EEXIST, "path.leases exists but is not a leases file");
-        goto fail;
-    }
-    status = ndm_i_file_start(&leases->file, sizeof(ndm_i_lease_table), sizeof(ndm_i_lease_table), true);
+    status = found == NONE || found == OURS ? complete(leases)
+                                            : ndm_i_fail_io(EEXIST, "path.leases exists but is not a leases file");
     if (status != NDM_OK)
-        goto fail;
-    int refused = ndm_i_file_allocate(&leases->file, 0, sizeof(ndm_i_lease_table));
-    if (!refused && found == NONE)
-        refused = ndm_i_file_write(&leases->file, NULL, sizeof(ndm_i_lease_table), 0);
-    if (refused) {
-        status = ndm_i_fail_io(refused, "cannot get room for the leases");
-        goto fail;
-    }
-    use_table(leases);
-    leases->table->version = VERSION;
-    memcpy(leases->table->magic, magic, sizeof magic);
-    /* Readers of an earlier opening may still release theirs meanwhile: each entry is taken out by itself. */
-    for (uint64_t entry = 0; entry < NDM_I_LEASES && found == OURS; entry++)
-        vacate(leases->table, entry);
-    return NDM_OK;
-
-fail:
-    ndm_i_leases_close(leases);
+        ndm_i_leases_close(leases);
+    else
+        ndm_i_claims_init(&leases->claims, &leases->file, NDM_I_LEASES);
     return status;
 }
 
@@ -118,24 +154,15 @@ static int join(ndm_i_leases *leases, const char *path, bool as_owner)
     if (status != NDM_OK)
         return status;
     const int found = recognise(&leases->file);
-    if (found != OURS) {
+    if (found != OURS)
         status = ndm_i_fail_io(EINVAL, found == OTHER_VERSION ? "the leases file is of another version"
                                                               : "the file is not a leases file");
-        goto fail;
-    }
-    status = ndm_i_file_start(&leases->file, sizeof(ndm_i_lease_table), sizeof(ndm_i_lease_table), true);
+    else if (as_owner)
+        status = complete(leases);
     if (status != NDM_OK)
-        goto fail;
-    const int refused = as_owner ? ndm_i_file_allocate(&leases->file, 0, sizeof(ndm_i_lease_table)) : 0;
-    if (refused) { /* a copy may be sparse, and a store to a hole SIGBUS */
-        status = ndm_i_fail_io(refused, "cannot get room for the leases");
-        goto fail;
-    }
-    use_table(leases);
-    return NDM_OK;
-
-fail:
-    ndm_i_leases_close(leases);
+        ndm_i_leases_close(leases);
+    else
+        ndm_i_claims_init(&leases->claims, &leases->file, NDM_I_LEASES);
     return status;
 }
 
@@ -144,44 +171,59 @@ int ndm_i_leases_join(ndm_i_leases *leases, const char *path, bool as_owner)
     return in_leases(join(leases, path, as_owner));
 }
 
+int ndm_i_leases_mend(ndm_i_leases *leases)
+{
+    leases->file.capacity = ndm_i_file_size(&leases->file);
+    const bool sound = leases->file.capacity >= FILE_SIZE && recognise(&leases->file) == OURS;
+    return sound ? NDM_OK : in_leases(complete(leases));
+}
+
 void ndm_i_leases_close(ndm_i_leases *leases)
 {
-    for (uint64_t entry = 0; entry < NDM_I_LEASES && leases->table; entry++)
+    if (!ndm_i_leases_are_open(leases))
+        return;
+    for (uint64_t entry = 0; entry < NDM_I_LEASES; entry++)
         ndm_i_leases_release(leases, entry);
-    if (leases->file.fd >= 0)
-        ndm_i_file_close(&leases->file, NULL);
-    leases->table = NULL;
+    ndm_i_file_close(&leases->file, NULL);
 }
 
 /* ---- readers -------------------------------------------------------------------------------------------- */
 
-/* Fill in an entry that is claimed. false: it is not free, after all. */
-static bool fill(ndm_i_leases *leases, ndm_i_lease *entry, uint64_t key, ndm_i_span place)
+/* Claim one of AT_ONCE entries, and fill it in; of those that are empty, or of all. Its number, -1 if there is none, or a
+ * status. */
+static int64_t claim_one(ndm_i_leases *leases, uint64_t first, bool any, const lease *wanted)
 {
-    uint64_t free_entry = 0;
-    atomic_store_explicit(&entry->incarnation, leases->incarnation, memory_order_relaxed);
-    atomic_store_explicit(&entry->offset, place.offset, memory_order_relaxed);
-    atomic_store_explicit(&entry->size, place.size, memory_order_relaxed);
-    return atomic_compare_exchange_strong(&entry->key, &free_entry, key);
+    lease entries[AT_ONCE];
+    if (!load(&leases->file, first, entries))
+        return ndm_i_fail_io(errno, "cannot read the leases");
+    for (uint64_t i = 0; i < AT_ONCE; i++) {
+        if ((entries[i].key != 0 && !any) || !ndm_i_claims_take(&leases->claims, first + i))
+            continue;
+        const int refused = store(&leases->file, first + i, wanted);
+        if (!refused)
+            return (int64_t)(first + i);
+        ndm_i_claims_drop(&leases->claims, first + i);
+        return ndm_i_fail_io(refused, "cannot write the lease");
+    }
+    return -1;
 }
+
+_Static_assert(NDM_ERR_IO != -1, "told from no entry");
 
 int64_t ndm_i_leases_claim(ndm_i_leases *leases, uint32_t slot, uint32_t generation, ndm_i_span place)
 {
-    ndm_i_lease_table *table = leases->table;
-    atomic_fetch_add(&table->held, 1);
-    for (int round = 0; round < 2; round++) {
-        for (uint64_t entry = 0; entry < NDM_I_LEASES; entry++) {
-            if (atomic_load(&table->entries[entry].key) != 0 || !ndm_i_claims_take(&leases->claims, entry))
-                continue;
-            if (fill(leases, &table->entries[entry], packed(slot, generation), place)) {
+    const lease wanted = {packed(slot, generation), leases->incarnation, place.offset, place.size};
+    for (int round = 0; round < 2; round++) { /* first those that nobody has used, then those of the dead */
+        for (uint64_t first = 0; first < NDM_I_LEASES; first += AT_ONCE) {
+            const int64_t entry = claim_one(leases, first, round > 0, &wanted);
+            if (entry < -1)
+                return in_leases(entry);
+            if (entry >= 0) {
                 atomic_thread_fence(memory_order_seq_cst);
-                return (int64_t)entry;
+                return entry;
             }
-            ndm_i_claims_drop(&leases->claims, entry);
         }
-        ndm_i_leases_reap(leases); /* the owner may not have come round to it */
     }
-    atomic_fetch_sub(&table->held, 1);
     return in_leases(ndm_i_fail_io(EAGAIN, "all leases are taken"));
 }
 
@@ -189,66 +231,101 @@ void ndm_i_leases_release(ndm_i_leases *leases, uint64_t entry)
 {
     if (!ndm_i_claims_is_mine(&leases->claims, entry))
         return;
-    vacate(leases->table, entry);
+    vacate(&leases->file, entry);
+    const uint64_t now = moment(); /* after that: who sees it sees the entry empty */
+    ndm_i_file_write(&leases->file, (const uint8_t *)&now, sizeof now, offsetof(header, released));
     ndm_i_claims_drop(&leases->claims, entry);
 }
 
 /* ---- the owner ------------------------------------------------------------------------------------------ */
 
-static uint64_t key_of(const ndm_i_lease *entry) { return atomic_load(&entry->key); }
-
-static ndm_i_span place_of(const ndm_i_lease *entry)
+/* Is there an entry, claimed by a living process, that `is_wanted` says yes to? Yes, too, where the system cannot tell. */
+static bool find(const ndm_i_leases *leases, bool (*is_wanted)(const lease *, const void *), const void *wanted)
 {
-    return (ndm_i_span){atomic_load_explicit(&entry->offset, memory_order_relaxed),
-                        atomic_load_explicit(&entry->size, memory_order_relaxed)};
-}
-
-bool ndm_i_leases_has(const ndm_i_leases *leases, uint32_t slot, uint32_t generation)
-{
+    lease entries[AT_ONCE];
     if (!ndm_i_leases_any(leases))
         return false;
-    const uint64_t key = packed(slot, generation);
-    for (const ndm_i_lease *entry = leases->table->entries; entry < leases->table->entries + NDM_I_LEASES; entry++)
-        if (key_of(entry) == key && atomic_load(&entry->incarnation) == leases->incarnation)
+    for (uint64_t first = 0; first < NDM_I_LEASES; first += AT_ONCE) {
+        if (!load(&leases->file, first, entries))
             return true;
-    return false;
-}
-
-bool ndm_i_leases_touch(const ndm_i_leases *leases, ndm_i_span bytes)
-{
-    for (uint64_t i = 0; i < NDM_I_LEASES && leases->table; i++) {
-        if (key_of(&leases->table->entries[i]) == 0)
-            continue;
-        const ndm_i_span place = place_of(&leases->table->entries[i]);
-        if (place.size == 0)
-            continue;
-        if (place.offset > bytes.offset ? place.offset - bytes.offset < bytes.size
-                                        : bytes.offset - place.offset < place.size)
-            return true;
+        for (uint64_t i = 0; i < AT_ONCE; i++)
+            if (is_wanted(&entries[i], wanted) && ndm_i_claims_is_held(&leases->file, first + i))
+                return true;
     }
     return false;
 }
 
-uint64_t ndm_i_leases_places(const ndm_i_leases *leases, ndm_i_span *places)
+static bool is_of_value(const lease *entry, const void *wanted)
 {
-    uint64_t count = 0;
-    for (uint64_t i = 0; i < NDM_I_LEASES && leases->table; i++)
-        if (key_of(&leases->table->entries[i]) != 0)
-            places[count++] = place_of(&leases->table->entries[i]);
+    const lease *value = wanted;
+    return entry->key == value->key && entry->incarnation == value->incarnation;
+}
+
+bool ndm_i_leases_has(const ndm_i_leases *leases, uint32_t slot, uint32_t generation)
+{
+    const lease value = {.key = packed(slot, generation), .incarnation = leases->incarnation};
+    return find(leases, is_of_value, &value);
+}
+
+static bool is_touching(const lease *entry, const void *wanted)
+{
+    const ndm_i_span *bytes = wanted;
+    if (entry->key == 0 || entry->size == 0)
+        return false;
+    return entry->offset > bytes->offset ? entry->offset - bytes->offset < bytes->size
+                                         : bytes->offset - entry->offset < entry->size;
+}
+
+bool ndm_i_leases_touch(const ndm_i_leases *leases, ndm_i_span bytes) { return find(leases, is_touching, &bytes); }
+
+/* The places in the entries that living processes claim. How many, or a status. */
+static int64_t places_in(const ndm_i_file *file, ndm_i_span *places)
+{
+    lease entries[AT_ONCE];
+    int64_t count = 0;
+    for (uint64_t first = 0; first < NDM_I_LEASES; first += AT_ONCE) {
+        if (!load(file, first, entries))
+            return ndm_i_fail_io(errno, "cannot read the leases");
+        for (uint64_t i = 0; i < AT_ONCE; i++) {
+            if (entries[i].key == 0 || !ndm_i_claims_is_held(file, first + i))
+                continue;
+            if (places)
+                places[count] = (ndm_i_span){entries[i].offset, entries[i].size};
+            count++;
+        }
+    }
     return count;
 }
 
-static bool is_used(void *table, uint64_t entry) { return key_of(&((ndm_i_lease_table *)table)->entries[entry]) != 0; }
+int64_t ndm_i_leases_places(const ndm_i_leases *leases, ndm_i_span *places)
+{
+    if (!ndm_i_leases_any(leases))
+        return 0;
+    const int64_t count = places_in(&leases->file, places);
+    return count < 0 ? in_leases(count) : count;
+}
 
 void ndm_i_leases_reap(ndm_i_leases *leases)
 {
-    if (leases->table)
-        ndm_i_claims_reap(&leases->claims, leases->table, is_used, vacate); /* vacate() bears an entry that is free by now */
+    lease entries[AT_ONCE];
+    for (uint64_t first = 0; ndm_i_leases_are_open(leases) && first < NDM_I_LEASES; first += AT_ONCE) {
+        if (!load(&leases->file, first, entries))
+            return;
+        for (uint64_t i = 0; i < AT_ONCE; i++) {
+            if (entries[i].key == 0 || !ndm_i_claims_take(&leases->claims, first + i))
+                continue;
+            vacate(&leases->file, first + i);
+            ndm_i_claims_drop(&leases->claims, first + i);
+        }
+    }
 }
 
 bool ndm_i_leases_news(ndm_i_leases *leases)
 {
-    const uint64_t released = leases->table ? atomic_load(&leases->table->released) : leases->seen;
+    uint64_t released = 0;
+    if (!ndm_i_leases_are_open(leases) ||
+        ndm_i_file_load_some(&leases->file, offsetof(header, released), &released, sizeof released) < 0)
+        return false;
     const bool news = released != leases->seen;
     leases->seen = released;
     return news;
@@ -256,7 +333,6 @@ bool ndm_i_leases_news(ndm_i_leases *leases)
 
 /* ---- anybody -------------------------------------------------------------------------------------------- */
 
-/* The file is read, not mapped: who may not write to it cannot rely on its length. */
 int64_t ndm_i_leases_look(const char *path, ndm_i_span *places)
 {
     ndm_i_file file;
@@ -264,21 +340,10 @@ int64_t ndm_i_leases_look(const char *path, ndm_i_span *places)
     if (count != NDM_OK)
         return ndm_last_error()->os_errno == ENOENT ? 0 : in_leases(count);
     const int found = recognise(&file);
-    ndm_i_lease_table *table = calloc(1, sizeof *table);
-    if (!table)
-        count = ndm_i_fail(NDM_ERR_MEMORY, "no memory to look at the leases");
-    else if (found != OURS && found != NONE) /* NONE: it is being made */
+    if (found == OURS)
+        count = places_in(&file, places);
+    else if (found != NONE) /* NONE: it is being made */
         count = ndm_i_fail_io(EINVAL, "the leases file is of another version, or is not one");
-    else if (found == OURS)
-        count = ndm_i_file_load(&file, 0, table, sizeof *table);
-    for (uint64_t i = 0; i < NDM_I_LEASES && count >= 0; i++) {
-        if (key_of(&table->entries[i]) == 0 || !ndm_i_claims_is_held(&file, i))
-            continue;
-        if (places)
-            places[count] = place_of(&table->entries[i]);
-        count++;
-    }
-    free(table);
     ndm_i_file_close(&file, NULL);
     return count < 0 ? in_leases(count) : count;
 }
