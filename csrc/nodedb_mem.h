@@ -81,7 +81,7 @@ enum ndm_status {
     NDM_ERR_MEMORY = -9,       /* malloc failed */
     NDM_ERR_STALE = -10,       /* reader: the value is gone, or another has its slot, or the region was opened anew */
     NDM_ERR_UNCOMMITTED = -11, /* reader: the slot is allocated, and not committed yet */
-    NDM_ERR_WAIT = -12,        /* ..._try_...(): not at once; nothing was done */
+    NDM_ERR_WAIT = -12,        /* ..._try_...(): not at once; nothing was done. Readers: not yet, call again */
     NDM_ERR_VERSION = -20      /* ndm_check_abi(): the library is not the one that the caller was compiled for */
 };
 
@@ -324,7 +324,16 @@ int64_t ndm_region_check(ndm_region *region);
  * This is a sequence lock per record, in C11 atomics; it holds on aarch64 as on x86-64.
  *
  * A view from a reader pins nothing: the owner may free, move and overwrite the value meanwhile. Copy
- * (ndm_reader_copy) or check afterwards (ndm_reader_is_unchanged), or lease. */
+ * (ndm_reader_copy) or check afterwards (ndm_reader_is_unchanged), or lease.
+ *
+ * No function waits for the owner longer than some 20 ms, nor with a lock held that other threads of the reader want. While
+ * the owner moves the value, ndm_reader_find(), ndm_reader_read(), ndm_reader_copy(), ndm_reader_lease() and
+ * ndm_reader_next() end with NDM_ERR_WAIT after that time, and ndm_reader_open() does so while another process bars readers
+ * from the slot table. Nothing has been done then: call again, as often as you like. An owner that died while it moved a
+ * value is NDM_ERR_STALE.
+ *
+ * If somebody cuts a file short under a reader, the functions return NDM_ERR_IO with EIO. To touch what is missing through a
+ * view is SIGBUS. */
 
 typedef struct ndm_reader ndm_reader;
 
@@ -332,13 +341,14 @@ typedef struct {
     int64_t slot;
     uint64_t offset, size;
     uint64_t place;      /* changes when the value is moved */
+    uint64_t turns;      /* changes before a `place` can come again */
     uint32_t generation; /* changes when the slot is freed */
     uint8_t engine;
     uint8_t state;
 } ndm_value;
 
 /* Open the region whose data file, slot table and leases are at these paths. NULL on failure: NDM_ERR_IO (EINVAL: not a
- * region, of another version, or cut short), NDM_ERR_MEMORY. The leases are opened to write with the first lease. */
+ * region, of another version, or cut short), NDM_ERR_WAIT, NDM_ERR_MEMORY. The leases are opened to write with the first lease. */
 ndm_reader *ndm_reader_open(const char *data_path, const char *slots_path, const char *leases_path);
 
 /* Close: views stay readable, and keep the region's file from being shortened. Leases end. Any thread; twice is fine. */
@@ -358,7 +368,10 @@ int64_t ndm_reader_copy(ndm_reader *reader, int64_t slot, int64_t generation, vo
 /* 1 if the value is live and its bytes are where and what they were when `value` was looked up, 0 if not. */
 int ndm_reader_is_unchanged(ndm_reader *reader, const ndm_value *value);
 
-/* The first live slot that is `from` or more; NDM_ERR_NO_SLOT if no live slot follows. */
+/* The first live slot that is `from` or more; NDM_ERR_NO_SLOT if no live slot follows. Slots that are freed or not committed
+ * are passed over; for any other reason why a slot gives no value the call fails (EUCLEAN: the table is torn). NDM_ERR_WAIT
+ * also after many slots that are not live: in this one case of a failure *out is written, and its `slot` is where to go
+ * on. */
 int ndm_reader_next(ndm_reader *reader, int64_t from, ndm_value *out);
 
 typedef struct {

@@ -88,13 +88,14 @@ class RegionClosedError(RegionError):
 
 
 class RegionBusyError(RegionError):
-    """Another region holds the file, or views of a closed one do.
+    """Another region holds the file, or views of a closed one do; or readers are kept out of the slot table.
 
     Attributes
     ----------
     path : str
     holders : tuple of int
-        Process ids that have the file open for writing, as regions do, as far as they may be seen.
+        Process ids that have the file open for writing, as regions do, as far as they may be seen. From a reader: those
+        that keep readers out.
     readers : tuple of int
         Process ids that only read it. They keep a new region off just where the file system punches no holes.
     """
@@ -191,6 +192,19 @@ def users_of(path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(sorted(writers)), tuple(sorted(readers))
 
 
+def _flock_holders(path: str) -> tuple[int, ...]:
+    """Process ids that hold the file at `path` locked as a whole, as far as they may be seen."""
+    try:
+        facts = os.stat(path)
+        locks = Path("/proc/locks").read_text().split("\n")
+    except OSError:
+        return ()
+    device = f"{os.major(facts.st_dev):02x}:{os.minor(facts.st_dev):02x}:{facts.st_ino}"
+    fields = [line.split() for line in locks]  # number, FLOCK, ADVISORY, WRITE, pid, device and inode, ...
+    found = {int(line[4]) for line in fields if line[1:4:2] == ["FLOCK", "WRITE"] and line[5] == device}
+    return tuple(sorted(pid for pid in found if pid > 0))
+
+
 def _may_write(descriptor: Path) -> bool:
     try:
         facts = (descriptor.parents[1] / "fdinfo" / descriptor.name).read_text()
@@ -247,6 +261,8 @@ def error_of(details: bytes, where: Where = (), slot: int | None = None) -> Exce
             return WrongThreadError(f"{path}: {message}" if kind == "reader" else message)
         case lib.NDM_ERR_CLOSED:
             return RegionClosedError(f"{path}: {message}" if kind == "reader" else message)
+        case lib.NDM_ERR_BUSY if kind == "reader" and file:
+            return RegionBusyError(file, _flock_holders(file))
         case lib.NDM_ERR_BUSY:
             writers, readers = users_of(file) if file else ((), ())
             if beside:  # a closed reader whose views live has the slot table open, no more

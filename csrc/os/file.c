@@ -85,17 +85,27 @@ bool ndm_i_file_lock_byte(const ndm_i_file *file, uint64_t byte, bool lock)
     return fcntl(file->fd, F_OFD_SETLK, &range) == 0;
 }
 
-/* Would a read lock meet another's lock? That is a write lock then. */
-static bool is_write_locked(const ndm_i_file *file, uint64_t start, uint64_t length)
+bool ndm_i_file_find_lock(const ndm_i_file *file, uint64_t *start, uint64_t *end)
 {
+    /* What a read lock would meet is a write lock. */
     struct flock range = {
-        .l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = (off_t)start, .l_len = (off_t)length};
-    return fcntl(file->fd, F_OFD_GETLK, &range) != 0 || range.l_type != F_UNLCK;
+        .l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = (off_t)*start, .l_len = (off_t)(*end - *start)};
+    if (fcntl(file->fd, F_OFD_GETLK, &range) != 0)
+        return true;
+    if (range.l_type == F_UNLCK)
+        return false;
+    const uint64_t first = (uint64_t)range.l_start;
+    if (range.l_len > 0) /* 0: to the end of all files */
+        *end = ndm_i_min(*end, first + (uint64_t)range.l_len);
+    *start = ndm_i_max(*start, first);
+    return true;
 }
 
-bool ndm_i_file_is_byte_locked(const ndm_i_file *file, uint64_t byte) { return is_write_locked(file, byte, 1); }
-
-bool ndm_i_file_has_locked_byte(const ndm_i_file *file, uint64_t count) { return is_write_locked(file, 0, count); }
+bool ndm_i_file_is_byte_locked(const ndm_i_file *file, uint64_t byte)
+{
+    uint64_t end = byte + 1;
+    return ndm_i_file_find_lock(file, &byte, &end);
+}
 
 uint64_t ndm_i_file_size(const ndm_i_file *file)
 {
@@ -173,10 +183,10 @@ bool ndm_i_file_flock(const ndm_i_file *file, bool whole)
 
 int ndm_i_file_flock_to_read(const ndm_i_file *file)
 {
-    while (flock(file->fd, LOCK_SH) != 0)
-        if (errno != EINTR)
-            return ndm_i_fail_io(errno, "cannot lock the file for reading");
-    return NDM_OK;
+    if (flock(file->fd, LOCK_SH | LOCK_NB) == 0)
+        return NDM_OK;
+    return errno == EWOULDBLOCK ? ndm_i_fail(NDM_ERR_WAIT, "another process keeps readers out of the slot table")
+                                : ndm_i_fail_io(errno, "cannot lock the file for reading");
 }
 
 static int unnamed_file(const char *directory)

@@ -44,10 +44,13 @@ enum { NDM_I_LOCK_FILE, NDM_I_LOCK_BYTE, NDM_I_LOCK_NONE };
 /* Lock, or unlock, one byte for this open file. false: another has it. */
 bool ndm_i_file_lock_byte(const ndm_i_file *file, uint64_t byte, bool lock);
 
-/* Has another open file that byte; or one of the first `count` bytes? A lock that reading is enough for (F_RDLCK) does not
- * count: what is asked for is a lock that only who may write to the file can hold. Where the system cannot tell, yes. */
+/* Has another open file a byte of [*start, *end)? Then a range that it has is given, cut at those ends. A lock that reading is
+ * enough for (F_RDLCK) does not count: what is asked for is a lock that only who may write to the file can hold. Where the
+ * system cannot tell, all of the range is. */
+bool ndm_i_file_find_lock(const ndm_i_file *file, uint64_t *start, uint64_t *end);
+
+/* Has another open file that byte? */
 bool ndm_i_file_is_byte_locked(const ndm_i_file *file, uint64_t byte);
-bool ndm_i_file_has_locked_byte(const ndm_i_file *file, uint64_t count);
 
 /* The file's size now; 0 if it cannot be told. */
 uint64_t ndm_i_file_size(const ndm_i_file *file);
@@ -60,7 +63,7 @@ int ndm_i_file_open_to_lease(ndm_i_file *file, const char *path);
 /* `whole`: lock the file against readers, false if there are some. Otherwise let them in again. */
 bool ndm_i_file_flock(const ndm_i_file *file, bool whole);
 
-/* Say that a reader is there, until the file is closed. Waits while the owner bars readers. */
+/* Say that a reader is there, until the file is closed. NDM_ERR_WAIT while somebody bars readers. */
 int ndm_i_file_flock_to_read(const ndm_i_file *file);
 
 /* An unnamed file in `directory`, or in memory if it is NULL. */

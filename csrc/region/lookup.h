@@ -19,6 +19,7 @@ struct ndm_reader {
     pthread_mutex_t lock; /* of the mappings and the leases */
     uint64_t process;
     uint64_t incarnation;
+    uint64_t slots_size; /* of the slot table's file, when a verb began */
     _Atomic unsigned holders; /* of this struct: the handle, and the files until the last view has ended */
 };
 
@@ -32,13 +33,15 @@ static inline uint64_t ndm_i_acquire(const _Atomic uint64_t *word)
     return atomic_load_explicit(word, memory_order_acquire);
 }
 
-/* Take the lock if the reader may be used. The others want it held. */
+/* Take the lock if the reader may be used, and the slot table is long enough to be looked at. The others want the lock
+ * held. */
 int ndm_i_reader_enter(ndm_reader *reader);
 
 /* Is it still the region that the reader was opened for? */
 int ndm_i_reader_check(const ndm_reader *reader);
 
-/* Find the value in a slot; `generation` negative: any. */
+/* Find the value in a slot; `generation` negative: any. NDM_ERR_WAIT while its owner, who lives, moves it: the caller gives
+ * the lock back, and pauses. */
 int ndm_i_reader_look_up(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out);
 
 /* Are the value's bytes where they were, and unchanged since it was looked up? */

@@ -28,7 +28,7 @@ void ndm_i_claims_drop(ndm_i_claims *claims, uint64_t entry)
 
 bool ndm_i_claims_is_held(const ndm_i_file *file, uint64_t entry) { return ndm_i_file_is_byte_locked(file, entry); }
 
-bool ndm_i_claims_any_held(const ndm_i_claims *claims)
+bool ndm_i_claims_find_held(const ndm_i_file *file, uint64_t *first, uint64_t *end)
 {
-    return ndm_i_file_has_locked_byte(claims->file, claims->count);
+    return ndm_i_file_find_lock(file, first, end);
 }

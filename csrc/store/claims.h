@@ -35,7 +35,8 @@ void ndm_i_claims_drop(ndm_i_claims *claims, uint64_t entry);
 /* Does a living process claim the entry, through another open file than this? */
 bool ndm_i_claims_is_held(const ndm_i_file *file, uint64_t entry);
 
-/* Does one claim any entry, through another open file? One system call. */
-bool ndm_i_claims_any_held(const ndm_i_claims *claims);
+/* Does one claim an entry of [*first, *end), through another open file? Then entries in a row that are claimed are given. One
+ * system call. */
+bool ndm_i_claims_find_held(const ndm_i_file *file, uint64_t *first, uint64_t *end);
 
 #endif

@@ -39,11 +39,11 @@ static uint64_t packed(uint32_t slot, uint32_t generation) { return ((uint64_t)s
 
 static uint64_t place_in_file(uint64_t entry) { return sizeof(header) + entry * sizeof(lease); }
 
-/* Read AT_ONCE entries; those that the file is too short for are empty. false: the system cannot read them. */
-static bool load(const ndm_i_file *file, uint64_t first, lease *entries)
+/* Read up to AT_ONCE entries; those that the file is too short for are empty. false: the system cannot read them. */
+static bool load(const ndm_i_file *file, uint64_t first, uint64_t count, lease *entries)
 {
-    memset(entries, 0, AT_ONCE * sizeof *entries);
-    return ndm_i_file_load_some(file, place_in_file(first), entries, AT_ONCE * sizeof *entries) >= 0;
+    memset(entries, 0, count * sizeof *entries);
+    return ndm_i_file_load_some(file, place_in_file(first), entries, count * sizeof *entries) >= 0;
 }
 
 /* 0 or errno. */
@@ -52,7 +52,7 @@ static int store(const ndm_i_file *file, uint64_t entry, const lease *content)
     return ndm_i_file_write(file, (const uint8_t *)content, sizeof *content, place_in_file(entry));
 }
 
-/* Empty an entry that is claimed here. Where the disk refuses, it says nothing all the same once it is claimed no more. */
+/* Empty an entry that is claimed here. Where the disk refuses, it says nothing all the same. */
 static void vacate(const ndm_i_file *file, uint64_t entry)
 {
     static const uint64_t none = 0;
@@ -175,7 +175,11 @@ int ndm_i_leases_mend(ndm_i_leases *leases)
 {
     leases->file.capacity = ndm_i_file_size(&leases->file);
     const bool sound = leases->file.capacity >= FILE_SIZE && recognise(&leases->file) == OURS;
-    return sound ? NDM_OK : in_leases(complete(leases));
+    if (sound)
+        return NDM_OK;
+    const int status = complete(leases);
+    leases->seen = 0; /* a release may have been reported to what is gone */
+    return in_leases(status);
 }
 
 void ndm_i_leases_close(ndm_i_leases *leases)
@@ -189,22 +193,28 @@ void ndm_i_leases_close(ndm_i_leases *leases)
 
 /* ---- readers -------------------------------------------------------------------------------------------- */
 
-/* Claim one of AT_ONCE entries, and fill it in; of those that are empty, or of all. Its number, -1 if there is none, or a
- * status. */
+/* Fill in an entry that has just been claimed. Its number, or a status. */
+static int64_t fill(ndm_i_leases *leases, uint64_t entry, const lease *wanted)
+{
+    const int refused = store(&leases->file, entry, wanted);
+    if (refused) {
+        ndm_i_claims_drop(&leases->claims, entry);
+        return ndm_i_fail_io(refused, "cannot write the lease");
+    }
+    atomic_thread_fence(memory_order_seq_cst);
+    leases->latest = entry;
+    return (int64_t)entry;
+}
+
+/* Claim one of AT_ONCE entries; of those that are empty, or of all. Its number, -1 if there is none, or a status. */
 static int64_t claim_one(ndm_i_leases *leases, uint64_t first, bool any, const lease *wanted)
 {
     lease entries[AT_ONCE];
-    if (!load(&leases->file, first, entries))
+    if (!load(&leases->file, first, AT_ONCE, entries))
         return ndm_i_fail_io(errno, "cannot read the leases");
-    for (uint64_t i = 0; i < AT_ONCE; i++) {
-        if ((entries[i].key != 0 && !any) || !ndm_i_claims_take(&leases->claims, first + i))
-            continue;
-        const int refused = store(&leases->file, first + i, wanted);
-        if (!refused)
-            return (int64_t)(first + i);
-        ndm_i_claims_drop(&leases->claims, first + i);
-        return ndm_i_fail_io(refused, "cannot write the lease");
-    }
+    for (uint64_t i = 0; i < AT_ONCE; i++)
+        if ((entries[i].key == 0 || any) && ndm_i_claims_take(&leases->claims, first + i))
+            return fill(leases, first + i, wanted);
     return -1;
 }
 
@@ -213,46 +223,76 @@ _Static_assert(NDM_ERR_IO != -1, "told from no entry");
 int64_t ndm_i_leases_claim(ndm_i_leases *leases, uint32_t slot, uint32_t generation, ndm_i_span place)
 {
     const lease wanted = {packed(slot, generation), leases->incarnation, place.offset, place.size};
-    for (int round = 0; round < 2; round++) { /* first those that nobody has used, then those of the dead */
-        for (uint64_t first = 0; first < NDM_I_LEASES; first += AT_ONCE) {
-            const int64_t entry = claim_one(leases, first, round > 0, &wanted);
-            if (entry < -1)
-                return in_leases(entry);
-            if (entry >= 0) {
-                atomic_thread_fence(memory_order_seq_cst);
-                return entry;
-            }
-        }
-    }
-    return in_leases(ndm_i_fail_io(EAGAIN, "all leases are taken"));
+    /* The entry that this reader used last is free more often than not. */
+    int64_t entry =
+        ndm_i_claims_take(&leases->claims, leases->latest) ? fill(leases, leases->latest, &wanted) : -1;
+    for (int round = 0; round < 2 && entry == -1; round++) /* first those that are empty, then those that say nothing */
+        for (uint64_t first = 0; first < NDM_I_LEASES && entry == -1; first += AT_ONCE)
+            entry = claim_one(leases, first, round > 0, &wanted);
+    if (entry == -1)
+        entry = ndm_i_fail_io(EAGAIN, "all leases are taken");
+    return entry < 0 ? in_leases(entry) : entry;
 }
 
+/* The claim is the lease: what the entry says is nothing from now on. */
 void ndm_i_leases_release(ndm_i_leases *leases, uint64_t entry)
 {
     if (!ndm_i_claims_is_mine(&leases->claims, entry))
         return;
-    vacate(&leases->file, entry);
-    const uint64_t now = moment(); /* after that: who sees it sees the entry empty */
-    ndm_i_file_write(&leases->file, (const uint8_t *)&now, sizeof now, offsetof(header, released));
     ndm_i_claims_drop(&leases->claims, entry);
+    const uint64_t now = moment(); /* after that: an owner that sees it finds the entry claimed by nobody */
+    ndm_i_file_write(&leases->file, (const uint8_t *)&now, sizeof now, offsetof(header, released));
 }
 
 /* ---- the owner ------------------------------------------------------------------------------------------ */
 
-/* Is there an entry, claimed by a living process, that `is_wanted` says yes to? Yes, too, where the system cannot tell. */
-static bool find(const ndm_i_leases *leases, bool (*is_wanted)(const lease *, const void *), const void *wanted)
+bool ndm_i_leases_any_held(const ndm_i_leases *leases)
+{
+    uint64_t first = 0, end = NDM_I_LEASES;
+    return ndm_i_claims_find_held(&leases->file, &first, &end);
+}
+
+/* What is looked for among the entries. */
+typedef struct {
+    const ndm_i_file *file;
+    bool (*is_wanted)(const lease *, const void *);
+    const void *wanted;
+    int questions; /* that the kernel is asked yet, before all entries are read */
+} search;
+
+/* Among the entries of [first, end), which are `claimed`, or may be? Yes, too, where the system cannot read them. */
+static bool is_among(const search *looking, uint64_t first, uint64_t end, bool claimed)
 {
     lease entries[AT_ONCE];
-    if (!ndm_i_leases_any(leases))
-        return false;
-    for (uint64_t first = 0; first < NDM_I_LEASES; first += AT_ONCE) {
-        if (!load(&leases->file, first, entries))
+    for (uint64_t count; first < end; first += count) {
+        count = ndm_i_min(end - first, AT_ONCE);
+        if (!load(looking->file, first, count, entries))
             return true;
-        for (uint64_t i = 0; i < AT_ONCE; i++)
-            if (is_wanted(&entries[i], wanted) && ndm_i_claims_is_held(&leases->file, first + i))
+        for (uint64_t i = 0; i < count; i++)
+            if (looking->is_wanted(&entries[i], looking->wanted) &&
+                (claimed || ndm_i_claims_is_held(looking->file, first + i)))
                 return true;
     }
     return false;
+}
+
+/* Is there such an entry that a living process claims? The kernel tells claims in a row, in any order. Few are the rule. */
+static bool find(search *looking, uint64_t first, uint64_t end)
+{
+    uint64_t claimed = first, free = end;
+    if (first >= end)
+        return false;
+    if (looking->questions-- <= 0)
+        return is_among(looking, first, end, false);
+    if (!ndm_i_claims_find_held(looking->file, &claimed, &free))
+        return false;
+    return is_among(looking, claimed, free, true) || find(looking, first, claimed) || find(looking, free, end);
+}
+
+static bool has(const ndm_i_leases *leases, bool (*is_wanted)(const lease *, const void *), const void *wanted)
+{
+    search looking = {.file = &leases->file, .is_wanted = is_wanted, .wanted = wanted, .questions = 12};
+    return ndm_i_leases_are_open(leases) && find(&looking, 0, NDM_I_LEASES);
 }
 
 static bool is_of_value(const lease *entry, const void *wanted)
@@ -264,7 +304,7 @@ static bool is_of_value(const lease *entry, const void *wanted)
 bool ndm_i_leases_has(const ndm_i_leases *leases, uint32_t slot, uint32_t generation)
 {
     const lease value = {.key = packed(slot, generation), .incarnation = leases->incarnation};
-    return find(leases, is_of_value, &value);
+    return has(leases, is_of_value, &value);
 }
 
 static bool is_touching(const lease *entry, const void *wanted)
@@ -276,7 +316,7 @@ static bool is_touching(const lease *entry, const void *wanted)
                                          : bytes->offset - entry->offset < entry->size;
 }
 
-bool ndm_i_leases_touch(const ndm_i_leases *leases, ndm_i_span bytes) { return find(leases, is_touching, &bytes); }
+bool ndm_i_leases_touch(const ndm_i_leases *leases, ndm_i_span bytes) { return has(leases, is_touching, &bytes); }
 
 /* The places in the entries that living processes claim. How many, or a status. */
 static int64_t places_in(const ndm_i_file *file, ndm_i_span *places)
@@ -284,7 +324,7 @@ static int64_t places_in(const ndm_i_file *file, ndm_i_span *places)
     lease entries[AT_ONCE];
     int64_t count = 0;
     for (uint64_t first = 0; first < NDM_I_LEASES; first += AT_ONCE) {
-        if (!load(file, first, entries))
+        if (!load(file, first, AT_ONCE, entries))
             return ndm_i_fail_io(errno, "cannot read the leases");
         for (uint64_t i = 0; i < AT_ONCE; i++) {
             if (entries[i].key == 0 || !ndm_i_claims_is_held(file, first + i))
@@ -309,7 +349,7 @@ void ndm_i_leases_reap(ndm_i_leases *leases)
 {
     lease entries[AT_ONCE];
     for (uint64_t first = 0; ndm_i_leases_are_open(leases) && first < NDM_I_LEASES; first += AT_ONCE) {
-        if (!load(&leases->file, first, entries))
+        if (!load(&leases->file, first, AT_ONCE, entries))
             return;
         for (uint64_t i = 0; i < AT_ONCE; i++) {
             if (entries[i].key == 0 || !ndm_i_claims_take(&leases->claims, first + i))

@@ -42,6 +42,7 @@ typedef struct {
     uint64_t incarnation; /* of the region: leases of another are no slot's */
     uint64_t seen;        /* the owner's: the last release that it knows of */
     ndm_i_claims claims;  /* a reader's: the entries it holds */
+    uint64_t latest;      /* a reader's: the entry that it claimed last */
 } ndm_i_leases;
 
 static inline bool ndm_i_leases_are_open(const ndm_i_leases *leases) { return leases->file.fd >= 0; }
@@ -63,9 +64,11 @@ int64_t ndm_i_leases_claim(ndm_i_leases *leases, uint32_t slot, uint32_t generat
 void ndm_i_leases_release(ndm_i_leases *leases, uint64_t entry);
 
 /* Owner: is anything leased? After withdrawing a value, where that matters. A system call if there is a file. */
+bool ndm_i_leases_any_held(const ndm_i_leases *leases);
+
 static inline bool ndm_i_leases_any(const ndm_i_leases *leases)
 {
-    return ndm_i_leases_are_open(leases) && ndm_i_claims_any_held(&leases->claims);
+    return ndm_i_leases_are_open(leases) && ndm_i_leases_any_held(leases);
 }
 
 /* Owner: is the value leased? After withdrawing it, where that matters. What the disk fails to tell is taken for leased,
@@ -78,7 +81,7 @@ bool ndm_i_leases_touch(const ndm_i_leases *leases, ndm_i_span bytes);
 /* Owner: the places of all leases, as their readers tell them; room for NDM_I_LEASES. How many, or a status. */
 int64_t ndm_i_leases_places(const ndm_i_leases *leases, ndm_i_span *places);
 
-/* Empty the entries of processes that are gone. Linear. */
+/* Empty the entries that nobody claims, so that they are found sooner. Linear. */
 void ndm_i_leases_reap(ndm_i_leases *leases);
 
 /* Owner: has a lease been released since the last call? */
