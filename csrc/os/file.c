@@ -23,6 +23,9 @@
 #include <unistd.h>
 
 #define XFS_MAGIC 0x58465342 /* not in linux/magic.h of older headers */
+#ifndef OVERLAYFS_SUPER_MAGIC
+#define OVERLAYFS_SUPER_MAGIC 0x794c7630
+#endif
 
 /* ---- opening -------------------------------------------------------------------------------------------- */
 
@@ -70,6 +73,7 @@ static int examine(ndm_i_file *file)
     if (facts.stx_mask & STATX_BTIME)
         file->born = (uint64_t)facts.stx_btime.tv_sec * 1000000000u + facts.stx_btime.tv_nsec;
     file->in_memory = system.f_type == TMPFS_MAGIC;
+    file->holes_need_room = file->in_memory || system.f_type == OVERLAYFS_SUPER_MAGIC; /* which may lie on a tmpfs */
     /* ext2, ext3 and ext4 share their number. */
     file->keeps_blocks = file->in_memory || system.f_type == EXT4_SUPER_MAGIC || system.f_type == XFS_MAGIC;
     file->can_allocate = file->can_punch = true;

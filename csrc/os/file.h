@@ -26,6 +26,7 @@ typedef struct {
     bool keeps_blocks;   /* a block once given stays good for stores through the mapping (not so on btrfs and its kin) */
     bool can_allocate;   /* the file system knows fallocate() */
     bool can_punch;      /* and holes */
+    bool holes_need_room; /* to look at a hole takes a page of the file system: on a full one that is SIGBUS */
     bool created;        /* by this open, not found */
     bool own;            /* its owner is this process's user */
     bool linked;         /* it had a name when it was examined */
