@@ -97,7 +97,8 @@ class RegionBusyError(RegionError):
         Process ids that have the file open for writing, as regions do, as far as they may be seen. From a reader: those
         that keep readers out.
     readers : tuple of int
-        Process ids that only read it. They keep a new region off just where the file system punches no holes.
+        Process ids that only read it. They keep a new region off where the file system punches no holes, or where they
+        have locked a file, which an `OverflowReader` never does in a way that keeps a region off.
     """
 
     def __init__(self, path: str, holders: tuple[int, ...] = (), readers: tuple[int, ...] = ()) -> None:
