@@ -27,16 +27,18 @@ PYTEST    = $(BIN)/pytest --numprocesses $(JOBS) --dist loadgroup
 # The same commit gives the same sdist and wheel, byte for byte.
 SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),1767225600)
 
-.PHONY: help run test test-native test-python test-system coverage bench bench-quick bench-paths bench-write bench-ram bench-fragmentation
-.PHONY: bench-native bench-readers lint sanitize tsan fuzz valgrind wheel wheel-smoke clean
+.PHONY: help run test test-native test-python test-system test-aarch64 stress bench bench-quick bench-paths bench-write
+.PHONY: bench-ram bench-fragmentation bench-native bench-readers lint coverage sanitize tsan fuzz valgrind wheel wheel-smoke clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would race
 
 help:
 	@echo 'make run          spill the standard library of python3 with a budget of $(BUDGET), and verify it'
 	@echo 'make test         every promise: the C programs under sanitizers, then pytest (ARGS="-k name"; JOBS=$(JOBS))'
-	@echo 'make test-system  mounts of more file systems, kills, other interpreters, native builds (the same ARGS)'
-	@echo 'make coverage     lines and branches of the C core and of the package that make test reaches'
+	@echo 'make test-system  more file systems, rounds of kill -9, Dask, native builds; the wheel in other interpreters'
+	@echo 'make test-aarch64 the C programs, built for aarch64, under qemu (Debian: gcc-aarch64-linux-gnu qemu-user)'
+	@echo 'make stress       foreign threads call every verb while the owner opens and closes, with ASan, SECONDS=$(SECONDS)'
+	@echo 'make coverage     lines and branches of the C core and of the package that core/, api/ and promises/ of tests reach'
 	@echo 'make bench        benchmarks, pages and pictures in benchmarks/results (make bench-quick: the short form, in build/results)'
 	@echo 'make bench-write  cold and warm writes beside plain copies; the price of opening (ARGS=--quick)'
 	@echo 'make bench-ram    spilling under a limit, in a small cgroup, and back (ARGS=--quick)'
@@ -90,9 +92,22 @@ test-native:
 test-python: $(VENV)/.installed $(VENV)/.extra-test
 	$(PYTEST) -m "not system" $(ARGS)
 
-# The benchmarks' twin is held to the region's promises here.
+# The benchmarks' twin is held to the region's promises here. The pages on native code need their compilers.
 test-system: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-native-test
 	$(PYTEST) -m system tests benchmarks/test_twin.py $(ARGS)
+	$(PYTEST) docs/native.md tests/api/test_docs.py $(ARGS)
+	$(MAKE) wheel-smoke
+
+# The core for the other architecture, by Debian's cross compiler, in the user mode of qemu. Without sanitizers, which do not
+# run there. What qemu lacks the programs find out, and say.
+CROSS := aarch64-linux-gnu
+
+test-aarch64:
+	$(CTESTS) CC=$(CROSS)-gcc OUT=build/aarch64 FLAGS="-O2 -g" RUN="qemu-aarch64 -L /usr/$(CROSS)"
+
+# Foreign threads call every verb while the owner opens, works and closes: for SECONDS.
+stress:
+	$(CTESTS) OUT=build/native FLAGS="$(CSAN)" PROGRAMS=stress_foreign SECONDS=$(SECONDS)
 
 # --- benchmarks ------------------------------------------------------------------------------------------------
 
@@ -164,18 +179,19 @@ sanitize: $(SAN)/.extra-test
 	    -o timeout=900 $(ARGS)
 
 # A copy of the tree, built to count. Assertions are on, their branches do not count. The mark untraced is for what Python's
-# tracer does not survive. Processes that step down to another user count nothing, in silence.
+# tracer does not survive. The first import makes the files of counts, to which tests that become nobody add theirs.
 COV      := build/coverage
-COV_ENV   = PYTHONPATH=$(CURDIR)/$(COV) GCOV_ERROR_FILE=/dev/null
+COV_ENV   = PYTHONPATH=$(CURDIR)/$(COV)
 
-coverage: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-native-test $(VENV)/.extra-coverage
+coverage: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-coverage
 	rm -rf $(COV)
 	mkdir -p $(COV)
 	tar -cf - --exclude=__pycache__ $(wildcard $(SAN_TREE)) | tar -xf - -C $(COV)
 	cd $(COV) && NODEDB_MEM_DEBUG=1 CFLAGS="--coverage -fprofile-update=atomic" LDFLAGS=--coverage \
 	    $(CURDIR)/$(BIN)/python setup.py --quiet build_ext --inplace
 	cd $(COV) && $(CTESTS) OUT=build/native FLAGS="-O1 -g --coverage -fprofile-update=atomic"
-	cd $(COV) && $(COV_ENV) $(CURDIR)/$(PYTEST) -m "not system and not untraced" --cov --cov-report=term $(ARGS)
+	cd $(COV) && $(COV_ENV) $(CURDIR)/$(BIN)/python -c "import nodedb_mem" && chmod -R a+rwX .
+	cd $(COV) && $(COV_ENV) $(CURDIR)/$(PYTEST) -m "not untraced" tests/api tests/promises --cov --cov-report=term $(ARGS)
 	cd $(COV) && $(COV_ENV) $(CURDIR)/$(PYTEST) -m untraced
 	cd $(COV) && $(CURDIR)/$(BIN)/gcovr --root . --filter csrc/ --exclude-branches-by-pattern '.*\bassert\(.*' \
 	    --txt-metric line --txt - --print-summary build

@@ -17,11 +17,14 @@
  *
  *  - One owner. Only the thread that opened the region may call a ndm_region_* function, in the process that opened it.
  *    Elsewhere the function returns NDM_ERR_WRONG_THREAD and changes nothing. A forked child is not the owner. Any
- *    thread may call ndm_view_release(), ndm_view_try_release(), ndm_region_unpin() and ndm_region_destroy().
+ *    thread may call ndm_view_release(), ndm_view_try_release(), ndm_region_unpin(), ndm_region_destroy(), and
+ *    ndm_region_adopt(), by which it becomes the owner of a region that has none.
  *  - A view (ndm_region_read) pins its slot. The bytes stay where they are, unchanged, until every view of them is
  *    released, even after the slot is freed or the region is closed. A view that is never released leaks its extent and
  *    keeps the mapping, and so the file's lock, until the process ends.
- *  - In a forked child the views taken before the fork stay readable, but nothing pins them for the child. Once the
+ *  - A forked child lets go of the region before fork() returns there: its copies of the descriptors, and so of the locks,
+ *    are closed, and what no view uses is unmapped. (A raw clone() runs no fork handlers; there, destroying does it.)
+ *    The views taken before the fork stay readable in the child, but nothing pins them for the child. Once the
  *    parent has freed and released a slot, the child sees what the parent writes there next. Touching the view is SIGBUS
  *    once the parent has trimmed the file to less. A store of the child's through a view of ndm_region_allocate() would
  *    then hit another value.
@@ -149,8 +152,15 @@ int ndm_region_in_memory(const ndm_region *region);
  * not say. */
 int ndm_path_in_memory(const char *path);
 
-/* Give up the handle, closing the region if it is open. Any thread may do it, provided no other call on the
- * region is running or follows. Does nothing in a forked child. NULL is ignored. */
+/* Hand the region over to another thread of this process. The owner releases it; from then on every verb returns
+ * NDM_ERR_WRONG_THREAD on every thread, until a thread adopts it, and is its owner. A region whose owner's thread has
+ * ended can be adopted, too. Adopting fails with NDM_ERR_WRONG_THREAD if the owner lives and does not release it within a tenth of a
+ * second. */
+int ndm_region_release_ownership(ndm_region *region);
+int ndm_region_adopt(ndm_region *region);
+
+/* Give up the handle, closing the region if it is open. Any thread may do it, provided no other call on the region is
+ * running or follows. In a forked child it frees the child's copy. NULL is ignored. */
 void ndm_region_destroy(ndm_region *region);
 
 /* Copy `size` bytes into a new slot and return its number, 0 or more. `data` may be a view of this region.
@@ -200,8 +210,8 @@ int ndm_region_try_read(ndm_region *region, int64_t slot, const char **view, uin
  * no RAM of their own. It pins the slot like a read-only one. */
 char *ndm_region_restore(ndm_region *region, int64_t slot, uint64_t *size);
 
-/* End a view. Any thread, at any time, also after ndm_region_destroy(). Does nothing in a forked child, and
- * for NULL. */
+/* End a view. Any thread, at any time, also after ndm_region_destroy(). In a forked child it ends the child's copy. NULL is
+ * ignored. */
 void ndm_view_release(const char *view);
 
 /* The same, but NDM_ERR_WAIT, with the view as it was, where that would unmap memory: of a large value under a cache

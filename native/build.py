@@ -33,6 +33,7 @@ from setuptools import Extension
 # Relative to the project's folder, where setuptools runs: it refuses absolute source names.
 _CSRC = Path("csrc")
 _NATIVE = Path("native")
+_CONTROL = Path(__file__).resolve().parent.parent / _CSRC / "python" / "control.h"
 _HEADER = Path(__file__).resolve().parent.parent / _CSRC / "nodedb_mem.h"
 
 #: Oldest CPython whose limited API the module is built for, as in the wheel tag.
@@ -72,13 +73,13 @@ def uses_limited_api() -> bool:
     )
 
 
-def _declarations() -> str:
-    """Return the header's marked block, without the lines that hold the marks."""
-    lines = _HEADER.read_text(encoding="utf-8").splitlines()
-    first = [number for number, line in enumerate(lines) if "[cdef:" in line]
-    last = [number for number, line in enumerate(lines) if "[/cdef]" in line]
+def _declarations(header: Path = _HEADER, mark: str = "cdef") -> str:
+    """Return a header's marked block, without the lines that hold the marks."""
+    lines = header.read_text(encoding="utf-8").splitlines()
+    first = [number for number, line in enumerate(lines) if f"[{mark}:" in line]
+    last = [number for number, line in enumerate(lines) if f"[/{mark}]" in line]
     if len(first) != 1 or len(last) != 1 or first > last:
-        raise RuntimeError(f"{_HEADER} needs one [cdef: line and one [/cdef] line after it")
+        raise RuntimeError(f"{header} needs one [{mark}: line and one [/{mark}] line after it")
     return "\n".join(lines[first[0] + 1 : last[0]])
 
 
@@ -177,7 +178,8 @@ def make_ffi() -> FFI:
     ffi.cdef(_declarations())
     # Macros, which C has no declaration for.
     ffi.cdef("static const char *const NDM_VERSION; static const int NDM_VERSION_NUMBER, NDM_ABI_VERSION;")
-    ffi.set_source("nodedb_mem._core", '#include "nodedb_mem.h"', **_extension())
+    ffi.cdef(_declarations(_CONTROL, "control"))
+    ffi.set_source("nodedb_mem._core", '#include "python/control.h"', **_extension())
     return ffi
 
 

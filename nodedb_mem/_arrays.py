@@ -6,6 +6,7 @@ from array import array
 from operator import index
 from typing import TYPE_CHECKING
 
+from nodedb_mem import _memory
 from nodedb_mem.errors import InvalidSlotError
 
 if TYPE_CHECKING:
@@ -24,8 +25,9 @@ def int64_copy(data: Buffer) -> memoryview:
     Raises
     ------
     TypeError
-        `data` is no buffer of int64.
+        `data` is no buffer of int64, or a masked array.
     """
+    _memory.check_contents(data)
     try:
         view = memoryview(data)
     except TypeError:

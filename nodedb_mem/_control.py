@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from operator import index
 from typing import TYPE_CHECKING, NoReturn, Self
 
 from nodedb_mem._core import ffi, lib
 from nodedb_mem._opening import open_region
 from nodedb_mem.engine import KNOWN_ENGINES
-from nodedb_mem.errors import check, raise_status
+from nodedb_mem.errors import WrongThreadError, control, error_of
 from nodedb_mem.stats import Compaction, EngineUsage, RegionStats
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from nodedb_mem.refs import SlotParts
 
-    class Figures(Protocol):
+    class Info(Protocol):
         """An `ndm_info`."""
 
         capacity: int
@@ -29,9 +30,15 @@ if TYPE_CHECKING:
         live_slots: int
         alignment: int
 
+    class Figures(Protocol):
+        """The place for it, and for the details of a refusal."""
+
+        info: Info
+        refusal: object
+
 
 _NO_LIMIT = (1 << 63) - 1
-_info = lib.ndm_region_info
+_info = lib.control_info
 _PLAIN_FIGURES = tuple(RegionStats.__dataclass_fields__.keys() - {"can_punch", "engines"})
 
 
@@ -63,14 +70,15 @@ class RegionControl:
         try:
             # The holder owns the region, and each use of the handle keeps the holder.
             handle = ffi.from_buffer("ndm_region *", holder)
-            out = ffi.new("ndm_info *")
-            check(_info(handle, out), where)
+            out = ffi.new("control_figures *")
+            if _info(handle, out) < 0:
+                raise error_of(ffi.buffer(ffi.addressof(out.refusal))[:], where)
             if hasattr(self, "_holder"):
                 raise RuntimeError(f"{shown}: a region is initialised once: make another")
             self._path, self._place, self._where = path, place, where
             self._engines: dict[int, int] = KNOWN_ENGINES
             self._parts: dict[int, tuple[int, SlotParts]] = {}
-            self._alignment: int = out.alignment
+            self._alignment: int = out.info.alignment
             self._out, self._handle, self._holder = out, handle, holder
         except BaseException:
             del holder  # the traceback would keep the file open
@@ -83,7 +91,7 @@ class RegionControl:
         Constant time but for `resident_bytes` and `unwritten_bytes`, which are linear in the pages that are in RAM.
         """
         out = ffi.new("ndm_stats *")
-        check(lib.ndm_region_stats(self._handle, out), self._where)
+        control(lib.control_stats, self._where, self._handle, out)
         usage = zip(ffi.unpack(out.engine_bytes, 256), ffi.unpack(out.engine_slots, 256), strict=True)
         figures = {name: getattr(out, name) for name in _PLAIN_FIGURES}
         return RegionStats(
@@ -101,14 +109,15 @@ class RegionControl:
 
         Lowers `used_bytes` past free space at the end, shrinks the file to it (not below its size when opened; while
         readers are there the end becomes a hole instead), and punches holes into free extents of 64 KiB and more. On
-        tmpfs and on overlays nothing is given back while readers are there. Linear in the number of values.
+        tmpfs and on overlays nothing is given back while readers are there. Linear in the number of values. If the
+        system refuses half-way, what was given back stays so.
 
         Returns
         -------
         int
             Bytes of disk given back.
         """
-        return check(lib.ndm_region_trim(self._handle), self._where)
+        return control(lib.control_trim, self._where, self._handle)
 
     def compact(self, budget: int | None = None) -> Compaction:
         """Move values toward the start of the file, so that free space gathers at its end.
@@ -126,25 +135,46 @@ class RegionControl:
         ValueError
             `budget` is negative.
         RegionIOError
-            A hole that `trim` had punched cannot get its blocks back (ENOSPC). Every value is intact.
+            A hole that `trim` had punched cannot get its blocks back (ENOSPC). Every value is intact, and values that
+            were moved so far stay where they are.
         """
         limit = _NO_LIMIT if budget is None else index(budget)
         if limit < 0:
             raise ValueError("budget must not be negative")
         out = ffi.new("ndm_compaction *")
-        check(lib.ndm_region_compact(self._handle, min(limit, _NO_LIMIT), out), self._where)
+        control(lib.control_compact, self._where, self._handle, min(limit, _NO_LIMIT), out)
         return Compaction(out.moved_bytes, out.remaining_bytes)
 
     def flush(self) -> None:
         """Wait until every value is written back to the disk. Raises `RegionIOError` if that failed: call it again."""
-        check(lib.ndm_region_flush(self._handle), self._where)
+        control(lib.control_flush, self._where, self._handle)
 
     def close(self) -> None:
         """Close the region; closing again does nothing. Live views stay readable, and keep the file locked.
 
         A named file stays where it is.
         """
-        check(lib.ndm_region_close(self._handle), self._where)
+        control(lib.control_close, self._where, self._handle)
+
+    def release_ownership(self) -> None:
+        """Hand the region over: this thread lets go of it, so that another of this process may `adopt` it.
+
+        Until then every verb raises `WrongThreadError` on every thread.
+        """
+        control(lib.control_release_ownership, self._where, self._handle)
+
+    def adopt(self) -> None:
+        """Become the owner: of a region that its owner has released, or whose owner's thread has ended.
+
+        Adopting one's own region does nothing.
+
+        Raises
+        ------
+        WrongThreadError
+            The owner lives, and has not called `release_ownership` within a tenth of a second; or this is a forked
+            child.
+        """
+        control(lib.control_adopt, self._where, self._handle)
 
     @property
     def path(self) -> str | None:
@@ -163,10 +193,7 @@ class RegionControl:
         It owns nothing: once the region is closed or collected, native calls on it return ``NDM_ERR_CLOSED``. They
         have to come from the owning thread, like every verb.
         """
-        handle: int = lib.ndm_region_handle(self._handle)
-        if handle == 0:
-            raise_status(lib.ndm_last_error().status, self._where)
-        return handle
+        return control(lib.control_handle, self._where, self._handle)
 
     @property
     def capacity(self) -> int:
@@ -183,7 +210,7 @@ class RegionControl:
         size = index(value)
         if not 0 <= size < 1 << 63:
             raise ValueError("max_capacity must be positive and below 2**63")
-        check(lib.ndm_region_set_max_capacity(self._handle, size), self._where)
+        control(lib.control_max_capacity, self._where, self._handle, size)
 
     @property
     def used_bytes(self) -> int:
@@ -215,8 +242,9 @@ class RegionControl:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Close the region."""
-        self.close()
+        """Close the region; not where another thread owns it, or in a forked child."""
+        with suppress(WrongThreadError):
+            self.close()
 
     def __repr__(self) -> str:
         """Name the file, and the figures where they may be asked for."""
@@ -238,11 +266,12 @@ class RegionControl:
         """Refuse: a region cannot be copied or pickled."""
         raise TypeError(f"cannot copy or pickle {type(self).__name__!r}: a region has one owner")
 
-    def _figures(self) -> Figures:
+    def _figures(self) -> Info:
         """The region's `ndm_info`; the next call fills it anew."""
-        if (status := _info(self._handle, self._out)) < 0:
-            raise_status(status, self._where)
-        return self._out
+        out = self._out
+        if _info(self._handle, out) < 0:
+            raise error_of(ffi.buffer(ffi.addressof(out.refusal))[:], self._where)
+        return out.info
 
     def _allow_leases(self) -> None:
-        check(lib.ndm_region_allow_leases(self._handle), self._where)
+        control(lib.control_allow_leases, self._where, self._handle)

@@ -27,7 +27,7 @@ def region_options(
     Raises
     ------
     ValueError
-        A size is negative, or larger than the core can be told.
+        A size is negative, or 2**63 and more.
     """
     sizes = [index(initial_capacity), index(max_capacity), index(alignment)]
     if not all(0 <= size < 1 << 63 for size in sizes):

@@ -5,7 +5,7 @@ The extension calls that function for whatever the core refuses to it; `check` d
 
 import os
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nodedb_mem import _memory
 from nodedb_mem._core import ffi, lib
@@ -94,25 +94,36 @@ class RegionBusyError(RegionError):
     ----------
     path : str
     holders : tuple of int
-        Process ids that have the file open for writing, as regions do, as far as they may be seen. From a reader: those
-        that keep readers out.
+        Process ids that hold the file as regions do, as far as they may be seen. From a reader: those that keep readers
+        out.
     readers : tuple of int
         Process ids that only read it. They keep a new region off where the file system punches no holes, or where they
         have locked a file, which an `OverflowReader` never does in a way that keeps a region off.
+    children : tuple of int
+        Those of the holders that have no descriptor of the file: forked children of an owner, by views that they
+        inherited. Such a child lets go when its last view of the region is gone, or when it ends.
     """
 
-    def __init__(self, path: str, holders: tuple[int, ...] = (), readers: tuple[int, ...] = ()) -> None:
-        super().__init__(path, holders, readers)
+    def __init__(
+        self, path: str, holders: tuple[int, ...] = (), readers: tuple[int, ...] = (), children: tuple[int, ...] = ()
+    ) -> None:
+        super().__init__(path, holders, readers, children)
         self.path = path
-        self.holders = holders
+        self.holders = tuple(sorted({*holders, *children}))
         self.readers = readers
+        self.children = children
 
     def __str__(self) -> str:
         who = _list(self.holders) or "a process that cannot be seen from here"
         if self.readers and not self.holders:
             who = f"its readers ({_list(self.readers)}), or {who}"
         here = " (this one: a region, or live views of a closed one)" if os.getpid() in self.holders else ""
-        return f"{self.path}: held by {who}{here}"
+        forked = ""
+        if self.holders and self.holders == self.children:
+            forked = (
+                " (forked from its owner: views that it inherited keep the file until they are dropped, or it ends)"
+            )
+        return f"{self.path}: held by {who}{here}{forked}"
 
 
 class StaleSlotError(RegionError):
@@ -173,24 +184,38 @@ def _list(pids: tuple[int, ...]) -> str:
     return ", ".join(f"process {pid}" for pid in pids)
 
 
-def users_of(path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Process ids that have the file at `path` open: for writing, and only for reading.
+def users_of(path: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Process ids that use the file at `path`: those that may write to it, those that only read it, those that map it.
 
-    As far as /proc shows them to this user.
+    The last have it mapped for writing, and not open: forked children with views that they inherited. All as far as
+    /proc shows them to this user.
     """
     try:
         wanted = os.stat(path)
     except OSError:
-        return (), ()
+        return (), (), ()
     writers: list[int] = []
     readers: list[int] = []
+    mappers: list[int] = []
     for process in Path("/proc").iterdir():
         if not process.name.isdigit():
             continue
         modes = {_may_write(entry) for entry in _entries(process / "fd") if _is_open_as(entry, wanted)}
         if modes:
             (writers if True in modes else readers).append(int(process.name))
-    return tuple(sorted(writers)), tuple(sorted(readers))
+        elif _maps_for_writing(process, wanted):
+            mappers.append(int(process.name))
+    return tuple(sorted(writers)), tuple(sorted(readers)), tuple(sorted(mappers))
+
+
+def _maps_for_writing(process: Path, wanted: os.stat_result) -> bool:
+    device = f"{os.major(wanted.st_dev):02x}:{os.minor(wanted.st_dev):02x}"
+    try:
+        with open(process / "maps", encoding="utf-8", errors="surrogateescape") as maps:
+            fields = (line.split(maxsplit=5) for line in maps)
+            return any(f[3] == device and f[4] == str(wanted.st_ino) and f[1].startswith("rw") for f in fields)
+    except OSError:
+        return False
 
 
 def _flock_holders(path: str) -> tuple[int, ...]:
@@ -265,10 +290,10 @@ def error_of(details: bytes, where: Where = (), slot: int | None = None) -> Exce
         case lib.NDM_ERR_BUSY if kind == "reader" and file:
             return RegionBusyError(file, _flock_holders(file))
         case lib.NDM_ERR_BUSY:
-            writers, readers = users_of(file) if file else ((), ())
+            writers, readers, children = users_of(file) if file else ((), (), ())
             if beside:  # a closed reader whose views live has the slot table open, no more
                 readers = tuple(sorted({*readers, *users_of(beside[0])[1]} - {*writers}))
-            return RegionBusyError(file or "", writers, readers)
+            return RegionBusyError(file or "", writers, readers, children)
         case lib.NDM_ERR_IO:
             code = error.os_errno
             return RegionIOError(code, f"{message}: {os.strerror(code)}", file)
@@ -282,17 +307,22 @@ def error_of(details: bytes, where: Where = (), slot: int | None = None) -> Exce
 
 
 def raise_status(status: int, where: Where = ()) -> NoReturn:
-    """Raise what a native call on this thread has just returned: a negative `ndm_status`."""
-    details = ffi.new("ndm_error *", lib.ndm_last_error()[0])
-    details.status = status
+    """Raise what a call on this thread has just returned: a negative `ndm_status`.
+
+    For calls whose details were not taken along. Another failure may have come since: its details are not believed.
+    """
+    last = lib.ndm_last_error()
+    details = ffi.new("ndm_error *", last[0] if last.status == status else {"status": status})
     raise error_of(ffi.buffer(details)[:], where)
 
 
-def check(status: int, where: Where = ()) -> int:
-    """Return what a native call on this thread has just returned, or raise what it stands for if it is negative."""
-    if status < 0:
-        raise_status(status, where)
-    return status
+def control(call: Any, where: Where, *arguments: Any) -> int:
+    """Call a function of the control plane, and raise what it refuses; its details come with the call."""
+    refusal = ffi.new("ndm_error *")
+    result: int = call(*arguments, refusal)
+    if result < 0:
+        raise error_of(ffi.buffer(refusal)[:], where)
+    return result
 
 
 _memory.translate_with(error_of)

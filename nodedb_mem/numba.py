@@ -76,7 +76,7 @@ def write(handle: int, data: Any, engine: int) -> int:
 def read_into(handle: int, slot: int, out: Any) -> int:
     """Copy a value to the start of a writable C-contiguous array; returns the value's bytes.
 
-    If that is more than the array holds, nothing is copied: the number tells what is needed.
+    If that is more than the array holds, nothing is copied: the number is the room that is needed.
     """
     return int(lib.ndm_h_read_into(handle, slot, ffi.from_buffer("uint8_t[]", out, True), out.nbytes))
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import index
 from typing import TYPE_CHECKING, NoReturn, Self
 
 from nodedb_mem import _memory
 from nodedb_mem._core import ffi, lib
 from nodedb_mem.engine import KNOWN_ENGINES
-from nodedb_mem.errors import InvalidSlotError, RegionError, StaleSlotError, check
+from nodedb_mem.errors import InvalidSlotError, RegionError, StaleSlotError, WrongThreadError, control
 from nodedb_mem.refs import SlotRef
 from nodedb_mem.stats import ReaderSlot, ReaderStats
 
@@ -42,7 +42,13 @@ class Lease:
         self._memory = view.obj  # its end is the lease's
 
     def release(self) -> None:
-        """End the lease; ending it again does nothing. The view may be overwritten from now on."""
+        """End the lease; ending it again does nothing. The view may be overwritten from now on.
+
+        Raises
+        ------
+        WrongThreadError
+            This is a forked child: the lease belongs to the process that took it.
+        """
         _memory.end_lease(self._memory)
 
     def __enter__(self) -> memoryview:
@@ -52,8 +58,9 @@ class Lease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Release."""
-        self.release()
+        """Release; not in a forked child, where the block's exception is what counts."""
+        with suppress(WrongThreadError):
+            self.release()
 
 
 class OverflowReader:
@@ -62,9 +69,9 @@ class OverflowReader:
     Opens the files for reading only: it can change nothing. It follows growth, trim, compact and a raised ceiling by
     itself, and may be used from every thread of the process that opened it.
 
-    What it reads may be freed and overwritten meanwhile. `read_bytes` never gives torn bytes; `borrow` tells on leaving
-    whether the view was true all along; `lease` keeps the value in place; a plain `read` is for values of which you
-    know that the owner keeps them.
+    What it reads may be freed and overwritten meanwhile. `read_bytes` never gives torn bytes. `borrow` checks on
+    leaving whether the view was true all along. `lease` keeps the value in place. A plain `read` is for values that the
+    owner is known to keep.
 
     While the owner moves a value, a reader that wants it waits, for ten seconds at most, then raises `StaleSlotError`.
     Signals are heard meanwhile, and other threads may use the reader. If the owner died while it moved the value,
@@ -85,9 +92,9 @@ class OverflowReader:
         The slot table was locked against readers for ten seconds. An owner does that for moments, in `trim` and when it
         opens the file.
     StaleSlotError
-        `source` is a reference into a region that has been opened anew since. Whether its value is still there is told
-        by the verbs. A named region may be read after it was closed; the files of a temporary one are gone then
-        (ENOENT, or EINVAL where the number of its descriptor stands for another file).
+        `source` is a reference into a region that has been opened anew since. The verbs check whether its value is
+        still there. A named region may be read after it was closed. The files of a temporary one are gone then (ENOENT,
+        or EINVAL where the number of its descriptor stands for another file).
     """
 
     __slots__ = ("__weakref__", "_handle", "_holder", "_incarnation", "_where")
@@ -216,7 +223,7 @@ class OverflowReader:
             The leases file may not be read, or is not one.
         """
         places = ffi.new("ndm_leased[]", lib.NDM_MOST_LEASES)
-        count = check(lib.ndm_reader_leases(self._handle, places, lib.NDM_MOST_LEASES), self._where)
+        count = control(lib.control_reader_leases, self._where, self._handle, places, lib.NDM_MOST_LEASES)
         return [(place.offset, place.size) for place in places[0:count]]
 
     # -- the reader -----------------------------------------------------------------------------------------------
@@ -224,7 +231,7 @@ class OverflowReader:
     def stats(self) -> ReaderStats:
         """Figures of the region. Linear in the pages that are in RAM."""
         out = ffi.new("ndm_reader_figures *")
-        check(lib.ndm_reader_stats(self._handle, out), self._where)
+        control(lib.control_reader_stats, self._where, self._handle, out)
         figures = {name: getattr(out, name) for name in ReaderStats.__dataclass_fields__}
         leases = None if out.leases == _UNKNOWN else out.leases
         resident = None if out.resident_bytes == _UNKNOWN else out.resident_bytes
@@ -285,7 +292,7 @@ class OverflowReader:
 
 
 def _is_known_changed(loan: object) -> bool:
-    """Whether a borrowed value has changed; False where that cannot be told any more."""
+    """Whether a borrowed value is known to have changed."""
     try:
         return not _memory.is_unchanged(loan)
     except StaleSlotError:

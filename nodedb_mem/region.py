@@ -41,36 +41,41 @@ class OverflowRegion(RegionControl):
     """One overflow file and its mapping, owned by the thread that opens it.
 
     Every verb raises `WrongThreadError` on any other thread and in a forked child, and `RegionClosedError` after
-    `close`. Only `path`, `closed`, `repr` and `with` work everywhere. When an error is raised, nothing has been
-    changed.
+    `close`. Only `path`, `closed`, `repr`, `adopt` and `with` work everywhere. A verb that raises has changed nothing.
+    There are three exceptions. `close` closes the region and then reports that a write-back failed. `compact` and
+    `trim` may stop half-way: every value is intact then, and what was done so far stays.
 
     Parameters
     ----------
     path
         The file to create or open (mode 0600; symlinks are refused). Beside it, `path` + ".slots" holds the slot
-        table. A file left by an earlier region keeps its size as capacity and starts empty; only bytes that a living
-        reader leases stay pinned.
+        table. A file left by an earlier region keeps its size as capacity and starts empty. Only bytes that a living
+        reader leases stay pinned. None opens an unnamed file, as `temporary` does.
+    directory
+        Where an unnamed file takes its blocks. The default is the directory for temporary files.
     initial_capacity
         Size of a new file, in bytes.
     max_capacity
         The most the file may grow to, in bytes.
     alignment
-        Of the start of every value, in bytes: a power of two, 1 to 4096. 1 packs values without gaps.
+        Every value starts at a multiple of it, in bytes. It is a power of two from 1 to 4096. 1 packs values without
+        gaps.
     cache_limit
-        The most bytes of the file that may stay in RAM, page cache and RSS together: beyond, a background thread of the
-        core writes the oldest to disk and drops them. 0: as little as possible, about 4 MiB. Views that are in use may
-        hold more. Under any limit the pages of values of 64 KiB and more leave the RSS with their last view. None: no
-        limit, and pages that were read stay mapped, so that reading them again costs no faults; to keep the RSS low
-        all the same, set a limit larger than the file. Without effect on tmpfs, which has no other place than RAM.
+        The most bytes of the file that may stay in RAM, page cache and RSS together. A background thread of the core
+        writes what is beyond it to disk, oldest first, and drops it. 0 keeps as little as possible, about 4 MiB. Views
+        that are in use may hold more. Under any limit the pages of values of 64 KiB and more leave the RSS with their
+        last view. None sets no limit. Pages that were read stay mapped then, so that reading them again costs no
+        faults. To keep the RSS low all the same, set a limit larger than the file. The limit has no effect on tmpfs,
+        which has no other place than RAM.
     recover
-        Keep the values of an earlier region, whose owner closed it or was killed, under their slots; references to them
-        stay good, and its alignment holds. A value being written when the owner died is not among them. Values survive
-        the death of the process, not that of the machine.
+        Keep the values of an earlier region under their slots, whether its owner closed it or was killed. References to
+        them stay good, and the earlier alignment holds. A value that was being written when the owner died is lost.
+        Values survive the death of the process, not that of the machine.
 
     Warns
     -----
     ResourceWarning
-        The file is on tmpfs: what is spilled there stays in RAM.
+        The file is on tmpfs, where spilled bytes stay in RAM.
 
     Raises
     ------
@@ -88,14 +93,23 @@ class OverflowRegion(RegionControl):
 
     def __init__(
         self,
-        path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
+        path: str | bytes | os.PathLike[str] | os.PathLike[bytes] | None,
         *,
+        directory: str | bytes | os.PathLike[str] | os.PathLike[bytes] | None = None,
         initial_capacity: int = DEFAULT_INITIAL_CAPACITY,
         max_capacity: int = DEFAULT_MAX_CAPACITY,
         alignment: int = DEFAULT_ALIGNMENT,
         cache_limit: int | None = DEFAULT_CACHE_LIMIT,
         recover: bool = False,
     ) -> None:
+        if path is None:
+            if recover:
+                raise ValueError("an unnamed file has nothing to recover")
+            folder = os.fsdecode(tempfile.gettempdir() if directory is None else directory)
+            self._open(None, folder, region_options(initial_capacity, max_capacity, alignment, cache_limit, False))
+            return
+        if directory is not None:
+            raise ValueError("directory is for an unnamed file: path must be None")
         name = os.fsdecode(path)
         # A later chdir() must not lead share() elsewhere.
         absolute = os.path.join(os.getcwd(), name) if name else ""
@@ -115,7 +129,7 @@ class OverflowRegion(RegionControl):
     ) -> Self:
         """Create or open the region at `path`; the same as calling the class."""
         return cls(
-            path,
+            os.fspath(path),  # None is no path here
             initial_capacity=initial_capacity,
             max_capacity=max_capacity,
             alignment=alignment,
@@ -126,19 +140,21 @@ class OverflowRegion(RegionControl):
     @classmethod
     def open_with_capacity(cls, path: str | os.PathLike[str], initial: int) -> Self:
         """Open with an initial capacity in bytes. The ceiling is the default, or `initial` where that is more."""
-        return cls(path, initial_capacity=initial, max_capacity=max(index(initial), DEFAULT_MAX_CAPACITY))
+        return cls(os.fspath(path), initial_capacity=initial, max_capacity=max(index(initial), DEFAULT_MAX_CAPACITY))
 
     @classmethod
     def open_with_config(cls, path: str | os.PathLike[str], initial: int, maximum: int) -> Self:
         """Open with an initial capacity and a ceiling, both in bytes."""
-        return cls(path, initial_capacity=initial, max_capacity=maximum)
+        return cls(os.fspath(path), initial_capacity=initial, max_capacity=maximum)
 
     @classmethod
     def open_with_tuning(cls, path: str | os.PathLike[str], tuning: MemoryTuning) -> Self:
         """Open with the sizes of a `MemoryTuning`."""
         if not isinstance(tuning, MemoryTuning):
             raise TypeError(f"a MemoryTuning is needed, not {type(tuning).__name__!r}")
-        return cls(path, initial_capacity=tuning.overflow_initial_bytes, max_capacity=tuning.overflow_max_bytes)
+        return cls(
+            os.fspath(path), initial_capacity=tuning.overflow_initial_bytes, max_capacity=tuning.overflow_max_bytes
+        )
 
     @classmethod
     def temporary(
@@ -152,6 +168,9 @@ class OverflowRegion(RegionControl):
     ) -> Self:
         """Open a region on an unnamed file, which leaves nothing behind however the process ends.
 
+        The same as calling the class with None as its path, and `directory`: a subclass whose ``__init__`` hands both
+        on may be temporary.
+
         Parameters
         ----------
         directory
@@ -160,10 +179,14 @@ class OverflowRegion(RegionControl):
         initial_capacity, max_capacity, alignment, cache_limit
             As for the class.
         """
-        region = cls.__new__(cls)
-        folder = os.fsdecode(tempfile.gettempdir() if directory is None else directory)
-        region._open(None, folder, region_options(initial_capacity, max_capacity, alignment, cache_limit, False))
-        return region
+        return cls(
+            None,
+            directory=directory,
+            initial_capacity=initial_capacity,
+            max_capacity=max_capacity,
+            alignment=alignment,
+            cache_limit=cache_limit,
+        )
 
     # -- values ---------------------------------------------------------------------------------------------------
 
@@ -184,8 +207,10 @@ class OverflowRegion(RegionControl):
 
         Raises
         ------
-        TypeError, BufferError
-            `data` is no buffer; it is not C-contiguous.
+        TypeError
+            `data` is no buffer, or its bytes are pointers, or it is a masked array.
+        BufferError
+            `data` is not C-contiguous.
         ValueError
             `engine` is not 0 to 255.
         CapacityExceededError
@@ -213,7 +238,7 @@ class OverflowRegion(RegionControl):
         Returns
         -------
         int
-            The slot's number. `parts` tells where its parts are.
+            The slot's number. `parts` says where its parts are.
 
         Raises
         ------
@@ -237,9 +262,9 @@ class OverflowRegion(RegionControl):
         return slot
 
     def parts(self, slot: int) -> SlotParts:
-        """Tell where the parts of a live slot lie in its value: one part, unless `write_vectored` wrote it.
+        """Say where the parts of a live slot lie in its value. A value has one part, unless `write_vectored` wrote it.
 
-        The layout is the region object's knowledge, not the file's.
+        The region object knows the layout; the file does not.
         """
         slot = index(slot)
         _, size, _, occupied, generation = _memory.slot(self._holder, slot)

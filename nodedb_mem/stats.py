@@ -1,4 +1,4 @@
-"""What regions and readers tell: slots, statistics, compaction."""
+"""What regions and readers show: slots, statistics, compaction."""
 
 from dataclasses import dataclass, field
 
@@ -68,7 +68,7 @@ class RegionStats:
     resident_bytes
         Bytes of the file that are in RAM now, page cache and RSS together.
     unwritten_bytes
-        Of these, not yet on disk: the backlog. 0 before Linux 6.5, which cannot tell.
+        Those of them that are not yet on disk. 0 before Linux 6.5, which does not count them.
     written_back_bytes
         Bytes whose write-back the background writer has started so far.
     can_punch
@@ -116,8 +116,8 @@ class ReaderSlot:
 class ReaderStats:
     """Figures of a region as its owner last published them; sizes in bytes.
 
-    `owner` is the process id of a living owner, None if there is none. `pinned_bytes` are freed, but wait for a view of
-    the owner's or a lease to end. `resident_bytes` counts the file's bytes in RAM; None where the kernel does not tell,
+    `owner` is the process id of the owner, None if no owner lives. `pinned_bytes` are freed, but wait for a view of
+    the owner's or a lease to end. `resident_bytes` counts the file's bytes in RAM; None where the kernel hides it,
     to users who neither own the file nor may write to it. `leases` counts those that living processes hold, this one
     and others; None where the leases file may not be read.
     """

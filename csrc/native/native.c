@@ -20,7 +20,7 @@ uint64_t ndm_region_handle(ndm_region *region)
     uint64_t handle = atomic_load(&region->handle);
     if (handle != 0)
         return handle;
-    if ((handle = ndm_i_handle_new(region, region->owner)) == 0)
+    if ((handle = ndm_i_handle_new(region, ndm_i_this_thread, region->owner.process)) == 0)
         ndm_i_fail(NDM_ERR_MEMORY, "no memory for a handle");
     atomic_store(&region->handle, handle);
     return handle;

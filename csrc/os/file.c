@@ -3,6 +3,7 @@
 #include "os/file.h"
 
 #include "os/bits.h"
+#include "os/owner.h"
 #include "os/status.h"
 
 #include <errno.h>
@@ -66,6 +67,7 @@ static int examine(ndm_i_file *file)
         return ndm_i_fail_io(errno, "cannot examine the file");
     if (!S_ISREG(facts.stx_mode))
         return ndm_i_fail_io(EINVAL, "not a regular file");
+    file->process = ndm_i_process();
     file->capacity = facts.stx_size;
     file->linked = facts.stx_nlink > 0;
     file->own = facts.stx_uid == geteuid();
@@ -420,10 +422,16 @@ void ndm_i_file_close(ndm_i_file *file, const char *unlink_path)
     ndm_i_file_unmap(file);
     if (unlink_path)
         unlink(unlink_path);
-    if (file->fd >= 0) {
-        flock(file->fd, LOCK_UN); /* a forked child may hold the same open file for long */
+    if (file->fd >= 0 && ndm_i_is_process(file->process)) {
+        flock(file->fd, LOCK_UN); /* a child that was forked without our handlers may hold the same open file for long */
         ndm_i_file_lock_byte(file, 0, false);
-        close(file->fd);
     }
+    ndm_i_file_abandon(file);
+}
+
+void ndm_i_file_abandon(ndm_i_file *file)
+{
+    if (file->fd >= 0)
+        close(file->fd);
     file->fd = -1;
 }

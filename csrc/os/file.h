@@ -20,6 +20,7 @@ typedef struct {
     uint64_t capacity;   /* the file's size */
     uint64_t inode;      /* which file this is: number and time of birth (0 where unknown) */
     uint64_t born;
+    uint64_t process;    /* that opened it: its locks are that process's */
     int fd;
     bool in_memory;      /* tmpfs */
     bool large_folios;   /* the page cache holds the file in pieces larger than a page */
@@ -123,7 +124,11 @@ int ndm_i_file_disk_bytes(const ndm_i_file *file, uint64_t *bytes);
 /* Let go of the mapping; views keep it. */
 void ndm_i_file_unmap(ndm_i_file *file);
 
-/* Unlock and close the file. Unlinks `path` if it is given. */
+/* Unlock and close the file. Unlinks `path` if it is given. In a forked child the copies are closed, no more: what the
+ * parent has locked stays locked. */
 void ndm_i_file_close(ndm_i_file *file, const char *unlink_path);
+
+/* Close the descriptor only, in a forked child: the mapping stays. */
+void ndm_i_file_abandon(ndm_i_file *file);
 
 #endif

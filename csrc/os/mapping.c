@@ -3,9 +3,11 @@
 #include "os/mapping.h"
 
 #include "os/bits.h"
+#include "os/fork.h"
 #include "os/status.h"
 
 #include <errno.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -26,11 +28,11 @@ static uint8_t *reserve(uint64_t length)
     if (area == MAP_FAILED)
         return NULL;
     uint8_t *base = (uint8_t *)ndm_i_round_up((uintptr_t)area, HUGE_PAGE);
-    if (base > area)
-        munmap(area, (size_t)(base - area));
-    uint64_t tail = room - (uint64_t)(base - area) - length;
-    if (tail > 0)
-        munmap(base + length, tail);
+    const uint64_t head = (uint64_t)(base - area), tail = room - head - length;
+    if ((head > 0 && munmap(area, head) != 0) || (tail > 0 && munmap(base + length, tail) != 0)) {
+        munmap(area, room); /* cutting needs a mapping more than the process may have: do without */
+        return NULL;
+    }
     return base;
 }
 
@@ -166,10 +168,79 @@ bool ndm_i_mapping_in_core(void *address, uint64_t size, unsigned char *in_core)
 
 void ndm_i_mapping_ref(ndm_i_mapping *mapping) { atomic_fetch_add(&mapping->users, 1); }
 
+/* ---- the end -------------------------------------------------------------------------------------------- */
+
+/* Mappings that the system refused to unmap, oldest first. */
+static pthread_mutex_t refused_lock = PTHREAD_MUTEX_INITIALIZER;
+static ndm_i_mapping *refused_first, *refused_last;
+static _Atomic uint64_t refused_count;
+static ndm_i_fork_entry at_fork;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static void stay(void *context) { (void)context; }
+
+static void list_for_forks(void)
+{
+    at_fork = (ndm_i_fork_entry){.in_child = stay, .lock = &refused_lock};
+    ndm_i_fork_add(&at_fork);
+}
+
+static void keep_refused(ndm_i_mapping *mapping)
+{
+    pthread_once(&once, list_for_forks);
+    pthread_mutex_lock(&refused_lock);
+    mapping->next = NULL;
+    if (refused_last)
+        refused_last->next = mapping;
+    else
+        refused_first = mapping;
+    refused_last = mapping;
+    atomic_fetch_add(&refused_count, 1);
+    pthread_mutex_unlock(&refused_lock);
+}
+
+static ndm_i_mapping *take_refused(void)
+{
+    pthread_mutex_lock(&refused_lock);
+    ndm_i_mapping *mapping = refused_first;
+    if (mapping) {
+        refused_first = mapping->next;
+        if (!refused_first)
+            refused_last = NULL;
+        atomic_fetch_sub(&refused_count, 1);
+    }
+    pthread_mutex_unlock(&refused_lock);
+    return mapping;
+}
+
+/* false: refused, and kept. */
+static bool unmap(ndm_i_mapping *mapping)
+{
+    if (munmap(mapping->base, mapping->length) != 0) {
+        keep_refused(mapping);
+        return false;
+    }
+    free(mapping);
+    return true;
+}
+
+/* Something was unmapped: there may be room for those that were refused. Each that goes may make room for more. */
+static void try_again(void)
+{
+    enum { REFUSALS = 8 }; /* in a row: the others are tried next time */
+    for (int refusals = 0; refusals < REFUSALS && atomic_load(&refused_count) > 0;) {
+        ndm_i_mapping *mapping = take_refused();
+        if (!mapping)
+            return;
+        if (!unmap(mapping))
+            refusals++;
+    }
+}
+
 void ndm_i_mapping_unref(ndm_i_mapping *mapping)
 {
     if (!mapping || atomic_fetch_sub(&mapping->users, 1) > 1)
         return;
-    munmap(mapping->base, mapping->length);
-    free(mapping);
+    if (unmap(mapping) && atomic_load(&refused_count) > 0)
+        try_again();
 }

@@ -11,10 +11,11 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-typedef struct {
+typedef struct ndm_i_mapping {
     uint8_t *base;
     uint64_t length;        /* bytes of address space */
     _Atomic uint64_t users; /* the file, each view, and the background writer while it looks */
+    struct ndm_i_mapping *next; /* of those that could not be unmapped yet */
 } ndm_i_mapping;
 
 /* Map the file for reading and writing, with `length` bytes of address space; mapping past its end is legal. */
@@ -31,7 +32,10 @@ ndm_i_mapping *ndm_i_mapping_new_private(int fd, uint64_t offset, uint64_t size,
 int ndm_i_mapping_extend(ndm_i_mapping **mapping, uint64_t length);
 
 void ndm_i_mapping_ref(ndm_i_mapping *mapping);
-void ndm_i_mapping_unref(ndm_i_mapping *mapping); /* any thread; the last one unmaps; NULL is ignored */
+
+/* Any thread; the last one unmaps; NULL is ignored. To unmap may need one mapping more than the process may have, where it
+ * cuts one in two (vm.max_map_count). What is refused is kept, and tried again whenever something else was unmapped. */
+void ndm_i_mapping_unref(ndm_i_mapping *mapping);
 
 /* The whole pages in the range leave this process's RSS; their contents stay in the page cache. Any thread. */
 void ndm_i_mapping_forget(void *address, uint64_t size);

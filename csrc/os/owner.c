@@ -1,8 +1,12 @@
+/* See owner.h. */
 #define _GNU_SOURCE
 #include "os/owner.h"
 
+#include <assert.h>
+#include <errno.h>
+#include <limits.h>
 #include <pthread.h>
-#include <stdatomic.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -29,8 +33,10 @@ static _Atomic uint64_t *make_page(void)
     void *fresh = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (fresh == MAP_FAILED)
         return NULL;
-    /* Kernels and emulators without MADV_WIPEONFORK still get the fork() of the C library. */
-    if (madvise(fresh, size, MADV_WIPEONFORK) != 0 && pthread_atfork(NULL, NULL, forget_process) != 0)
+    /* Kernels without MADV_WIPEONFORK still get the fork() of the C library. So do emulators, which may accept the advice
+     * without following it, as qemu's user mode does. */
+    madvise(fresh, size, MADV_WIPEONFORK);
+    if (pthread_atfork(NULL, NULL, forget_process) != 0)
         goto fail;
     _Atomic uint64_t *expected = NULL;
     if (!atomic_compare_exchange_strong(&page, &expected, (_Atomic uint64_t *)fresh)) {
@@ -57,9 +63,103 @@ uint64_t ndm_i_process(void)
     return atomic_load(word);
 }
 
-ndm_i_owner ndm_i_owner_here(void)
+/* ---- threads -------------------------------------------------------------------------------------------- */
+
+/* A thread that owns something, or did. */
+struct ndm_i_thread {
+    _Atomic bool ended;
+    _Atomic unsigned users; /* the thread while it runs, and what it owns */
+    int rounds;             /* of destructors that the thread has left */
+};
+
+static _Thread_local struct ndm_i_thread *this_record;
+static pthread_key_t end_of_thread;
+static bool has_key;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+static void thread_unref(struct ndm_i_thread *thread)
 {
+    if (atomic_fetch_sub(&thread->users, 1) == 1)
+        free(thread);
+}
+
+/* Other destructors of the thread may still use what it owns: this one comes in the last round but one. In the last,
+ * sanitizers take down what they know of the thread. */
+static void thread_ends(void *argument)
+{
+    struct ndm_i_thread *thread = argument;
+    if (--thread->rounds > 0 && pthread_setspecific(end_of_thread, thread) == 0)
+        return;
+    atomic_store_explicit(&thread->ended, true, memory_order_release);
+    this_record = NULL;
+    thread_unref(thread);
+}
+
+static void make_key(void) { has_key = pthread_key_create(&end_of_thread, thread_ends) == 0; }
+
+/* The calling thread, with one user more. NULL: no memory. */
+static struct ndm_i_thread *thread_ref(void)
+{
+    pthread_once(&once, make_key);
+    if (!this_record) {
+        struct ndm_i_thread *thread = calloc(1, sizeof *thread);
+        if (!thread)
+            return NULL;
+        atomic_init(&thread->users, 1);
+        thread->rounds = PTHREAD_DESTRUCTOR_ITERATIONS - 1;
+        if (!has_key || pthread_setspecific(end_of_thread, thread) != 0)
+            thread->rounds = 0; /* nobody will hear of its end: what it owns can be adopted after a release only */
+        this_record = thread;
+    }
     if (ndm_i_this_thread == 0)
         ndm_i_this_thread = atomic_fetch_add(&next_thread, 1);
-    return (ndm_i_owner){.thread = ndm_i_this_thread, .process = ndm_i_process()};
+    atomic_fetch_add(&this_record->users, 1);
+    return this_record;
+}
+
+/* ---- owners --------------------------------------------------------------------------------------------- */
+
+bool ndm_i_owner_init(ndm_i_owner *owner)
+{
+    owner->process = ndm_i_process();
+    owner->thread = owner->process != 0 ? thread_ref() : NULL;
+    atomic_init(&owner->changing, false);
+    atomic_init(&owner->holder, owner->thread ? ndm_i_this_thread : NDM_I_CLOSED);
+    return owner->thread != NULL;
+}
+
+bool ndm_i_owner_close(ndm_i_owner *owner) { return atomic_exchange(&owner->holder, NDM_I_CLOSED) != NDM_I_CLOSED; }
+
+void ndm_i_owner_fini(ndm_i_owner *owner)
+{
+    if (owner->thread && ndm_i_is_process(owner->process)) /* a child has no use for what its parent's threads count */
+        thread_unref(owner->thread);
+    owner->thread = NULL;
+}
+
+void ndm_i_owner_release(ndm_i_owner *owner)
+{
+    assert(ndm_i_owner_holder(owner) == ndm_i_this_thread && ndm_i_is_process(owner->process));
+    atomic_store_explicit(&owner->holder, NDM_I_RELEASED, memory_order_release);
+}
+
+int ndm_i_owner_adopt(ndm_i_owner *owner)
+{
+    if (!ndm_i_is_process(owner->process) || atomic_exchange(&owner->changing, true))
+        return EPERM;
+    uint64_t holder = atomic_load_explicit(&owner->holder, memory_order_acquire);
+    const bool ownerless = holder == NDM_I_RELEASED ||
+                           (holder != NDM_I_CLOSED && atomic_load_explicit(&owner->thread->ended, memory_order_acquire));
+    int refused = ownerless || holder == ndm_i_this_thread ? 0 : EPERM;
+    struct ndm_i_thread *here = refused ? NULL : thread_ref();
+    if (!refused && !here)
+        refused = ENOMEM;
+    if (here && !atomic_compare_exchange_strong(&owner->holder, &holder, ndm_i_this_thread))
+        refused = EPERM; /* closed meanwhile */
+    if (here)
+        thread_unref(refused ? here : owner->thread);
+    if (here && !refused)
+        owner->thread = here;
+    atomic_store(&owner->changing, false);
+    return refused;
 }

@@ -1,6 +1,8 @@
 /* From Python objects to what the core takes. */
 #include "arguments.h"
 
+#include "contents.h"
+
 #include <stdlib.h>
 
 bool ndm_i_has_count(Py_ssize_t given, Py_ssize_t wanted)
@@ -32,6 +34,8 @@ bool ndm_i_get_number(PyObject *object, int64_t *number)
 
 bool ndm_i_get_buffer(PyObject *object, Py_buffer *buffer, int flags)
 {
+    if (!ndm_i_holds_values(object))
+        return false;
     if (PyObject_GetBuffer(object, buffer, flags) == 0)
         return true;
     /* NumPy says with a ValueError that an array is not contiguous, and gives it as it is when asked to. */

@@ -18,7 +18,8 @@ bool ndm_i_get_slot(PyObject *object, int64_t *slot);
 
 bool ndm_i_get_number(PyObject *object, int64_t *number);
 
-/* As PyObject_GetBuffer(), but what is not contiguous is always a BufferError. */
+/* The memory of a value, or of room for one. As PyObject_GetBuffer(), but what is not contiguous is always a BufferError,
+ * and what is not all there is to the object is a TypeError (contents.h). */
 bool ndm_i_get_buffer(PyObject *object, Py_buffer *buffer, int flags);
 
 /* The memory of a value, until ndm_i_let_go(). What cannot change needs no export: `buffer->obj` is NULL then, and the

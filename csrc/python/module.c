@@ -1,5 +1,6 @@
 /* nodedb_mem._memory: the data plane, whatever a value's bytes or its slot's number pass through. A file here holds one
  * kind of verb each. The core is called without the GIL, but for a read that need not wait. */
+#include "contents.h"
 #include "objects.h"
 #include "opening.h"
 #include "reading.h"
@@ -10,7 +11,7 @@
 
 static PyMethodDef functions[] = {
     {"translate_with", ndm_i_translate_with, METH_O, NULL},
-    {"end_lease", ndm_i_end_lease, METH_O, NULL},
+    {"check_contents", ndm_i_check_contents, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };
 

@@ -53,7 +53,7 @@ ndm_reader *ndm_i_held_reader(PyObject *holder);
 /* What an error message says of a holder. A borrowed reference. */
 PyObject *ndm_i_holder_where(PyObject *holder);
 
-/* end_lease(view): ends the lease, if it has not ended. */
-PyObject *ndm_i_end_lease(PyObject *module, PyObject *view);
+/* NULL with an exception for anything but a view. */
+View *ndm_i_as_view(PyObject *object);
 
 #endif

@@ -134,6 +134,27 @@ static PyObject *lease(PyObject *Py_UNUSED(module), PyObject *const *arguments, 
     return ndm_i_viewed(view, address, value.size, arguments[0], arguments[1], &refusal);
 }
 
+/* end_lease(view): ends the lease, if it has not ended. */
+static PyObject *end_lease(PyObject *Py_UNUSED(module), PyObject *object)
+{
+    int64_t status;
+    ndm_error refusal;
+    View *view = ndm_i_as_view(object);
+    Holder *holder = view ? view->leased_by : NULL;
+    if (!holder)
+        return view ? Py_NewRef(Py_None) : NULL;
+    view->leased_by = NULL; /* before another thread may come */
+    Py_BEGIN_ALLOW_THREADS
+    status = ndm_i_noted(ndm_reader_release(holder->reader, view->lease), &refusal);
+    Py_END_ALLOW_THREADS
+    if (status < 0) {
+        view->leased_by = holder;
+        return ndm_i_refuse((PyObject *)holder, NULL, &refusal);
+    }
+    Py_DECREF(holder);
+    Py_RETURN_NONE;
+}
+
 /* ---- which values there are ----------------------------------------------------------------------------- */
 
 /* find(reader, slot, generation): raises if there is no such value. */
@@ -190,6 +211,7 @@ PyMethodDef ndm_i_sharing[] = {
     NDM_I_VERB("borrow", borrow),
     {"is_unchanged", is_unchanged, METH_O, NULL},
     NDM_I_VERB("lease", lease),
+    {"end_lease", end_lease, METH_O, NULL},
     NDM_I_VERB("find", find),
     NDM_I_VERB("next_slot", next_slot),
     {NULL, NULL, 0, NULL},

@@ -9,9 +9,12 @@
 
 int ndm_i_enter_to_look(ndm_region *region)
 {
-    if (ndm_i_region_is_closed(region))
+    if (!region)
         return ndm_i_fail(NDM_ERR_CLOSED, "the region is closed");
-    if (!ndm_i_is_owner(&region->owner))
+    const uint64_t holder = ndm_i_owner_holder(&region->owner);
+    if (holder == NDM_I_CLOSED)
+        return ndm_i_fail(NDM_ERR_CLOSED, "the region is closed");
+    if (holder != ndm_i_this_thread || !ndm_i_is_process(region->owner.process))
         return ndm_i_fail(NDM_ERR_WRONG_THREAD, "the region belongs to another thread or process");
     if (ndm_i_limbo_collect(&region->limbo))
         ndm_i_publish(region);

@@ -13,6 +13,7 @@
 #include "nodedb_mem.h"
 #include "os/bits.h"
 #include "os/file.h"
+#include "os/fork.h"
 #include "os/owner.h"
 #include "region/limbo.h"
 #include "store/extents.h"
@@ -22,7 +23,7 @@
 #include "store/store.h"
 
 struct ndm_region {
-    ndm_i_owner owner;    /* .thread is 0 once closed: no thread has that number */
+    ndm_i_owner owner;
     ndm_i_extents extents;
     ndm_i_slots slots;
     ndm_i_file data;
@@ -44,6 +45,8 @@ struct ndm_region {
     unsigned unit_shift;   /* one unit of the extents is 1 << unit_shift bytes: the alignment */
     _Atomic uint64_t handle; /* see native.c; 0 until someone asks for it, and after closing */
     _Atomic unsigned holders; /* of this struct: the handle, and the file until it is closed */
+    ndm_i_fork_entry at_fork;
+    bool left;            /* in a forked child: the region was let go of, as far as could be */
 };
 
 /* ---- entering a verb ---- */
@@ -56,7 +59,7 @@ int ndm_i_enter_to_look(ndm_region *region);
 
 static inline bool ndm_i_region_is_closed(const ndm_region *region)
 {
-    return !region || atomic_load_explicit(&region->owner.thread, memory_order_relaxed) == 0;
+    return !region || ndm_i_owner_is_closed(&region->owner);
 }
 
 /* The record of a live slot; NULL, with the error set, if there is none. */

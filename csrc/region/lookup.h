@@ -5,6 +5,7 @@
 
 #include "store/leases.h"
 #include "nodedb_mem.h"
+#include "os/fork.h"
 #include "store/slots.h"
 #include "store/pins.h"
 
@@ -21,6 +22,8 @@ struct ndm_reader {
     uint64_t incarnation;
     uint64_t slots_size; /* of the slot table's file, when a verb began */
     _Atomic unsigned holders; /* of this struct: the handle, and the files until the last view has ended */
+    ndm_i_fork_entry at_fork;
+    bool left; /* in a forked child: the reader was let go of, as far as could be */
 };
 
 static inline const ndm_i_header *ndm_i_reader_header(const ndm_reader *reader)

@@ -1,4 +1,5 @@
-/* A region's life: opening, closing, and its ceiling. */
+/* A region's life: opening, closing, handing over, and its ceiling. */
+#define _GNU_SOURCE
 #include "region/ledger.h"
 
 #include "os/status.h"
@@ -9,6 +10,7 @@
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 /* The pages of a value this large leave the RSS with its last view; for less, the system call costs more. */
 #define FORGET_FROM ((uint64_t)64 << 10)
@@ -19,6 +21,7 @@ static void let_go(ndm_region *region)
 {
     if (atomic_fetch_sub(&region->holders, 1) > 1)
         return;
+    ndm_i_owner_fini(&region->owner);
     free(region->leases_path);
     free(region);
 }
@@ -30,6 +33,7 @@ static void last_use(ndm_i_home *home)
     uint32_t extent;
     while (ndm_i_pins_collect(home, &extent))
         ;
+    ndm_i_fork_remove(&region->at_fork);
     ndm_i_file_close(&region->data, NULL);
     let_go(region);
 }
@@ -151,6 +155,37 @@ fail:
     return status;
 }
 
+/* Everything but the data file, which goes with the last view. */
+static void shut(ndm_region *region)
+{
+    ndm_i_limbo_forget(&region->limbo);
+    ndm_i_leases_close(&region->leases);
+    ndm_i_slots_close(&region->slots, NULL);
+    ndm_i_extents_fini(&region->extents);
+    ndm_i_store_fini(&region->store);
+    ndm_i_file_unmap(&region->data);
+    ndm_i_home_leave(&region->home);
+}
+
+/* In a forked child, on its only thread: let go of the copies of what the parent has open. Views that the child inherited
+ * keep their mapping. If another thread of the parent's may have been inside a verb, its books may be half-written, and
+ * only the descriptors can be closed. */
+static void leave_in_child(void *context)
+{
+    ndm_region *region = context;
+    const uint64_t holder = ndm_i_owner_holder(&region->owner);
+    const bool quiet = holder == ndm_i_this_thread || holder == NDM_I_RELEASED;
+    ndm_i_fork_remove(&region->at_fork);
+    ndm_i_file_abandon(&region->data);
+    if (quiet) {
+        shut(region);
+    } else if (holder != NDM_I_CLOSED) {
+        ndm_i_file_abandon(&region->slots.table);
+        ndm_i_file_abandon(&region->leases.file);
+    }
+    region->left = true;
+}
+
 /* `path` and an ending, to be freed; NULL: no memory, or no path. */
 static char *beside(const char *path, const char *ending)
 {
@@ -166,7 +201,6 @@ static void prepare(ndm_region *region, const ndm_options *options)
     region->max_capacity = options->max_capacity;
     region->leases.file.fd = -1;
     atomic_init(&region->holders, 2);
-    ndm_i_home_init(&region->home, last_use);
     ndm_i_extents_init(&region->extents);
     region->limbo = (ndm_i_limbo){.extents = &region->extents, .home = &region->home, .leases = &region->leases};
 }
@@ -181,9 +215,8 @@ static ndm_region *region_new(const char *path, const char *directory, const ndm
         ndm_i_fail(NDM_ERR_MEMORY, "no memory for a region");
         goto fail;
     }
-    region->owner = ndm_i_owner_here();
-    if (region->owner.process == 0) {
-        ndm_i_fail(NDM_ERR_MEMORY, "no memory for the owner page");
+    if (!ndm_i_owner_init(&region->owner) || !ndm_i_home_init(&region->home, last_use)) {
+        ndm_i_fail(NDM_ERR_MEMORY, "no memory for the owner");
         goto fail;
     }
     prepare(region, options);
@@ -192,10 +225,14 @@ static ndm_region *region_new(const char *path, const char *directory, const ndm
         goto fail;
     region->initial_capacity = region->data.capacity;
     ndm_i_publish(region);
+    region->at_fork = (ndm_i_fork_entry){.in_child = leave_in_child, .context = region};
+    ndm_i_fork_add(&region->at_fork);
     free(slots_path);
     return region;
 
 fail:
+    if (region)
+        ndm_i_owner_fini(&region->owner);
     free(slots_path);
     free(leases_path);
     free(region);
@@ -207,18 +244,6 @@ ndm_region *ndm_region_open(const char *path, const ndm_options *options) { retu
 ndm_region *ndm_region_open_temporary(const char *directory, const ndm_options *options)
 {
     return region_new(NULL, directory, options);
-}
-
-static void shut(ndm_region *region)
-{
-    atomic_store(&region->owner.thread, 0);
-    ndm_i_limbo_forget(&region->limbo);
-    ndm_i_leases_close(&region->leases);
-    ndm_i_slots_close(&region->slots, NULL);
-    ndm_i_extents_fini(&region->extents);
-    ndm_i_store_fini(&region->store);
-    ndm_i_file_unmap(&region->data);
-    ndm_i_home_leave(&region->home);
 }
 
 /* The region's handle, if it has one, is stale from now on. false: the owner is inside a call by handle on another thread,
@@ -238,11 +263,17 @@ int ndm_region_in_memory(const ndm_region *region) { return region && region->da
 
 void ndm_region_destroy(ndm_region *region)
 {
-    if (!region || !ndm_i_is_process(region->owner.process))
+    if (!region)
         return;
+    if (!ndm_i_is_process(region->owner.process)) {
+        if (!region->left) /* a raw clone() ran no handlers */
+            leave_in_child(region);
+        let_go(region);
+        return;
+    }
     if (!retire_handle(region))
         return;
-    if (!ndm_i_region_is_closed(region))
+    if (ndm_i_owner_close(&region->owner))
         shut(region);
     let_go(region);
 }
@@ -251,11 +282,49 @@ int ndm_region_close(ndm_region *region)
 {
     if (ndm_i_region_is_closed(region))
         return NDM_OK;
-    int status = ndm_i_enter(region);
+    const int status = ndm_i_enter(region);
+    if (status == NDM_ERR_CLOSED) /* meanwhile, by its owner */
+        return NDM_OK;
     /* a write-back that failed is reported, and the region closes all the same */
-    if (status != NDM_ERR_WRONG_THREAD && retire_handle(region))
+    if (status != NDM_ERR_WRONG_THREAD && retire_handle(region) && ndm_i_owner_close(&region->owner))
         shut(region);
     return status;
+}
+
+/* ---- who owns it ---------------------------------------------------------------------------------------- */
+
+int ndm_region_release_ownership(ndm_region *region)
+{
+    const int status = ndm_i_enter(region);
+    if (status != NDM_OK)
+        return status;
+    const uint64_t handle = atomic_load(&region->handle);
+    if (handle != 0)
+        ndm_i_handle_pass(handle, NDM_I_RELEASED);
+    ndm_i_owner_release(&region->owner);
+    return NDM_OK;
+}
+
+/* A thread that was joined, as Python's are, may still have to end for the system. */
+enum { ADOPT_TRIES = 100, ADOPT_PAUSE_NS = 1000000 };
+
+int ndm_region_adopt(ndm_region *region)
+{
+    if (ndm_i_region_is_closed(region))
+        return ndm_i_fail(NDM_ERR_CLOSED, "the region is closed");
+    int refused = ndm_i_owner_adopt(&region->owner);
+    for (int tries = 1; refused == EPERM && tries < ADOPT_TRIES && ndm_i_is_process(region->owner.process); tries++) {
+        nanosleep(&(struct timespec){.tv_nsec = ADOPT_PAUSE_NS}, NULL);
+        refused = ndm_i_owner_adopt(&region->owner);
+    }
+    if (refused == ENOMEM)
+        return ndm_i_fail(NDM_ERR_MEMORY, "no memory for the owner");
+    if (refused)
+        return ndm_i_fail(NDM_ERR_WRONG_THREAD, "the region has an owner, which lives and has not released it");
+    const uint64_t handle = atomic_load(&region->handle);
+    if (handle != 0)
+        ndm_i_handle_pass(handle, ndm_i_this_thread);
+    return NDM_OK;
 }
 
 int ndm_region_set_max_capacity(ndm_region *region, uint64_t max_capacity)

@@ -42,6 +42,7 @@ static void let_go(ndm_reader *reader)
 static void last_use(ndm_i_home *home)
 {
     ndm_reader *reader = (ndm_reader *)((char *)home - offsetof(ndm_reader, home));
+    ndm_i_fork_remove(&reader->at_fork);
     ndm_i_file_close(&reader->slots, NULL);
     let_go(reader);
 }
@@ -53,6 +54,26 @@ static void close_files(ndm_reader *reader)
     ndm_i_mapping_unref(reader->table);
     reader->values = reader->table = NULL;
     ndm_i_file_close(&reader->data, NULL);
+}
+
+/* In a forked child: as an owner's region does. A thread of the parent's that held the lock may have been inside a verb. */
+static void leave_in_child(void *context)
+{
+    ndm_reader *reader = context;
+    ndm_i_fork_remove(&reader->at_fork);
+    ndm_i_file_abandon(&reader->slots);
+    if (pthread_mutex_trylock(&reader->lock) == 0) {
+        const bool open = reader->table != NULL;
+        if (open)
+            close_files(reader);
+        pthread_mutex_unlock(&reader->lock);
+        if (open)
+            ndm_i_home_leave(&reader->home);
+    } else {
+        ndm_i_file_abandon(&reader->data);
+        ndm_i_file_abandon(&reader->leases.file);
+    }
+    reader->left = true;
 }
 
 /* Is it the table of our data file? Read, not mapped: nothing has been locked yet. */
@@ -106,9 +127,13 @@ static ndm_reader *open_once(const char *data_path, const char *slots_path, cons
     reader->process = ndm_i_process();
     atomic_init(&reader->holders, 2);
     pthread_mutex_init(&reader->lock, NULL);
-    ndm_i_home_init(&reader->home, last_use);
-    if (open_files(reader, data_path, slots_path) == NDM_OK)
+    if (!ndm_i_home_init(&reader->home, last_use))
+        ndm_i_fail(NDM_ERR_MEMORY, "no memory for a reader");
+    else if (open_files(reader, data_path, slots_path) == NDM_OK) {
+        reader->at_fork = (ndm_i_fork_entry){.in_child = leave_in_child, .context = reader};
+        ndm_i_fork_add(&reader->at_fork);
         return reader;
+    }
     close_files(reader);
     ndm_i_file_close(&reader->slots, NULL);
     pthread_mutex_destroy(&reader->lock);
@@ -142,9 +167,12 @@ void ndm_reader_close(ndm_reader *reader)
 
 void ndm_reader_destroy(ndm_reader *reader)
 {
-    if (!reader || !ndm_i_is_process(reader->process))
+    if (!reader)
         return;
-    ndm_reader_close(reader);
+    if (ndm_i_is_process(reader->process))
+        ndm_reader_close(reader);
+    else if (!reader->left) /* a raw clone() ran no handlers */
+        leave_in_child(reader);
     let_go(reader);
 }
 

@@ -81,7 +81,7 @@ static uint64_t idle_state(uint64_t handle) { return handle >> 32 << FLAG_BITS |
 
 /* ---- handles -------------------------------------------------------------------------------------------- */
 
-uint64_t ndm_i_handle_new(void *object, ndm_i_owner owner)
+uint64_t ndm_i_handle_new(void *object, uint64_t thread, uint64_t process)
 {
     const uint32_t number = entry_take();
     if (number == 0)
@@ -90,10 +90,15 @@ uint64_t ndm_i_handle_new(void *object, ndm_i_owner owner)
     const uint64_t generation = (atomic_load(&entry->state) >> FLAG_BITS) + 1;
     const uint64_t handle = generation << 32 | number;
     atomic_store(&entry->object, object);
-    atomic_store(&entry->thread, owner.thread);
-    atomic_store(&entry->process, owner.process);
+    atomic_store(&entry->thread, thread);
+    atomic_store(&entry->process, process);
     atomic_store(&entry->state, idle_state(handle));
     return handle;
+}
+
+void ndm_i_handle_pass(uint64_t handle, uint64_t thread)
+{
+    atomic_store(&entry_at((uint32_t)handle, false)->thread, thread);
 }
 
 bool ndm_i_handle_retire(uint64_t handle)

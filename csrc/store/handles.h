@@ -13,13 +13,14 @@
 #ifndef NDM_HANDLES_H
 #define NDM_HANDLES_H
 
-#include "os/owner.h"
-
 #include <stdbool.h>
 #include <stdint.h>
 
-/* A handle for an object that `owner` alone may use. Never 0, below 2^63. 0: no memory. */
-uint64_t ndm_i_handle_new(void *object, ndm_i_owner owner);
+/* A handle for an object that this thread of this process alone may use (owner.h). Never 0, below 2^63. 0: no memory. */
+uint64_t ndm_i_handle_new(void *object, uint64_t thread, uint64_t process);
+
+/* Another thread owns the object from now on; or nobody does (NDM_I_RELEASED). No call by the handle is running. */
+void ndm_i_handle_pass(uint64_t handle, uint64_t thread);
 
 /* The handle is stale from now on. false: the owner is inside a call by handle on another thread, and will hear of it from
  * ndm_i_call_end(). */

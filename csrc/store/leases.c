@@ -3,6 +3,7 @@
 #include "store/leases.h"
 
 #include "os/bits.h"
+#include "os/owner.h"
 #include "os/status.h"
 
 #include <errno.h>
@@ -186,7 +187,8 @@ void ndm_i_leases_close(ndm_i_leases *leases)
 {
     if (!ndm_i_leases_are_open(leases))
         return;
-    for (uint64_t entry = 0; entry < NDM_I_LEASES; entry++)
+    const bool ours = ndm_i_is_process(leases->file.process); /* a child has claimed nothing */
+    for (uint64_t entry = 0; ours && entry < NDM_I_LEASES; entry++)
         ndm_i_leases_release(leases, entry);
     ndm_i_file_close(&leases->file, NULL);
 }

@@ -1,6 +1,7 @@
 /* See pins.h. */
 #include "store/pins.h"
 
+#include "os/fork.h"
 #include "os/owner.h"
 
 #include <assert.h>
@@ -35,11 +36,14 @@ struct table {
     uint64_t entry_count;
     struct ndm_i_entry *spares; /* unused entries: views come and go faster than malloc */
     uint64_t spare_count;
+    ndm_i_fork_entry at_fork; /* its lock is held across a fork: the child finds the table whole, and its views end there */
 };
 
 static _Atomic(struct table *) current;
 
 char ndm_i_empty_view[1];
+
+static void table_is_childs(void *table) { ((struct table *)table)->process = ndm_i_process(); }
 
 static struct table *table_new(uint64_t process)
 {
@@ -54,10 +58,12 @@ static struct table *table_new(uint64_t process)
         return NULL;
     }
     pthread_mutex_init(&table->lock, NULL);
+    table->at_fork = (ndm_i_fork_entry){.in_child = table_is_childs, .context = table, .lock = &table->lock};
     return table;
 }
 
-/* This process's table; a table inherited by fork is abandoned, its lock may be held by a thread that is gone. */
+/* This process's table. One inherited by a raw clone(), which ran no handlers, is abandoned: its lock may be held by a
+ * thread that is gone. */
 static struct table *table_here(void)
 {
     struct table *table = atomic_load(&current);
@@ -66,8 +72,10 @@ static struct table *table_here(void)
     struct table *fresh = table_new(ndm_i_process());
     if (!fresh)
         return NULL;
-    if (atomic_compare_exchange_strong(&current, &table, fresh))
+    if (atomic_compare_exchange_strong(&current, &table, fresh)) {
+        ndm_i_fork_add(&fresh->at_fork);
         return fresh;
+    }
     free(fresh->buckets);
     free(fresh);
     return table;
@@ -151,12 +159,13 @@ static void give_spare(struct table *table, struct ndm_i_entry *entry)
     table->spare_count++;
 }
 
-void ndm_i_home_init(ndm_i_home *home, void (*last)(ndm_i_home *))
+bool ndm_i_home_init(ndm_i_home *home, void (*last)(ndm_i_home *))
 {
     atomic_init(&home->users, 1);
     atomic_init(&home->writable, 0);
     atomic_init(&home->returned, NULL);
     home->last = last;
+    return table_here() != NULL; /* before what rests on it is listed for forks */
 }
 
 void ndm_i_home_leave(ndm_i_home *home)

@@ -6,7 +6,8 @@
  * pinned is an orphan; when its pin ends it moves to its home's `returned` list, from where the owner collects
  * it without looking through anything.
  *
- * The table belongs to the process that made it: in a forked child every release is a no-op.
+ * A forked child gets a copy of the table, and its views end there as they do in the parent; but they pin nothing for the
+ * parent. After a raw clone(), which runs no fork handlers, every release in the child is a no-op.
  */
 #ifndef NDM_PINS_H
 #define NDM_PINS_H
@@ -31,7 +32,8 @@ typedef struct ndm_i_home {
 /* What a view of an empty value points to: no pin has this address. */
 extern char ndm_i_empty_view[1];
 
-void ndm_i_home_init(ndm_i_home *home, void (*last)(ndm_i_home *));
+/* false: no memory. */
+bool ndm_i_home_init(ndm_i_home *home, void (*last)(ndm_i_home *));
 
 /* The region, or a pin, no longer uses its home: calls last() if that was the last user. */
 void ndm_i_home_leave(ndm_i_home *home);

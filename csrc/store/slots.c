@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "store/slots.h"
 
+#include "os/owner.h"
 #include "os/status.h"
 
 #include <assert.h>
@@ -193,7 +194,7 @@ int ndm_i_slots_adopt(ndm_i_slots *slots, const ndm_i_file *data) { return in_ta
 
 void ndm_i_slots_close(ndm_i_slots *slots, const char *unlink_path)
 {
-    if (slots->started)
+    if (slots->started && ndm_i_is_process(slots->table.process)) /* a child's end is not the owner's */
         publish(&ndm_i_slots_header(slots)->owner, 0);
     ndm_i_file_close(&slots->table, unlink_path);
     slots->started = false;
@@ -217,12 +218,11 @@ ndm_i_record *ndm_i_slots_record(const ndm_i_slots *slots, int64_t slot)
 int ndm_i_slots_reserve(ndm_i_slots *slots, uint64_t count)
 {
     const uint64_t reusable = slots->count - slots->live - slots->retired;
-    const uint64_t needed = count > reusable ? slots->count + (count - reusable) : 0;
-    if (needed <= room(slots))
+    if (count <= reusable || count - reusable <= room(slots) - slots->count)
         return NDM_OK;
-    if (needed > MOST_SLOTS)
+    if (count - reusable > MOST_SLOTS - slots->count)
         return ndm_i_fail(NDM_ERR_MEMORY, "the region has as many slots as can be numbered");
-    const uint64_t old = slots->table.capacity;
+    const uint64_t old = slots->table.capacity, needed = slots->count + (count - reusable);
     uint64_t wanted = old * 2;
     while (wanted < NDM_I_HEADER_ROOM + needed * sizeof(ndm_i_record))
         wanted *= 2;

@@ -113,7 +113,7 @@ void ndm_i_store_shrink(ndm_i_store *store, uint64_t capacity)
         ndm_i_writer_forget(&store->writer, first, last);
         for (uint64_t grain = first; grain < last; grain++)
             ndm_i_grain_set_state(&store->grains, grain, NDM_I_EMPTY);
-        store->allocated = ndm_i_min(store->allocated, first * GRAIN);
+        store->allocated = ndm_i_min(store->allocated, capacity); /* a grain that the new end cuts has lost the rest */
     }
     ndm_i_writer_unlock(&store->writer);
 }
@@ -451,5 +451,5 @@ int ndm_i_store_flush(ndm_i_store *store)
 uint64_t ndm_i_store_check(ndm_i_store *store)
 {
     return ndm_i_grains_check(&store->grains, store->file->capacity) + ndm_i_writer_check(&store->writer) +
-           (store->allocated > ndm_i_grains_end(store->file->capacity) * GRAIN);
+           (store->allocated > store->file->capacity);
 }

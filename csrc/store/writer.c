@@ -3,6 +3,7 @@
 #include "store/writer.h"
 
 #include "os/bits.h"
+#include "os/owner.h"
 #include "os/status.h"
 #include "store/salvage.h"
 
@@ -40,10 +41,23 @@ int ndm_i_writer_init(ndm_i_writer *writer, ndm_i_file *file, ndm_i_grains *grai
     return NDM_OK;
 }
 
+/* The thread stayed with the parent, and may have been in the midst of something. */
+static void fini_in_child(ndm_i_writer *writer)
+{
+    ndm_i_mapping_unref(atomic_exchange(&writer->looking, NULL));
+    if (pthread_mutex_trylock(&writer->lock) == 0)
+        free(writer->queue);
+    writer->queue = NULL;
+}
+
 void ndm_i_writer_fini(ndm_i_writer *writer)
 {
     if (!writer->queue) /* it has no limit, or was never started */
         return;
+    if (!ndm_i_is_process(writer->file->process)) {
+        fini_in_child(writer);
+        return;
+    }
     pthread_mutex_lock(&writer->lock);
     writer->stopping = true;
     pthread_cond_signal(&writer->work);
@@ -167,6 +181,7 @@ static void drop(ndm_i_writer *writer, uint64_t stop)
     }
     ndm_i_mapping *mapping = writer->file->mapping;
     ndm_i_mapping_ref(mapping);
+    atomic_store(&writer->looking, mapping); /* after it: a fork in between leaves the child a use too many, not too few */
     const uint64_t start = first * GRAIN;
     const uint64_t end = ndm_i_min((first + count) * GRAIN, writer->file->capacity);
     pthread_mutex_unlock(&writer->lock);
@@ -177,6 +192,7 @@ static void drop(ndm_i_writer *writer, uint64_t stop)
     else if (end > start)
         ndm_i_file_drop(writer->file, mapping, start, end);
     pthread_mutex_unlock(&writer->disk);
+    atomic_store(&writer->looking, NULL);
     ndm_i_mapping_unref(mapping);
     pthread_mutex_lock(&writer->lock);
     for (uint64_t grain = first; refused && grain < first + count; grain++) /* what did not reach the disk stays */

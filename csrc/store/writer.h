@@ -28,6 +28,7 @@ typedef struct {
     pthread_cond_t work, room;
     pthread_t thread;
     bool running, stopping;
+    _Atomic(ndm_i_mapping *) looking; /* the mapping that the thread uses while it works */
     uint32_t *queue; /* ring of grain numbers */
     uint64_t queue_room, head, kicked, tail; /* counters; [head, kicked) is being written back; `& (room - 1)` indexes */
     uint64_t resident;     /* QUEUED grains, and those being dropped */
@@ -40,7 +41,7 @@ typedef struct {
 /* For a file that has been started. `limit`: bytes, or NDM_I_UNLIMITED. A status. */
 int ndm_i_writer_init(ndm_i_writer *writer, ndm_i_file *file, ndm_i_grains *grains, const _Atomic uint64_t *storing,
                       uint64_t limit);
-void ndm_i_writer_fini(ndm_i_writer *writer); /* ends the thread */
+void ndm_i_writer_fini(ndm_i_writer *writer); /* ends the thread; a forked child has none, and frees what it can */
 
 /* The owner has brought bytes of the grains [first, last) to RAM. May wait until there is room. */
 void ndm_i_writer_admit(ndm_i_writer *writer, uint64_t first, uint64_t last);

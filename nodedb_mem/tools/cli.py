@@ -1,17 +1,19 @@
 """The command ``nodedb-mem``: arguments, progress bar, table, exit status.
 
 Status 0: everything came back equal, or was shown. 1: something did not come back equal. 2: a bad argument or path,
-or no room; one line on standard error says which. 130: interrupted. What cannot be read inside a folder is named on
-standard error, counted there, and left out; it does not change the status.
+or no room; one line on standard error says which. 130: interrupted. 141: whoever read standard output has gone. What
+cannot be read inside a folder is named on standard error, counted there, and left out; it does not change the status.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -20,9 +22,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, NoReturn
 
 from nodedb_mem.errors import MemError
+from nodedb_mem.tools.shown import shown
 
 if TYPE_CHECKING:  # rich and zict are extras: --help works without them
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
 
     from nodedb_mem.tools.inspect import Snapshot
     from nodedb_mem.tools.spill import Piece, Report
@@ -90,12 +93,23 @@ def _picture_path(text: str) -> str:
 def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.strerror}: {os.fsdecode(error.filename)!r}"
-    return " ".join(str(error).split()) or type(error).__name__
+    return shown(" ".join(str(error).split())) or type(error).__name__
+
+
+def _console(*, stderr: bool = False) -> Console:
+    """Make the only kind of console that the command prints with: what it is given is text, not markup or emoji."""
+    from rich.console import Console
+
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))  # for main(), not an exit of its own
+
+    return Plain(stderr=stderr, markup=False, emoji=False)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"nodedb-mem: {message}\n")
+        self.exit(2, f"nodedb-mem: {shown(message)}\n")
 
 
 def _parser() -> _Parser:
@@ -164,17 +178,18 @@ def _config(arguments: argparse.Namespace) -> int:
     if not asked:
         arguments.usage.error("config: say what to print (see nodedb-mem config --help)")
     for name in asked:  # flags are for a shell; a folder alone is printed as it is
-        print(shlex.join(answers[name]) if name in ("cflags", "libs") else answers[name][0])
+        line = shlex.join(answers[name]) if name in ("cflags", "libs") else answers[name][0]
+        if sys.stdout is not None:
+            sys.stdout.buffer.write(os.fsencode(line) + b"\n")  # a path is bytes, whatever the encoding of the output
     return 0
 
 
 def _spill(arguments: argparse.Namespace) -> int:
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     from nodedb_mem.tools import spill
 
-    console = Console(stderr=True)
+    console = _console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(True), TransferSpeedColumn()
     bar = Progress(*columns, console=console, disable=not sys.stderr.isatty())
     tasks = {phase: bar.add_task(phase, total=None) for phase in ("spill", "verify")}
@@ -192,7 +207,7 @@ def _spill(arguments: argparse.Namespace) -> int:
             self.say(f"mismatch: {piece.path!r}, {piece.size} bytes at {piece.offset}")
 
         def say(self, line: str) -> None:
-            console.print(f"nodedb-mem: {line}", markup=False, highlight=False, emoji=False, soft_wrap=True)
+            console.print(f"nodedb-mem: {shown(line)}", highlight=False, soft_wrap=True)
 
     display = Display()
     options = spill.Options(
@@ -213,7 +228,6 @@ def _spill(arguments: argparse.Namespace) -> int:
 
 
 def _print_table(report: Report) -> None:
-    from rich.console import Console
     from rich.filesize import decimal
     from rich.table import Table
 
@@ -235,7 +249,7 @@ def _print_table(report: Report) -> None:
     ):
         if value is not None:
             table.add_row(label, value)
-    Console().print(table)
+    _console().print(table)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -261,10 +275,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
                 print(json.dumps(look().as_json()), flush=True)
         return 0
 
-    from rich.console import Console
     from rich.live import Live
 
-    console = Console()
+    console = _console()
 
     def show() -> RenderableType:
         height = max(4, min(16, console.height - 24)) if arguments.watch else 16
@@ -272,6 +285,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     if not arguments.watch:
         console.print(show())
+        return 0
+    if not console.is_terminal:  # nothing is drawn over there: a frame follows the other
+        with suppress(KeyboardInterrupt):
+            while True:
+                console.print(show())
+                time.sleep(_REFRESH)
         return 0
     with Live(show(), console=console, auto_refresh=False) as live, suppress(KeyboardInterrupt):
         while True:
@@ -289,19 +308,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         Help was asked for (status 0), or the arguments are wrong (status 2).
     """
     try:
-        arguments = _parser().parse_args(argv)
-        status: int = arguments.command(arguments)
-        return status
+        try:
+            arguments = _parser().parse_args(argv)
+            status: int = arguments.command(arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here an error is one of the command's, at exit it would be a traceback
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in _EXTRAS:
             raise
         line, status = f"this command needs {missing}: pip install nodedb_mem[{_EXTRAS[missing]}]", 2
+    except BrokenPipeError:
+        _drop_output()
+        return 128 + signal.SIGPIPE
     except (MemError, OSError) as error:
         line, status = _describe(error), 2
+        _drop_output()
     except MemoryError:
         line, status = "out of memory", 2
     except KeyboardInterrupt:
         line, status = "interrupted", 130
+    else:
+        return status
     print(f"nodedb-mem: {line}", file=sys.stderr)
     return status
+
+
+def _drop_output() -> None:
+    """Send what is still in the buffer of standard output nowhere, if it cannot be written."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)

@@ -12,6 +12,7 @@ import mmap
 import os
 import stat
 import time
+import warnings
 from bisect import bisect_left
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,13 +21,14 @@ from nodedb_mem.engine import EngineId
 from nodedb_mem.errors import RegionIOError, StaleSlotError
 from nodedb_mem.reader import OverflowReader
 from nodedb_mem.stats import ReaderSlot
+from nodedb_mem.tools.shown import shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from rich.console import RenderableType
 
-_ATTEMPTS, _PAUSE = 20, 0.05  # while an owner is opening the region anew
+_ATTEMPTS, _PAUSE = 20, 0.05  # while an owner is making the region, or opening it anew
 _CACHESTAT = 451  # the number is the same on every architecture
 
 # The colour of each engine, in a terminal and in a picture.
@@ -136,18 +138,23 @@ def look(path: str) -> Snapshot:
     OSError
         There is no such file, or it is no region's, or may not be read. `filename` is the path at fault.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise OSError(errno.EINVAL, "Not a regular file", path)
-    if not os.path.exists(path + ".slots"):
-        raise OSError(errno.EINVAL, "Not a region: it has no slot table beside it", path)
     for attempt in range(_ATTEMPTS):
         try:
+            facts = os.stat(path)
+            if not stat.S_ISREG(facts.st_mode):
+                raise OSError(errno.EINVAL, "Not a regular file", path)
+            if facts.st_size > 0 and not os.path.exists(path + ".slots"):
+                raise OSError(errno.EINVAL, "Not a region: it has no slot table beside it", path)
             with OverflowReader(path) as reader:
                 return _look(path, reader)
-        except StaleSlotError:  # opened anew at this moment
-            if attempt == _ATTEMPTS - 1:
+        except (StaleSlotError, RegionIOError) as error:
+            passing = isinstance(error, StaleSlotError) or error.errno == errno.EINVAL  # the table: being made
+            if attempt < _ATTEMPTS - 1 and (passing or not os.path.exists(path + ".slots")):
+                time.sleep(_PAUSE)
+            elif not os.path.exists(path + ".slots"):
+                raise OSError(errno.EINVAL, "Not a region: it has no slot table beside it", path) from None
+            else:
                 raise
-            time.sleep(_PAUSE)
     raise AssertionError
 
 
@@ -264,10 +271,10 @@ def picture(shot: Snapshot, width: int, height: int) -> RenderableType:
 
 
 def _figures(shot: Snapshot) -> RenderableType:
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=escape(_title(shot.path)), title_justify="left", show_header=False)
+    table = Table(title=Text(shown(shot.path)), title_justify="left", show_header=False)
     table.add_column("figure", no_wrap=True)
     table.add_column("value", justify="right")
     for label, value in (
@@ -282,11 +289,6 @@ def _figures(shot: Snapshot) -> RenderableType:
     ):
         table.add_row(label, value)
     return table
-
-
-def _title(path: str) -> str:
-    """A path as it is, unless a terminal would not show it so."""
-    return path if path.isprintable() else repr(path)
 
 
 def _leased(shot: Snapshot) -> str:
@@ -401,7 +403,7 @@ def plot(shot: Snapshot, target: str) -> None:
     owner = "no owner" if shot.owner is None else f"owner {shot.owner}"
     in_ram = "unknown" if shot.resident_bytes is None else _decimal(shot.resident_bytes)
     bars.set(
-        title=f"{os.path.basename(shot.path)}: {owner}, {_decimal(shot.live_bytes)} live of "
+        title=f"{shown(os.path.basename(shot.path))}: {owner}, {_decimal(shot.live_bytes)} live of "
         f"{_decimal(shot.capacity)}, resident: {in_ram}".replace("$", r"\$"),
         xlabel="MB live",
     )
@@ -415,7 +417,9 @@ def plot(shot: Snapshot, target: str) -> None:
     states = {"freed, leased": _LEASED, "free": _FREE, "never used": _BEYOND}
     legend += [Patch(color=colour, label=state) for state, colour in states.items()]
     used.legend(handles=legend, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(target, format="png", dpi=100)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # in a name: a box stands for the sign
+        figure.savefig(target, format="png", dpi=100)
 
 
 def _colour(cell: Cell) -> str:

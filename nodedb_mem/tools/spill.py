@@ -227,6 +227,22 @@ def _check(ref: SlotRef, expected: bytes) -> bool:
         return False
 
 
+def _end_with_parent() -> None:
+    """For a reading process: end when the one that started it has ended, however that was.
+
+    The parent's death closes a pipe that only the parent may write to. A death signal of the kernel would come too
+    early: it follows the thread that started the process.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="nodedb-mem-parent", daemon=True).start()
+
+
 def _block_interrupts() -> None:
     """For a thread that starts processes, which inherit it: Ctrl-C is for the main thread alone."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -252,7 +268,7 @@ class _Job:
             return self.run_threads()
         # Spawned, not forked: there are threads.
         spawn = multiprocessing.get_context("spawn")
-        self.readers = ProcessPoolExecutor(self.options.readers, spawn)
+        self.readers = ProcessPoolExecutor(self.options.readers, spawn, _end_with_parent)
         try:
             return self.run_threads()
         finally:

@@ -608,3 +608,74 @@ def test_help_names_every_option() -> None:
     assert done.returncode == 0
     for word in ("PATH", "--budget", "--chunk", "--directory", "--threads", "--readers", "--json"):
         assert word in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM])
+def test_the_readers_end_with_a_killed_command(tmp_path: Path, number: signal.Signals) -> None:
+    big = tmp_path / "big"
+    big.touch()
+    os.truncate(big, 4 << 30)
+    options = ("--budget", "0", "--chunk", "4K", "--readers", "2", "--directory", str(tmp_path))
+    with subprocess.Popen(
+        [sys.executable, "-m", "nodedb_mem", "spill", str(big), *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: (
+            signal.signal(number, signal.SIG_DFL) if number != signal.SIGKILL else None
+        ),  # nohup ignores it
+    ) as spiller:
+        until = time.monotonic() + 60
+        while len(_alive_in_group(spiller.pid)) < 4:  # itself, two readers, Python's tracker of resources
+            assert time.monotonic() < until and spiller.poll() is None
+            time.sleep(0.01)
+        time.sleep(1)  # the readers are at it
+        spiller.send_signal(number)
+        assert spiller.wait(60) == -number
+        until = time.monotonic() + 60
+        while _alive_in_group(spiller.pid):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+
+
+# Standard output that is not there any more
+
+#: argparse says nothing of an error that it meets while it writes the help itself.
+BUFFERED = {name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",),
+        ("config", "--cflags", "--libs"),
+        ("spill", "TREE"),
+        ("spill", "TREE", "--json"),
+    ],
+)
+def test_a_reader_of_the_output_that_has_gone_is_no_error(tree: Path, arguments: tuple[str, ...]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "nodedb_mem", *(str(tree) if word == "TREE" else word for word in arguments)]
+    try:
+        done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, env=BUFFERED)
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("config", "--cflags"), ("spill", "TREE", "--json")])
+def test_output_that_cannot_be_written_is_one_line(tree: Path, arguments: tuple[str, ...]) -> None:
+    command = [sys.executable, "-m", "nodedb_mem", *(str(tree) if word == "TREE" else word for word in arguments)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, env=BUFFERED)
+    assert done.returncode == 2
+    assert_one_line(done.stderr)
+    assert "No space left" in done.stderr
+
+
+def test_a_name_of_control_characters_reaches_no_terminal(tmp_path: Path, run: Run) -> None:
+    status, _, err = run("spill", tmp_path / "\x1b[31mred", "--budget", "1")
+    assert status == 2 and "\x1b" not in err
+    status, _, err = run("spill", "--\x1b[31mred")
+    assert status == 2 and "\x1b" not in err

@@ -466,3 +466,71 @@ def test_help_names_every_option() -> None:
         told = done.stdout.read()
     for word in ("PATH", "--json", "--watch", "--plot"):
         assert word in told
+
+
+# Names, pipes, and an owner that is opening
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", b":smile:", b"[red]x", b"a\x1b[31mb", "\U0001f600 $x^$".encode()])
+def test_odd_names_are_shown_as_they_are(run: Run, tmp_path: Path, name: bytes) -> None:
+    pytest.importorskip("matplotlib")
+    path, picture = os.fsdecode(os.fsencode(tmp_path) + b"/" + name), tmp_path / "out.png"
+    OverflowRegion(path, initial_capacity=4096).close()
+    status, out, err = run("inspect", path, "--plot", picture)
+    assert (status, err) == (0, f"nodedb-mem: the picture is in {str(picture)!r}\n")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    flat = "".join(out.split("┌")[0].split("\n")).replace(" ", "")  # a long title goes over lines
+    expected = {b"caf\xe9": r"caf\udce9", b"a\x1b[31mb": r"a\x1b[31mb"}.get(name, name.decode(errors="replace"))
+    assert expected.replace(" ", "") in flat
+    assert json.loads(run("inspect", path, "--json")[1])["path"] == path
+    assert str(tmp_path) in run("inspect", path + "none")[2]
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_each_frame_reaches_a_pipe_and_its_end_is_no_error(path: Path, options: tuple[str, ...]) -> None:
+    OverflowRegion(path, initial_capacity=4096).close()
+    watcher = start(path, "--watch", *options, stdout=subprocess.PIPE)
+    with watcher:
+        assert watcher.stdout is not None and watcher.stderr is not None
+        frames = 0
+        while frames < 2:
+            line = watcher.stdout.readline()
+            assert line
+            frames += "capacity" in line
+        watcher.stdout.close()
+        assert watcher.wait(60) == 128 + signal.SIGPIPE
+        assert watcher.stderr.read() == ""
+
+
+def test_a_region_that_is_being_opened_is_waited_for(
+    path: Path, start_python: Callable[..., subprocess.Popen[str]]
+) -> None:
+    owner = start_python(
+        """
+        import sys, time
+        from nodedb_mem import OverflowRegion
+        print("ready", flush=True)
+        for _ in range(4):  # a look waits longer than a burst lasts, and a rest lasts longer than a look takes
+            end = time.monotonic() + 0.2
+            while time.monotonic() < end:
+                OverflowRegion(sys.argv[1], initial_capacity=1 << 30).close()
+            time.sleep(0.8)
+        """,
+        path,
+    )
+    assert owner.stdout and owner.stdout.readline() == "ready\n"
+    while not path.exists():
+        time.sleep(0.001)
+    while owner.poll() is None:
+        inspect.look(str(path))
+
+
+def test_a_table_that_stays_half_made_is_an_error_in_the_end(
+    run: Run, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspect, "_PAUSE", 0.001)
+    OverflowRegion(path, initial_capacity=4096).close()
+    os.truncate(f"{path}.slots", 0)
+    assert_refused(run("inspect", path), "slot table")
+    os.unlink(f"{path}.slots")
+    assert_refused(run("inspect", path), "no slot table")

@@ -1,7 +1,5 @@
 /* Handles: good while their region is, and harmless ever after.
  *
- *   cc -std=c11 -O1 -g -pthread -fsanitize=address,undefined -Icsrc tests/core/test_handle.c $(find csrc/os csrc/store csrc/region -name "*.c") -o test_handle
- *
  * Prints a line a group; exits 1 at the first thing that is wrong. */
 #include "check.h"
 

@@ -3,6 +3,7 @@
  * thing that is wrong. */
 #define _GNU_SOURCE
 #include "check.h"
+#include "emulated.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -193,9 +194,8 @@ static void test_views(void)
     /* Past the reserved address space while a view lives: the mapping is doubled. */
     CHECK(ndm_region_set_max_capacity(region, 64 * MIB) == NDM_OK);
     int64_t big = store(region, 6 * MIB, 3);
-    if (big < 0) /* valgrind does not know how to double a mapping */
-        CHECK(ndm_last_error()->os_errno == EINVAL);
-    else
+    CHECK(big >= 0 || !can_double_mappings());
+    if (big >= 0)
         check_value(region, big, 6 * MIB, 3);
     CHECK(holds(again, 5000, 1));
     ndm_stats stats;
@@ -529,18 +529,17 @@ static void as_child(void *argument)
     struct inherited *inherited = argument;
     check_refused(inherited->region, NDM_ERR_WRONG_THREAD);
     CHECK(holds(inherited->view, 5000, 1));
-    ndm_view_release(inherited->view);
-    ndm_view_release(inherited->view);
     ndm_region_destroy(inherited->region);
+    CHECK(holds(inherited->view, 5000, 1));
     CHECK(!ndm_region_open(path, &small) && ndm_last_error()->status == NDM_ERR_BUSY);
     ndm_region *own = ndm_region_open_temporary(directory, &small);
     CHECK(own && store(own, 5000, 2) == 0);
     const char *view = view_of(own, 0);
-    ndm_view_release(inherited->view);
+    CHECK(holds(inherited->view, 5000, 1));
+    ndm_view_release(inherited->view); /* the child's copy */
     CHECK(holds(view, 5000, 2));
     ndm_view_release(view);
     finish(own);
-    CHECK(holds(inherited->view, 5000, 1));
 }
 
 static void test_fork(void)
@@ -550,7 +549,7 @@ static void test_fork(void)
     struct inherited inherited = {region, view_of(region, slot)};
     in_child(as_child, &inherited);
     CHECK(ndm_region_free(region, slot) == NDM_OK && store(region, 5000, 3) >= 0);
-    CHECK(holds(inherited.view, 5000, 1)); /* the child's releases counted for nothing */
+    CHECK(holds(inherited.view, 5000, 1)); /* the child's release was of its own copy */
     ndm_view_release(inherited.view);
     finish(region);
     group("a forked child reads, owns nothing and frees nothing");

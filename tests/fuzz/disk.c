@@ -28,6 +28,7 @@ static bool fails(int kind)
     if (!(disk.fail & kind) || disk.fail_after-- > 0)
         return false;
     disk.fail = 0;
+    disk.fired[__builtin_ctz((unsigned)kind)]++;
     errno = disk.fail_errno;
     return true;
 }

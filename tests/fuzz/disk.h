@@ -24,6 +24,7 @@ extern struct disk {
     int fail;                /* kinds of calls that fail ... */
     int fail_after;          /* ... once, after so many */
     int fail_errno;
+    uint64_t fired[7];       /* how often a call of each kind has failed, in the order above */
     bool in_memory, moves_blocks, no_allocate, no_punch;
 } disk;
 

@@ -6,6 +6,7 @@ own.
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from kit import Check, Mount, RunPython, blob, system
-from nodedb_mem import OverflowRegion
+from nodedb_mem import OverflowRegion, RegionIOError
 
 Open = Callable[..., OverflowRegion]
 
@@ -354,7 +355,6 @@ def test_a_full_disk_is_an_error_in_each_path(
     assert run_python(FULL_DISK, mount(kind, 16) / "region", size, limit) == "done\n"
 
 
-@pytest.mark.system
 def test_btrfs_is_never_stored_to_through_the_mapping(open_on: Open, mapped_kib: Callable[[Path | str], int]) -> None:
     # It copies on write: a store into a clean page needs a new block, whatever was allocated, or it is SIGBUS.
     region = open_on("btrfs", initial_capacity=4 * MIB)
@@ -366,3 +366,6 @@ def test_btrfs_is_never_stored_to_through_the_mapping(open_on: Open, mapped_kib:
         for _ in slots[::2]:
             region.write(bytes(size), 0)
     assert mapped_kib(region.path) == 0
+    with pytest.raises(RegionIOError) as caught:
+        region.allocate(5000, 0)  # its view would be stored to
+    assert caught.value.errno == errno.EOPNOTSUPP

@@ -1,0 +1,84 @@
+/* The control plane as cffi calls it. Each function takes the place for the details of a refusal: a signal handler, or a
+ * finalizer, may use the core itself before Python code can look at ndm_last_error(). cffi's declarations are read from the
+ * lines between the marks. */
+#ifndef NDM_PYTHON_CONTROL_H
+#define NDM_PYTHON_CONTROL_H
+
+#include "refusals.h"
+
+/* [control: the declarations] */
+typedef struct {
+    ndm_info info;
+    ndm_error refusal;
+} control_figures;
+
+static int64_t control_info(ndm_region *region, control_figures *out);
+static int64_t control_stats(ndm_region *region, ndm_stats *out, ndm_error *refusal);
+static int64_t control_trim(ndm_region *region, ndm_error *refusal);
+static int64_t control_compact(ndm_region *region, uint64_t budget, ndm_compaction *out, ndm_error *refusal);
+static int64_t control_flush(ndm_region *region, ndm_error *refusal);
+static int64_t control_close(ndm_region *region, ndm_error *refusal);
+static int64_t control_max_capacity(ndm_region *region, uint64_t max_capacity, ndm_error *refusal);
+static int64_t control_allow_leases(ndm_region *region, ndm_error *refusal);
+static int64_t control_handle(ndm_region *region, ndm_error *refusal);
+static int64_t control_release_ownership(ndm_region *region, ndm_error *refusal);
+static int64_t control_adopt(ndm_region *region, ndm_error *refusal);
+static int64_t control_reader_stats(ndm_reader *reader, ndm_reader_figures *out, ndm_error *refusal);
+static int64_t control_reader_leases(ndm_reader *reader, ndm_leased *places, uint64_t capacity, ndm_error *refusal);
+/* [/control] */
+
+static int64_t control_info(ndm_region *region, control_figures *out)
+{
+    return ndm_i_noted(ndm_region_info(region, &out->info), &out->refusal);
+}
+
+static int64_t control_stats(ndm_region *region, ndm_stats *out, ndm_error *refusal)
+{
+    return ndm_i_noted(ndm_region_stats(region, out), refusal);
+}
+
+static int64_t control_trim(ndm_region *region, ndm_error *refusal) { return ndm_i_noted(ndm_region_trim(region), refusal); }
+
+static int64_t control_compact(ndm_region *region, uint64_t budget, ndm_compaction *out, ndm_error *refusal)
+{
+    return ndm_i_noted(ndm_region_compact(region, budget, out), refusal);
+}
+
+static int64_t control_flush(ndm_region *region, ndm_error *refusal) { return ndm_i_noted(ndm_region_flush(region), refusal); }
+
+static int64_t control_close(ndm_region *region, ndm_error *refusal) { return ndm_i_noted(ndm_region_close(region), refusal); }
+
+static int64_t control_max_capacity(ndm_region *region, uint64_t max_capacity, ndm_error *refusal)
+{
+    return ndm_i_noted(ndm_region_set_max_capacity(region, max_capacity), refusal);
+}
+
+static int64_t control_allow_leases(ndm_region *region, ndm_error *refusal)
+{
+    return ndm_i_noted(ndm_region_allow_leases(region), refusal);
+}
+
+static int64_t control_handle(ndm_region *region, ndm_error *refusal)
+{
+    const uint64_t handle = ndm_region_handle(region); /* below 2^63 */
+    return ndm_i_noted(handle ? (int64_t)handle : -1, refusal);
+}
+
+static int64_t control_release_ownership(ndm_region *region, ndm_error *refusal)
+{
+    return ndm_i_noted(ndm_region_release_ownership(region), refusal);
+}
+
+static int64_t control_adopt(ndm_region *region, ndm_error *refusal) { return ndm_i_noted(ndm_region_adopt(region), refusal); }
+
+static int64_t control_reader_stats(ndm_reader *reader, ndm_reader_figures *out, ndm_error *refusal)
+{
+    return ndm_i_noted(ndm_reader_stats(reader, out), refusal);
+}
+
+static int64_t control_reader_leases(ndm_reader *reader, ndm_leased *places, uint64_t capacity, ndm_error *refusal)
+{
+    return ndm_i_noted(ndm_reader_leases(reader, places, capacity), refusal);
+}
+
+#endif
