@@ -11,7 +11,7 @@
 #define LONGEST_PAUSE ((uint64_t)2000000)
 #define ENOUGH ((uint64_t)20000000)
 
-static uint64_t now(void)
+uint64_t ndm_i_now(void)
 {
     struct timespec time = {0};
     clock_gettime(CLOCK_MONOTONIC, &time);
@@ -20,7 +20,7 @@ static uint64_t now(void)
 
 bool ndm_i_pause(ndm_i_patience *patience)
 {
-    const uint64_t moment = now();
+    const uint64_t moment = ndm_i_now();
     if (patience->pause == 0)
         patience->began = moment;
     else if (moment - patience->began >= ENOUGH)

@@ -8,9 +8,12 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+/* In nanoseconds, of a clock that only goes forward. */
+uint64_t ndm_i_now(void);
+
 /* All zeros before the first pause. */
 typedef struct {
-    uint64_t began; /* in nanoseconds, of a clock that only goes forward */
+    uint64_t began;
     uint64_t pause; /* the last one */
 } ndm_i_patience;
 

@@ -32,9 +32,10 @@ int64_t ndm_i_copy(const ndm_i_source *from, void *buffer, int64_t room, ndm_err
 
 PyObject *ndm_i_bytes_of(const ndm_i_source *from, PyObject *holder, PyObject *slot)
 {
-    char small[512];
+    char small[4096];
     ndm_error refusal;
-    int64_t size = ndm_i_copy(from, small, sizeof small, &refusal), room = sizeof small;
+    int64_t room = from->region ? 512 : (int64_t)sizeof small; /* a second look costs a reader more than a second copy */
+    int64_t size = ndm_i_copy(from, small, room, &refusal);
     PyObject *bytes = NULL, *result = NULL;
     while (size > room) { /* again where a larger value has come meanwhile */
         Py_XDECREF(bytes);

@@ -2,19 +2,37 @@
 #define _GNU_SOURCE
 #include "region/lookup.h"
 
+#include "os/bits.h"
 #include "os/owner.h"
+#include "os/patience.h"
 #include "os/status.h"
 
 #include <errno.h>
+#include <string.h>
 
 /* How often a record that changes under the eyes is read again at once. */
 enum { GLANCES = 100 };
+
+/* So long a file's size is taken to be what it was, in nanoseconds. Nobody cuts a file short and comes back sooner; and who
+ * reads in a loop pays for one system call in many look-ups. */
+#define FRESH ((uint64_t)2000)
+
+/* Copies of this size and more are made by system calls. */
+#define LOAD_FROM ((uint64_t)16 << 10)
 
 int ndm_i_reader_check(const ndm_reader *reader)
 {
     if (atomic_load(&ndm_i_reader_header(reader)->incarnation) == reader->incarnation)
         return NDM_OK;
     return ndm_i_fail(NDM_ERR_STALE, "the region has been opened anew: its values are gone");
+}
+
+/* Is the file that long? */
+static bool reaches(const ndm_i_file *file, ndm_i_length *length, uint64_t needed, uint64_t moment)
+{
+    if (moment >= length->until || length->bytes < needed)
+        *length = (ndm_i_length){.bytes = ndm_i_file_size(file), .until = moment + FRESH};
+    return length->bytes >= needed;
 }
 
 static int cut_short(void)
@@ -34,8 +52,10 @@ int ndm_i_reader_enter(ndm_reader *reader)
         return ndm_i_fail(NDM_ERR_CLOSED, "the reader is closed");
     }
     /* Who may write to the table may have cut it short: to touch what is missing would be SIGBUS. */
-    reader->slots_size = ndm_i_file_size(&reader->slots);
-    const int status = reader->slots_size < NDM_I_HEADER_ROOM ? cut_short() : ndm_i_reader_check(reader);
+    reader->moment = ndm_i_now();
+    const int status = reaches(&reader->slots, &reader->slots_length, NDM_I_HEADER_ROOM, reader->moment)
+                           ? ndm_i_reader_check(reader)
+                           : cut_short();
     if (status != NDM_OK)
         pthread_mutex_unlock(&reader->lock);
     return status;
@@ -100,9 +120,9 @@ static uint64_t end_of(int64_t slot) { return NDM_I_HEADER_ROOM + ((uint64_t)slo
 static int reach_record(ndm_reader *reader, int64_t slot)
 {
     const uint64_t needed = end_of(slot);
-    if (reader->slots_size < needed && (reader->slots_size = ndm_i_file_size(&reader->slots)) < needed)
+    if (!reaches(&reader->slots, &reader->slots_length, needed, reader->moment))
         return cut_short();
-    return (int)ndm_i_of_file(NDM_FILE_SLOTS, reach(&reader->slots, &reader->table, needed, reader->slots_size));
+    return (int)ndm_i_of_file(NDM_FILE_SLOTS, reach(&reader->slots, &reader->table, needed, reader->slots_length.bytes));
 }
 
 /* The value is being moved: by an owner that lives? Who died meanwhile, or had ended the move before, is found out by
@@ -147,7 +167,7 @@ bool ndm_i_reader_is_unchanged(const ndm_reader *reader, const ndm_value *value)
     atomic_thread_fence(memory_order_acquire);
     if (ndm_i_reader_check(reader) != NDM_OK) /* the bytes go before the records do */
         return false;
-    if (reader->slots_size < end_of(value->slot))
+    if (reader->slots_length.bytes < end_of(value->slot))
         return false;
     return read_record(record_of(reader, value->slot), &now) && now.state == NDM_I_LIVE &&
            now.generation == value->generation && now.place == value->place &&
@@ -157,7 +177,43 @@ bool ndm_i_reader_is_unchanged(const ndm_reader *reader, const ndm_value *value)
 int ndm_i_reader_reach(ndm_reader *reader, const ndm_value *value)
 {
     const uint64_t end = value->offset + value->size, ceiling = ndm_i_acquire(&ndm_i_reader_header(reader)->max_capacity);
-    if (end > ndm_i_file_size(&reader->data))
+    if (!reaches(&reader->data, &reader->data_length, end, reader->moment))
         return ndm_i_fail_io(EIO, "the file is shorter than its table says");
     return reach(&reader->data, &reader->values, end, ceiling > end ? ceiling : end);
+}
+
+/* By pread: a byte that the file has lost meanwhile, or that the disk cannot read, is an error, not SIGBUS. In pieces, because
+ * some file systems let nobody write to a file while one piece is read. */
+static int load(const ndm_reader *reader, const ndm_value *value, char *buffer)
+{
+    for (uint64_t done = 0; done < value->size;) {
+        const uint64_t piece = ndm_i_min(value->size - done, NDM_I_GRAIN);
+        const int64_t loaded = ndm_i_file_load_some(&reader->data, value->offset + done, buffer + done, piece);
+        if (loaded < 0)
+            return ndm_i_fail_io(errno, "cannot read the file");
+        if ((uint64_t)loaded < piece)
+            return ndm_i_fail_io(EIO, "the file is shorter than its table says");
+        done += piece;
+    }
+    return NDM_OK;
+}
+
+__attribute__((no_sanitize("thread"))) static void copy_racing(char *to, const char *from, uint64_t size)
+{
+#if defined(__SANITIZE_THREAD__)
+    for (uint64_t i = 0; i < size; i++)
+        to[i] = ((const volatile char *)from)[i];
+#else
+    memcpy(to, from, size);
+#endif
+}
+
+int ndm_i_reader_load(ndm_reader *reader, const ndm_value *value, char *buffer)
+{
+    if (value->size >= LOAD_FROM)
+        return load(reader, value, buffer);
+    const int status = value->size > 0 ? ndm_i_reader_reach(reader, value) : NDM_OK;
+    if (status == NDM_OK && value->size > 0)
+        copy_racing(buffer, (const char *)reader->values->base + value->offset, value->size);
+    return status;
 }

@@ -251,23 +251,6 @@ const char *ndm_reader_read(ndm_reader *reader, int64_t slot, int64_t generation
     return view;
 }
 
-/* Copy a value by pread: a byte that the file has lost, or that the disk cannot read, is an error, not SIGBUS. The owner may
- * be writing these bytes: what is copied counts only if the record is unchanged afterwards. In pieces, because some file
- * systems let nobody write to a file while one piece is read. */
-static int load(const ndm_reader *reader, const ndm_value *value, char *buffer)
-{
-    for (uint64_t done = 0; done < value->size;) {
-        const uint64_t piece = ndm_i_min(value->size - done, NDM_I_GRAIN);
-        const int64_t loaded = ndm_i_file_load_some(&reader->data, value->offset + done, buffer + done, piece);
-        if (loaded < 0)
-            return ndm_i_fail_io(errno, "cannot read the file");
-        if ((uint64_t)loaded < piece)
-            return ndm_i_fail_io(EIO, "the file is shorter than its table says");
-        done += piece;
-    }
-    return NDM_OK;
-}
-
 /* Of a value that is larger than the buffer: a torn table may tell any size, and the caller makes room for it. */
 static int check_size(const ndm_reader *reader, const ndm_value *value)
 {
@@ -283,7 +266,7 @@ static int64_t copy_once(ndm_reader *reader, int64_t slot, int64_t generation, v
     if (status != NDM_OK)
         return status;
     if ((status = ndm_i_reader_look_up(reader, slot, generation, &value)) == NDM_OK)
-        status = value.size <= capacity ? load(reader, &value, buffer) : check_size(reader, &value);
+        status = value.size <= capacity ? ndm_i_reader_load(reader, &value, buffer) : check_size(reader, &value);
     if (status == NDM_OK && !ndm_i_reader_is_unchanged(reader, &value) && (status = ndm_i_reader_check(reader)) == NDM_OK)
         status = ndm_i_fail(NDM_ERR_WAIT, "the value keeps changing");
     pthread_mutex_unlock(&reader->lock);

@@ -26,7 +26,7 @@ static bool fits(const ndm_region *region, uint64_t offset, uint64_t size)
 }
 
 /* Nothing has been overwritten yet, and a reader may have leased the value before the owner began. Later it cannot. */
-static bool may_be_leased(const ndm_region *region, uint32_t slot, const ndm_i_record *record)
+static bool may_be_leased(ndm_region *region, uint32_t slot, const ndm_i_record *record)
 {
     return ndm_i_word(&ndm_i_slots_header(&region->slots)->moved) == 0 &&
            ndm_i_leases_has(&region->leases, slot, ndm_i_record_generation(record));
@@ -111,13 +111,6 @@ int ndm_i_join_leases(ndm_region *region)
     return refused == ENOENT || refused == EINVAL ? NDM_OK : status;
 }
 
-/* Readers that live keep what they leased. */
-static void resume_leases(ndm_region *region)
-{
-    region->leases.incarnation = ndm_i_word(&ndm_i_slots_header(&region->slots)->incarnation);
-    ndm_i_leases_reap(&region->leases);
-}
-
 static int by_start(const void *a, const void *b)
 {
     const uint64_t x = ((const ndm_i_span *)a)->offset, y = ((const ndm_i_span *)b)->offset;
@@ -198,7 +191,6 @@ static int add_leased(ndm_region *region, found *values, uint64_t *count)
 int64_t ndm_i_leased_before(ndm_region *region, ndm_i_span *places)
 {
     atomic_thread_fence(memory_order_seq_cst); /* the incarnation has been taken back: see leases.h */
-    ndm_i_leases_reap(&region->leases);
     const int64_t count = ndm_i_leases_places(&region->leases, places);
     return count < 0 ? count : (int64_t)joined(places, in_units(region, places, (uint64_t)count));
 }
@@ -219,7 +211,7 @@ int ndm_i_keep_places(ndm_region *region, const ndm_i_span *places, uint64_t cou
 
 int ndm_i_recover(ndm_region *region)
 {
-    resume_leases(region);
+    region->leases.incarnation = ndm_i_word(&ndm_i_slots_header(&region->slots)->incarnation);
     int status = finish_move(region);
     if (status != NDM_OK)
         return status;

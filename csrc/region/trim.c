@@ -62,7 +62,7 @@ int64_t ndm_region_trim(ndm_region *region)
     if (status != NDM_OK)
         return status;
 
-    ndm_i_limbo_reap(&region->limbo);
+    ndm_i_settle(region);
     ndm_i_lower_mark(region);
     give_back(region);
     ndm_i_publish(region);

@@ -8,8 +8,8 @@
 
 #include <errno.h>
 #include <stddef.h>
+#include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
 static const char magic[8] = {'N', 'D', 'M', 'L', 'E', 'A', 'S', 'E'};
 enum { VERSION = 3 };
@@ -18,8 +18,7 @@ enum { VERSION = 3 };
 typedef struct {
     char magic[8];
     uint64_t version;
-    uint64_t released; /* another number after each release */
-    uint64_t unused;
+    uint64_t unused[2];
 } header;
 
 typedef struct {
@@ -53,20 +52,50 @@ static int store(const ndm_i_file *file, uint64_t entry, const lease *content)
     return ndm_i_file_write(file, (const uint8_t *)content, sizeof *content, place_in_file(entry));
 }
 
-/* Empty an entry that is claimed here. Where the disk refuses, it says nothing all the same. */
-static void vacate(const ndm_i_file *file, uint64_t entry)
+/* ---- walking through the claims ------------------------------------------------------------------------- */
+
+/* What is done with the entries of [first, first + count): all are claimed by living processes, or that has not been asked. */
+typedef void visitor(void *context, uint64_t first, const lease *entries, uint64_t count, bool claimed);
+
+typedef struct {
+    const ndm_i_file *file;
+    visitor *visit;
+    void *context;
+    int questions; /* that the kernel is asked yet; after that all entries are visited, asked or not */
+} walk;
+
+/* false, with errno: the system cannot read the entries. */
+static bool visit_entries(const walk *walking, uint64_t first, uint64_t end, bool claimed)
 {
-    static const uint64_t none = 0;
-    ndm_i_file_write(file, (const uint8_t *)&none, sizeof none, place_in_file(entry) + offsetof(lease, key));
+    lease entries[AT_ONCE];
+    for (uint64_t count; first < end; first += count) {
+        count = ndm_i_min(end - first, AT_ONCE);
+        if (!load(walking->file, first, count, entries))
+            return false;
+        walking->visit(walking->context, first, entries, count, claimed);
+    }
+    return true;
 }
 
-/* A number that no two releases have in common: the owner looks for a change. Readers cannot count together without a
- * mapping, and need not. */
-static uint64_t moment(void)
+/* Visit what living processes claim among [first, end). The kernel tells claims in a row, in any order; few rows are the
+ * rule. One question where nothing is claimed. */
+static bool visit_claims(walk *walking, uint64_t first, uint64_t end)
 {
-    struct timespec now = {0};
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+    uint64_t claimed = first, free = end;
+    if (first >= end)
+        return true;
+    if (--walking->questions < 0)
+        return visit_entries(walking, first, end, false);
+    if (!ndm_i_claims_find_held(walking->file, &claimed, &free))
+        return true;
+    return visit_entries(walking, claimed, free, true) && visit_claims(walking, first, claimed) &&
+           visit_claims(walking, free, end);
+}
+
+static bool visit_all(const ndm_i_file *file, visitor *visit, void *context)
+{
+    walk walking = {.file = file, .visit = visit, .context = context, .questions = 12};
+    return visit_claims(&walking, 0, NDM_I_LEASES);
 }
 
 /* ---- opening -------------------------------------------------------------------------------------------- */
@@ -109,7 +138,7 @@ static int open_to_start(ndm_i_file *file, const char *path, int *found)
 static int complete(ndm_i_leases *leases)
 {
     ndm_i_file *file = &leases->file;
-    header whole = {.version = VERSION, .released = moment()};
+    header whole = {.version = VERSION};
     memcpy(whole.magic, magic, sizeof magic);
     const uint64_t length = ndm_i_min(ndm_i_file_size(file), FILE_SIZE);
     int refused = ndm_i_file_write(file, NULL, FILE_SIZE - length, length);
@@ -119,7 +148,6 @@ static int complete(ndm_i_leases *leases)
         refused = ndm_i_file_write(file, (const uint8_t *)&whole, sizeof whole, 0);
     if (refused)
         return ndm_i_fail_io(refused, "cannot get room for the leases");
-    leases->seen = whole.released;
     return NDM_OK;
 }
 
@@ -176,11 +204,7 @@ int ndm_i_leases_mend(ndm_i_leases *leases)
 {
     leases->file.capacity = ndm_i_file_size(&leases->file);
     const bool sound = leases->file.capacity >= FILE_SIZE && recognise(&leases->file) == OURS;
-    if (sound)
-        return NDM_OK;
-    const int status = complete(leases);
-    leases->seen = 0; /* a release may have been reported to what is gone */
-    return in_leases(status);
+    return sound ? NDM_OK : in_leases(complete(leases));
 }
 
 void ndm_i_leases_close(ndm_i_leases *leases)
@@ -190,6 +214,9 @@ void ndm_i_leases_close(ndm_i_leases *leases)
     const bool ours = ndm_i_is_process(leases->file.process); /* a child has claimed nothing */
     for (uint64_t entry = 0; ours && entry < NDM_I_LEASES; entry++)
         ndm_i_leases_release(leases, entry);
+    free(leases->note);
+    leases->note = NULL;
+    leases->noted = NDM_I_NOTHING;
     ndm_i_file_close(&leases->file, NULL);
 }
 
@@ -208,32 +235,18 @@ static int64_t fill(ndm_i_leases *leases, uint64_t entry, const lease *wanted)
     return (int64_t)entry;
 }
 
-/* Claim one of AT_ONCE entries; of those that are empty, or of all. Its number, -1 if there is none, or a status. */
-static int64_t claim_one(ndm_i_leases *leases, uint64_t first, bool any, const lease *wanted)
-{
-    lease entries[AT_ONCE];
-    if (!load(&leases->file, first, AT_ONCE, entries))
-        return ndm_i_fail_io(errno, "cannot read the leases");
-    for (uint64_t i = 0; i < AT_ONCE; i++)
-        if ((entries[i].key == 0 || any) && ndm_i_claims_take(&leases->claims, first + i))
-            return fill(leases, first + i, wanted);
-    return -1;
-}
-
-_Static_assert(NDM_ERR_IO != -1, "told from no entry");
-
 int64_t ndm_i_leases_claim(ndm_i_leases *leases, uint32_t slot, uint32_t generation, ndm_i_span place)
 {
     const lease wanted = {packed(slot, generation), leases->incarnation, place.offset, place.size};
-    /* The entry that this reader used last is free more often than not. */
-    int64_t entry =
-        ndm_i_claims_take(&leases->claims, leases->latest) ? fill(leases, leases->latest, &wanted) : -1;
-    for (int round = 0; round < 2 && entry == -1; round++) /* first those that are empty, then those that say nothing */
-        for (uint64_t first = 0; first < NDM_I_LEASES && entry == -1; first += AT_ONCE)
-            entry = claim_one(leases, first, round > 0, &wanted);
-    if (entry == -1)
-        entry = ndm_i_fail_io(EAGAIN, "all leases are taken");
-    return entry < 0 ? in_leases(entry) : entry;
+    /* The entry that this reader used last is free more often than not. If it is not, the search goes on behind it. */
+    for (uint64_t tries = 0; tries < NDM_I_LEASES; tries++) {
+        const uint64_t entry = (leases->latest + tries) % NDM_I_LEASES;
+        if (ndm_i_claims_take(&leases->claims, entry)) {
+            const int64_t status = fill(leases, entry, &wanted);
+            return status < 0 ? in_leases(status) : status;
+        }
+    }
+    return in_leases(ndm_i_fail_io(EAGAIN, "all leases are taken"));
 }
 
 /* The claim is the lease: what the entry says is nothing from now on. */
@@ -242,135 +255,129 @@ void ndm_i_leases_release(ndm_i_leases *leases, uint64_t entry)
     if (!ndm_i_claims_is_mine(&leases->claims, entry))
         return;
     ndm_i_claims_drop(&leases->claims, entry);
-    const uint64_t now = moment(); /* after that: an owner that sees it finds the entry claimed by nobody */
-    ndm_i_file_write(&leases->file, (const uint8_t *)&now, sizeof now, offsetof(header, released));
 }
 
 /* ---- the owner ------------------------------------------------------------------------------------------ */
 
-bool ndm_i_leases_any_held(const ndm_i_leases *leases)
+bool ndm_i_leases_any(const ndm_i_leases *leases)
 {
     uint64_t first = 0, end = NDM_I_LEASES;
-    return ndm_i_claims_find_held(&leases->file, &first, &end);
+    return ndm_i_leases_are_open(leases) && ndm_i_claims_find_held(&leases->file, &first, &end);
 }
 
-/* What is looked for among the entries. */
-typedef struct {
-    const ndm_i_file *file;
-    bool (*is_wanted)(const lease *, const void *);
-    const void *wanted;
-    int questions; /* that the kernel is asked yet, before all entries are read */
-} search;
+/* What was leased when the owner last looked round. The filter spares most questions the way through the entries: it has a
+ * bit for each key that is there. */
+enum { FILTER_BITS = 4096 };
 
-/* Among the entries of [first, end), which are `claimed`, or may be? Yes, too, where the system cannot read them. */
-static bool is_among(const search *looking, uint64_t first, uint64_t end, bool claimed)
+struct ndm_i_lease_note {
+    uint64_t count;
+    uint64_t filter[FILTER_BITS / 64];
+    lease entries[NDM_I_LEASES];
+    uint16_t number[NDM_I_LEASES];
+    bool claimed[NDM_I_LEASES]; /* false: has not been asked */
+};
+
+static uint64_t bit_of(uint64_t key) { return (key ^ key >> 32) % FILTER_BITS; }
+
+static void note_entries(void *context, uint64_t first, const lease *entries, uint64_t count, bool claimed)
 {
-    lease entries[AT_ONCE];
-    for (uint64_t count; first < end; first += count) {
-        count = ndm_i_min(end - first, AT_ONCE);
-        if (!load(looking->file, first, count, entries))
-            return true;
-        for (uint64_t i = 0; i < count; i++)
-            if (looking->is_wanted(&entries[i], looking->wanted) &&
-                (claimed || ndm_i_claims_is_held(looking->file, first + i)))
-                return true;
+    struct ndm_i_lease_note *note = context;
+    for (uint64_t i = 0; i < count; i++) {
+        if (entries[i].key == 0)
+            continue;
+        const uint64_t bit = bit_of(entries[i].key);
+        note->filter[bit / 64] |= (uint64_t)1 << bit % 64;
+        note->entries[note->count] = entries[i];
+        note->number[note->count] = (uint16_t)(first + i);
+        note->claimed[note->count++] = claimed;
     }
+}
+
+void ndm_i_leases_look_round(ndm_i_leases *leases)
+{
+    leases->noted = NDM_I_NOTHING;
+    if (!leases->note && !ndm_i_leases_any(leases))
+        return;
+    leases->noted = NDM_I_ANYTHING;
+    if (!leases->note && !(leases->note = malloc(sizeof *leases->note)))
+        return;
+    leases->note->count = 0;
+    memset(leases->note->filter, 0, sizeof leases->note->filter);
+    if (visit_all(&leases->file, note_entries, leases->note))
+        leases->noted = leases->note->count > 0 ? NDM_I_SOMETHING : NDM_I_NOTHING;
+}
+
+/* Is the noted entry a lease? */
+static bool is_lease(ndm_i_leases *leases, uint64_t i)
+{
+    struct ndm_i_lease_note *note = leases->note;
+    return note->claimed[i] || ndm_i_claims_is_held(&leases->file, note->number[i]);
+}
+
+bool ndm_i_leases_find_noted(ndm_i_leases *leases, uint32_t slot, uint32_t generation)
+{
+    const struct ndm_i_lease_note *note = leases->note;
+    const uint64_t key = packed(slot, generation);
+    if (leases->noted == NDM_I_ANYTHING)
+        return true;
+    if ((note->filter[bit_of(key) / 64] >> bit_of(key) % 64 & 1) == 0)
+        return false;
+    for (uint64_t i = 0; i < note->count; i++)
+        if (note->entries[i].key == key && note->entries[i].incarnation == leases->incarnation && is_lease(leases, i))
+            return true;
     return false;
 }
 
-/* Is there such an entry that a living process claims? The kernel tells claims in a row, in any order. Few are the rule. */
-static bool find(search *looking, uint64_t first, uint64_t end)
+static bool touches(const lease *entry, ndm_i_span bytes)
 {
-    uint64_t claimed = first, free = end;
-    if (first >= end)
+    if (entry->size == 0)
         return false;
-    if (looking->questions-- <= 0)
-        return is_among(looking, first, end, false);
-    if (!ndm_i_claims_find_held(looking->file, &claimed, &free))
-        return false;
-    return is_among(looking, claimed, free, true) || find(looking, first, claimed) || find(looking, free, end);
+    return entry->offset > bytes.offset ? entry->offset - bytes.offset < bytes.size
+                                        : bytes.offset - entry->offset < entry->size;
 }
 
-static bool has(const ndm_i_leases *leases, bool (*is_wanted)(const lease *, const void *), const void *wanted)
+bool ndm_i_leases_touched(ndm_i_leases *leases, ndm_i_span bytes)
 {
-    search looking = {.file = &leases->file, .is_wanted = is_wanted, .wanted = wanted, .questions = 12};
-    return ndm_i_leases_are_open(leases) && find(&looking, 0, NDM_I_LEASES);
+    if (leases->noted != NDM_I_SOMETHING)
+        return leases->noted == NDM_I_ANYTHING;
+    for (uint64_t i = 0; i < leases->note->count; i++)
+        if (touches(&leases->note->entries[i], bytes) && is_lease(leases, i))
+            return true;
+    return false;
 }
 
-static bool is_of_value(const lease *entry, const void *wanted)
+/* The places in the entries that living processes claim. */
+typedef struct {
+    const ndm_i_file *file;
+    ndm_i_span *places; /* or NULL */
+    int64_t count;
+} places_found;
+
+static void add_places(void *context, uint64_t first, const lease *entries, uint64_t count, bool claimed)
 {
-    const lease *value = wanted;
-    return entry->key == value->key && entry->incarnation == value->incarnation;
+    places_found *found = context;
+    for (uint64_t i = 0; i < count; i++) {
+        if (entries[i].key == 0 || !(claimed || ndm_i_claims_is_held(found->file, first + i)))
+            continue;
+        if (found->places)
+            found->places[found->count] = (ndm_i_span){entries[i].offset, entries[i].size};
+        found->count++;
+    }
 }
 
-bool ndm_i_leases_has(const ndm_i_leases *leases, uint32_t slot, uint32_t generation)
-{
-    const lease value = {.key = packed(slot, generation), .incarnation = leases->incarnation};
-    return has(leases, is_of_value, &value);
-}
-
-static bool is_touching(const lease *entry, const void *wanted)
-{
-    const ndm_i_span *bytes = wanted;
-    if (entry->key == 0 || entry->size == 0)
-        return false;
-    return entry->offset > bytes->offset ? entry->offset - bytes->offset < bytes->size
-                                         : bytes->offset - entry->offset < entry->size;
-}
-
-bool ndm_i_leases_touch(const ndm_i_leases *leases, ndm_i_span bytes) { return has(leases, is_touching, &bytes); }
-
-/* The places in the entries that living processes claim. How many, or a status. */
+/* How many, or a status. */
 static int64_t places_in(const ndm_i_file *file, ndm_i_span *places)
 {
-    lease entries[AT_ONCE];
-    int64_t count = 0;
-    for (uint64_t first = 0; first < NDM_I_LEASES; first += AT_ONCE) {
-        if (!load(file, first, AT_ONCE, entries))
-            return ndm_i_fail_io(errno, "cannot read the leases");
-        for (uint64_t i = 0; i < AT_ONCE; i++) {
-            if (entries[i].key == 0 || !ndm_i_claims_is_held(file, first + i))
-                continue;
-            if (places)
-                places[count] = (ndm_i_span){entries[i].offset, entries[i].size};
-            count++;
-        }
-    }
-    return count;
+    places_found found = {.file = file, .places = places};
+    if (!visit_all(file, add_places, &found))
+        return ndm_i_fail_io(errno, "cannot read the leases");
+    return found.count;
 }
 
 int64_t ndm_i_leases_places(const ndm_i_leases *leases, ndm_i_span *places)
 {
-    if (!ndm_i_leases_any(leases))
-        return 0;
-    const int64_t count = places_in(&leases->file, places);
+    const int64_t count = ndm_i_leases_are_open(leases) ? places_in(&leases->file, places) : 0;
     return count < 0 ? in_leases(count) : count;
-}
-
-void ndm_i_leases_reap(ndm_i_leases *leases)
-{
-    lease entries[AT_ONCE];
-    for (uint64_t first = 0; ndm_i_leases_are_open(leases) && first < NDM_I_LEASES; first += AT_ONCE) {
-        if (!load(&leases->file, first, AT_ONCE, entries))
-            return;
-        for (uint64_t i = 0; i < AT_ONCE; i++) {
-            if (entries[i].key == 0 || !ndm_i_claims_take(&leases->claims, first + i))
-                continue;
-            vacate(&leases->file, first + i);
-            ndm_i_claims_drop(&leases->claims, first + i);
-        }
-    }
-}
-
-bool ndm_i_leases_news(ndm_i_leases *leases)
-{
-    uint64_t released = 0;
-    if (!ndm_i_leases_are_open(leases) ||
-        ndm_i_file_load_some(&leases->file, offsetof(header, released), &released, sizeof released) < 0)
-        return false;
-    const bool news = released != leases->seen;
-    leases->seen = released;
-    return news;
 }
 
 /* ---- anybody -------------------------------------------------------------------------------------------- */

@@ -7,8 +7,10 @@
  *
  * Nobody maps the file. Whoever may lease may also shorten it, or punch holes, and a load or store through a mapping would
  * be SIGBUS then, in the owner or in another reader. By pread an entry that is not there is an empty one: its lease is lost,
- * as if its reader had released it, and nothing else is. By pwrite the file grows again. The owner asks the kernel whether
- * anybody claims an entry, and reads entries only then.
+ * as if its reader had released it, and nothing else is. By pwrite the file grows again.
+ *
+ * The owner asks the kernel whether anybody claims an entry, and reads entries only then. Each question is a system call, so
+ * the owner looks round once for many values (limbo.h), and once before it compacts.
  *
  * Memory order: the reader claims the entry and writes it, then a seq_cst fence, then checks that the value is still live,
  * and where it was, and that the incarnation stands. The owner withdraws the value, or the incarnation, then a seq_cst
@@ -37,10 +39,14 @@ typedef struct {
     uint64_t offset, size;
 } ndm_i_span;
 
+/* What the owner found leased: nothing, what its note says, or that it could not be told. */
+enum { NDM_I_NOTHING, NDM_I_SOMETHING, NDM_I_ANYTHING };
+
 typedef struct {
     ndm_i_file file;      /* closed (-1): there is none yet */
     uint64_t incarnation; /* of the region: leases of another are no slot's */
-    uint64_t seen;        /* the owner's: the last release that it knows of */
+    struct ndm_i_lease_note *note; /* the owner's, with what it found when it last looked round */
+    int noted;            /* NDM_I_NOTHING, ... */
     ndm_i_claims claims;  /* a reader's: the entries it holds */
     uint64_t latest;      /* a reader's: the entry that it claimed last */
 } ndm_i_leases;
@@ -64,28 +70,33 @@ int64_t ndm_i_leases_claim(ndm_i_leases *leases, uint32_t slot, uint32_t generat
 void ndm_i_leases_release(ndm_i_leases *leases, uint64_t entry);
 
 /* Owner: is anything leased? After withdrawing a value, where that matters. A system call if there is a file. */
-bool ndm_i_leases_any_held(const ndm_i_leases *leases);
+bool ndm_i_leases_any(const ndm_i_leases *leases);
 
-static inline bool ndm_i_leases_any(const ndm_i_leases *leases)
+/* Owner: look at all leases at once, and note them. One system call where nothing is leased. Answers about values that were
+ * withdrawn before are final; about others they are a hint, because a reader may lease a value at any moment. What the disk
+ * fails to tell is taken for leased. */
+void ndm_i_leases_look_round(ndm_i_leases *leases);
+
+/* Owner: was the value leased when the owner last looked round, and is it still? */
+bool ndm_i_leases_find_noted(ndm_i_leases *leases, uint32_t slot, uint32_t generation);
+
+static inline bool ndm_i_leases_noted(ndm_i_leases *leases, uint32_t slot, uint32_t generation)
 {
-    return ndm_i_leases_are_open(leases) && ndm_i_leases_any_held(leases);
+    return leases->noted != NDM_I_NOTHING && ndm_i_leases_find_noted(leases, slot, generation);
 }
 
-/* Owner: is the value leased? After withdrawing it, where that matters. What the disk fails to tell is taken for leased,
- * here and in the next. */
-bool ndm_i_leases_has(const ndm_i_leases *leases, uint32_t slot, uint32_t generation);
+/* Owner: did a lease, of any incarnation, touch these bytes then, and does it still? */
+bool ndm_i_leases_touched(ndm_i_leases *leases, ndm_i_span bytes);
 
-/* Owner: does a lease of any incarnation touch these bytes? */
-bool ndm_i_leases_touch(const ndm_i_leases *leases, ndm_i_span bytes);
+/* Owner: is the value leased now? It looks round for that. */
+static inline bool ndm_i_leases_has(ndm_i_leases *leases, uint32_t slot, uint32_t generation)
+{
+    ndm_i_leases_look_round(leases);
+    return ndm_i_leases_noted(leases, slot, generation);
+}
 
 /* Owner: the places of all leases, as their readers tell them; room for NDM_I_LEASES. How many, or a status. */
 int64_t ndm_i_leases_places(const ndm_i_leases *leases, ndm_i_span *places);
-
-/* Empty the entries that nobody claims, so that they are found sooner. Linear. */
-void ndm_i_leases_reap(ndm_i_leases *leases);
-
-/* Owner: has a lease been released since the last call? */
-bool ndm_i_leases_news(ndm_i_leases *leases);
 
 /* Anybody: how many leases living processes hold, read from the file anew; 0 if there is none. `places` is NULL or has
  * room for NDM_I_LEASES. Needs to read the file, no more. */
