@@ -55,7 +55,7 @@
 #define NDM_VERSION_NUMBER 100 /* major * 10000 + minor * 100 + patch */
 #define NDM_ABI_VERSION 1
 
-#define NDM_BYTES_UNKNOWN UINT64_MAX /* ndm_reader_figures.resident_bytes */
+#define NDM_BYTES_UNKNOWN UINT64_MAX /* ndm_reader_figures.resident_bytes, ndm_error.disk_free */
 
 /* To be called once, early: NDM_OK if the library that runs is one that this header describes. */
 #define NDM_CHECK_ABI() ndm_check_abi(NDM_ABI_VERSION, NDM_VERSION_NUMBER)
@@ -99,6 +99,10 @@ typedef struct {
     const char *message; /* what was wrong or what was tried, a static string */
     int32_t file;        /* NDM_ERR_IO and NDM_ERR_BUSY: which of the region's files, an ndm_file */
     int32_t slot_known;  /* 1: batch verbs, ndm_h_* and readers; 0: the call named just one, and `slot` is 0 */
+    int32_t space_known; /* 1: a verb found no room, and the fields below are the region's, as ndm_stats has them; else 0 */
+    int32_t views;       /* live views, of any number up to INT32_MAX, of the bytes in pinned_bytes; leases keep the others */
+    uint64_t free_bytes, largest_free_bytes, pinned_bytes;
+    uint64_t disk_free;  /* bytes that the file system has left for this user; NDM_BYTES_UNKNOWN */
 } ndm_error;
 
 /* Details of the last failure on this thread. The pointer stays good for the life of the thread, its contents
@@ -145,11 +149,16 @@ int ndm_region_close(ndm_region *region);
 /* 1 if the region is closed or `region` is NULL, else 0. Any thread. */
 int ndm_region_is_closed(const ndm_region *region);
 
-/* 1 if the file is on tmpfs, which has no other place for it than RAM, else 0. Any thread. */
+/* 1 if the file is on tmpfs or ramfs, which have no other place for it than RAM, else 0. Any thread. */
 int ndm_region_in_memory(const ndm_region *region);
 
-/* 1 if the file or folder at `path`, or a file that would be made there, is on tmpfs. 0 if not, and where the system does
- * not say. */
+enum ndm_medium { NDM_MEDIUM_DISK = 0, NDM_MEDIUM_TMPFS = 1, NDM_MEDIUM_RAMFS = 2, NDM_MEDIUM_OVERLAY = 3 };
+
+/* What the file or folder at `path`, or a file that would be made there, lies on: an ndm_medium. NDM_MEDIUM_OVERLAY is an
+ * overlay that writes to tmpfs or ramfs. NDM_MEDIUM_DISK also where the system does not say. Any thread. */
+int ndm_path_medium(const char *path);
+
+/* 1 if that is RAM, else 0. */
 int ndm_path_in_memory(const char *path);
 
 /* Hand the region over to another thread of this process. The owner releases it; from then on every verb returns
@@ -158,6 +167,13 @@ int ndm_path_in_memory(const char *path);
  * second. */
 int ndm_region_release_ownership(ndm_region *region);
 int ndm_region_adopt(ndm_region *region);
+
+/* 1 if the region's mapping is locked in RAM (mlock, mlockall): then nothing can be dropped from it, by the cache limit or by
+ * ndm_region_evict(). 0 if not. */
+int ndm_region_is_locked(ndm_region *region);
+
+/* 1 if whatever this process maps from now on is locked in RAM (mlockall with MCL_FUTURE), else 0. Any thread. */
+int ndm_mappings_are_locked(void);
 
 /* Give up the handle, closing the region if it is open. Any thread may do it, provided no other call on the region is
  * running or follows. In a forked child it frees the child's copy. NULL is ignored. */

@@ -8,7 +8,7 @@ from operator import index
 from typing import TYPE_CHECKING, NoReturn, Self
 
 from nodedb_mem._core import ffi, lib
-from nodedb_mem._opening import open_region
+from nodedb_mem._opening import UNLIMITED, open_region, warn_of_locking
 from nodedb_mem.engine import KNOWN_ENGINES
 from nodedb_mem.errors import WrongThreadError, control, error_of
 from nodedb_mem.stats import Compaction, EngineUsage, RegionStats
@@ -57,6 +57,7 @@ class RegionControl:
         "_parts",
         "_path",
         "_place",
+        "_warned",
         "_where",
     )
 
@@ -78,6 +79,8 @@ class RegionControl:
             self._path, self._place, self._where = path, place, where
             self._engines: dict[int, int] = KNOWN_ENGINES
             self._parts: dict[int, tuple[int, SlotParts]] = {}
+            limited = ffi.from_buffer("ndm_options *", options).cache_limit != UNLIMITED
+            self._warned = bool(limited and lib.ndm_mappings_are_locked())  # of locking: by open_region()
             self._alignment: int = out.info.alignment
             self._out, self._handle, self._holder = out, handle, holder
         except BaseException:
@@ -272,6 +275,12 @@ class RegionControl:
         if _info(self._handle, out) < 0:
             raise error_of(ffi.buffer(ffi.addressof(out.refusal))[:], self._where)
         return out.info
+
+    def _warn_if_locked(self) -> None:
+        """Warn, once, that nothing can be dropped from RAM."""
+        if not self._warned and lib.ndm_region_is_locked(self._handle) > 0:
+            self._warned = True
+            warn_of_locking(self._where)
 
     def _allow_leases(self) -> None:
         control(lib.control_allow_leases, self._where, self._handle)

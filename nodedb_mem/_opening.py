@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from nodedb_mem._memory import Holder
     from nodedb_mem.errors import Where
 
-_UNLIMITED = (1 << 64) - 1
+UNLIMITED = (1 << 64) - 1
+_IN_RAM = {
+    lib.NDM_MEDIUM_TMPFS: "tmpfs",
+    lib.NDM_MEDIUM_RAMFS: "ramfs",
+    lib.NDM_MEDIUM_OVERLAY: "an overlay that writes to tmpfs or ramfs",
+}
 _PACKAGE = __name__.partition(".")[0]
 
 
@@ -32,10 +37,10 @@ def region_options(
     sizes = [index(initial_capacity), index(max_capacity), index(alignment)]
     if not all(0 <= size < 1 << 63 for size in sizes):
         raise ValueError("capacities and alignment must be positive and below 2**63")
-    limit = _UNLIMITED if cache_limit is None else index(cache_limit)
+    limit = UNLIMITED if cache_limit is None else index(cache_limit)
     if limit < 0:
         raise ValueError("cache_limit must not be negative")
-    return memoryview(ffi.buffer(ffi.new("ndm_options *", [*sizes, min(limit, _UNLIMITED), bool(recover)])))
+    return memoryview(ffi.buffer(ffi.new("ndm_options *", [*sizes, min(limit, UNLIMITED), bool(recover)])))
 
 
 def open_region(place: str, options: memoryview, where: Where, *, temporary: bool) -> Holder:
@@ -44,15 +49,26 @@ def open_region(place: str, options: memoryview, where: Where, *, temporary: boo
     Warns
     -----
     ResourceWarning
-        The file is on tmpfs.
+        The file is on tmpfs or ramfs, or on an overlay that writes to one of these. Or there is a cache limit, and what
+        this process maps is locked in RAM.
     """
     name = os.fsencode(place)
     if b"\0" in name:
         raise ValueError("embedded null byte in the path")
-    if lib.ndm_path_in_memory(name):
-        message = f"{where[1]} is on tmpfs: what is spilled there stays in RAM"
+    if medium := _IN_RAM.get(lib.ndm_path_medium(name)):
+        message = f"{where[1]} is on {medium}: what is spilled there stays in RAM"
         warnings.warn(message, ResourceWarning, stacklevel=_outside_stacklevel())
+    if ffi.from_buffer("ndm_options *", options).cache_limit != UNLIMITED and lib.ndm_mappings_are_locked():
+        warn_of_locking(where)
     return _memory.open_region(name, temporary, options, where)
+
+
+def warn_of_locking(where: Where) -> None:
+    """Warn that nothing of a region can leave RAM."""
+    message = (
+        f"{where[1]} is mapped where mlockall() keeps all in RAM: neither evict nor cache_limit can drop any of it"
+    )
+    warnings.warn(message, ResourceWarning, stacklevel=_outside_stacklevel())
 
 
 def _outside_stacklevel() -> int:

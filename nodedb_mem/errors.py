@@ -15,6 +15,9 @@ from nodedb_mem._core import ffi, lib
 Where = tuple[str, ...]
 
 
+_UNKNOWN = (1 << 64) - 1
+
+
 class MemError(Exception):
     """Base of every error that this package defines."""
 
@@ -59,7 +62,37 @@ class RepeatedSlotError(RegionError, ValueError):
         return f"slot {self.slot} is listed twice"
 
 
-class CapacityExceededError(RegionError):
+class _NoRoom:
+    """What a region had, when a verb found no room in it. Each figure is None where the core did not say."""
+
+    free_bytes: int | None = None
+    largest_free_bytes: int | None = None
+    pinned_bytes: int | None = None
+    views: int | None = None
+    disk_free: int | None = None
+
+    def _note_space(self, error: Any) -> None:
+        if error.space_known:
+            self.free_bytes = error.free_bytes
+            self.largest_free_bytes = error.largest_free_bytes
+            self.pinned_bytes = error.pinned_bytes
+            self.views = error.views
+            self.disk_free = None if error.disk_free == _UNKNOWN else error.disk_free
+
+    def _space(self) -> str:
+        """Say it in words, to follow the message."""
+        if self.free_bytes is None:
+            return ""
+        parts = [f"{self.free_bytes} bytes are free in the region, {self.largest_free_bytes} of them together"]
+        if self.pinned_bytes:
+            by = f"{self.views} live views" if self.views != 1 else "1 live view"
+            parts.append(f"{self.pinned_bytes} freed bytes are pinned by {by if self.views else 'leases'}")
+        if self.disk_free is not None:
+            parts.append(f"the disk has {self.disk_free} bytes left")
+        return f" ({'; '.join(parts)})"
+
+
+class CapacityExceededError(_NoRoom, RegionError):
     """The region would have to grow past its ceiling.
 
     Attributes
@@ -68,6 +101,12 @@ class CapacityExceededError(RegionError):
         Capacity that the request needs, in bytes.
     max_capacity : int
         The ceiling in force, in bytes.
+    free_bytes, largest_free_bytes : int or None
+        Bytes that are free below `used_bytes`, and how many of them lie together. `compact` gathers them.
+    pinned_bytes, views : int or None
+        Bytes of freed values that are kept, and the live views that keep them; leases keep the others.
+    disk_free : int or None
+        Bytes that the file system has left for this user.
     """
 
     def __init__(self, required: int, max_capacity: int) -> None:
@@ -76,7 +115,7 @@ class CapacityExceededError(RegionError):
         self.max_capacity = max_capacity
 
     def __str__(self) -> str:
-        return f"{self.required} bytes are required, max_capacity is {self.max_capacity}"
+        return f"{self.required} bytes are required, max_capacity is {self.max_capacity}{self._space()}"
 
 
 class WrongThreadError(RegionError):
@@ -130,8 +169,15 @@ class StaleSlotError(RegionError):
     """A reference names a value that is no longer there."""
 
 
-class RegionIOError(RegionError, OSError):
-    """The system refused: a full disk, a size limit, a permission. `errno` and `filename` as in `OSError`."""
+class RegionIOError(_NoRoom, RegionError, OSError):
+    """The system refused: a full disk, a size limit, a permission. `errno` and `filename` as in `OSError`.
+
+    Where a write finds no block on the disk (ENOSPC, EDQUOT), `free_bytes`, `largest_free_bytes`, `pinned_bytes`,
+    `views` and `disk_free` are as in `CapacityExceededError`. They are None otherwise.
+    """
+
+    def __str__(self) -> str:
+        return OSError.__str__(self) + self._space()
 
 
 class BudgetExhaustedError(MemError):
@@ -282,7 +328,9 @@ def error_of(details: bytes, where: Where = (), slot: int | None = None) -> Exce
         case lib.NDM_ERR_UNCOMMITTED:
             return InvalidSlotError(slot, "is not committed yet")
         case lib.NDM_ERR_CAPACITY:
-            return CapacityExceededError(error.required, error.limit)
+            full = CapacityExceededError(error.required, error.limit)
+            full._note_space(error)
+            return full
         case lib.NDM_ERR_WRONG_THREAD:
             return WrongThreadError(f"{path}: {message}" if kind == "reader" else message)
         case lib.NDM_ERR_CLOSED:
@@ -296,7 +344,9 @@ def error_of(details: bytes, where: Where = (), slot: int | None = None) -> Exce
             return RegionBusyError(file or "", writers, readers, children)
         case lib.NDM_ERR_IO:
             code = error.os_errno
-            return RegionIOError(code, f"{message}: {os.strerror(code)}", file)
+            refused = RegionIOError(code, f"{message}: {os.strerror(code)}", file)
+            refused._note_space(error)
+            return refused
         case lib.NDM_ERR_STALE:
             before = f"{path}: " if path else ""
             return StaleSlotError(f"{before}{message}" + ("" if slot is None else f" (slot {slot})"))

@@ -50,9 +50,9 @@ class OverflowRegion(RegionControl):
     path
         The file to create or open (mode 0600; symlinks are refused). Beside it, `path` + ".slots" holds the slot
         table. A file left by an earlier region keeps its size as capacity and starts empty. Only bytes that a living
-        reader leases stay pinned. None opens an unnamed file, as `temporary` does.
+        reader leases stay pinned. None opens an unnamed file in `directory`, as `temporary` does.
     directory
-        Where an unnamed file takes its blocks. The default is the directory for temporary files.
+        Where an unnamed file takes its blocks.
     initial_capacity
         Size of a new file, in bytes.
     max_capacity
@@ -75,7 +75,8 @@ class OverflowRegion(RegionControl):
     Warns
     -----
     ResourceWarning
-        The file is on tmpfs, where spilled bytes stay in RAM.
+        The file is on tmpfs or ramfs, or on an overlay that writes to one of these: what is spilled there stays in RAM.
+        Or `cache_limit` is set, and ``mlockall`` keeps in RAM whatever the process maps.
 
     Raises
     ------
@@ -103,10 +104,15 @@ class OverflowRegion(RegionControl):
         recover: bool = False,
     ) -> None:
         if path is None:
+            if directory is None:
+                raise TypeError("a path is needed; or a directory, for an unnamed file")
             if recover:
                 raise ValueError("an unnamed file has nothing to recover")
-            folder = os.fsdecode(tempfile.gettempdir() if directory is None else directory)
-            self._open(None, folder, region_options(initial_capacity, max_capacity, alignment, cache_limit, False))
+            self._open(
+                None,
+                os.fsdecode(directory),
+                region_options(initial_capacity, max_capacity, alignment, cache_limit, False),
+            )
             return
         if directory is not None:
             raise ValueError("directory is for an unnamed file: path must be None")
@@ -181,7 +187,7 @@ class OverflowRegion(RegionControl):
         """
         return cls(
             None,
-            directory=directory,
+            directory=tempfile.gettempdir() if directory is None else directory,
             initial_capacity=initial_capacity,
             max_capacity=max_capacity,
             alignment=alignment,
@@ -508,7 +514,13 @@ class OverflowRegion(RegionControl):
             One of `slots` is no live slot; nothing has been dropped.
         RegionIOError
             Writing back failed.
+
+        Warns
+        -----
+        ResourceWarning
+            The mapping is locked in RAM (``mlockall``), so that nothing can be dropped; once a region.
         """
+        self._warn_if_locked()
         _memory.evict(self._holder, None if slots is None else slot_numbers(slots))
 
     def __contains__(self, slot: object) -> bool:

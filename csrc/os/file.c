@@ -3,12 +3,12 @@
 #include "os/file.h"
 
 #include "os/bits.h"
+#include "os/medium.h"
 #include "os/owner.h"
 #include "os/status.h"
 
 #include <errno.h>
 #include <fcntl.h>
-#include <limits.h>
 #include <linux/fs.h>
 #include <linux/magic.h>
 #include <stdio.h>
@@ -44,20 +44,6 @@ static bool has_large_folios(int fd, uint64_t type)
            !(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, 0) != 0 && errno == EOPNOTSUPP);
 }
 
-int ndm_path_in_memory(const char *path)
-{
-    struct statfs system;
-    if (statfs(path, &system) == 0)
-        return system.f_type == TMPFS_MAGIC;
-    char folder[PATH_MAX] = ".";
-    const char *name = strrchr(path, '/');
-    if (name && (size_t)(name - path) + 1 < sizeof folder) {
-        memcpy(folder, path, (size_t)(name - path) + 1);
-        folder[name - path + 1] = 0;
-    }
-    return errno == ENOENT && statfs(folder, &system) == 0 && system.f_type == TMPFS_MAGIC;
-}
-
 static int examine(ndm_i_file *file)
 {
     struct statx facts;
@@ -74,10 +60,11 @@ static int examine(ndm_i_file *file)
     file->inode = facts.stx_ino;
     if (facts.stx_mask & STATX_BTIME)
         file->born = (uint64_t)facts.stx_btime.tv_sec * 1000000000u + facts.stx_btime.tv_nsec;
-    file->in_memory = system.f_type == TMPFS_MAGIC;
+    const int medium = ndm_i_medium(file->fd);
+    file->in_memory = medium != NDM_MEDIUM_DISK;
     file->holes_need_room = file->in_memory || system.f_type == OVERLAYFS_SUPER_MAGIC; /* which may lie on a tmpfs */
     /* ext2, ext3 and ext4 share their number. */
-    file->keeps_blocks = file->in_memory || system.f_type == EXT4_SUPER_MAGIC || system.f_type == XFS_MAGIC;
+    file->keeps_blocks = medium == NDM_MEDIUM_TMPFS || system.f_type == EXT4_SUPER_MAGIC || system.f_type == XFS_MAGIC;
     file->can_allocate = file->can_punch = true;
     file->large_folios = has_large_folios(file->fd, (uint64_t)system.f_type);
     posix_fadvise(file->fd, 0, 0, POSIX_FADV_RANDOM); /* no readahead into neighbours */
@@ -399,6 +386,12 @@ void ndm_i_file_drop(const ndm_i_file *file, const ndm_i_mapping *mapping, uint6
 }
 
 int ndm_i_file_sync(const ndm_i_file *file) { return fdatasync(file->fd) == 0 ? 0 : errno; }
+
+uint64_t ndm_i_file_disk_free(const ndm_i_file *file)
+{
+    struct statfs system;
+    return fstatfs(file->fd, &system) == 0 ? (uint64_t)system.f_bavail * (uint64_t)system.f_frsize : UINT64_MAX;
+}
 
 int ndm_i_file_disk_bytes(const ndm_i_file *file, uint64_t *bytes)
 {

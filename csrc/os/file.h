@@ -22,7 +22,7 @@ typedef struct {
     uint64_t born;
     uint64_t process;    /* that opened it: its locks are that process's */
     int fd;
-    bool in_memory;      /* tmpfs */
+    bool in_memory;      /* tmpfs or ramfs */
     bool large_folios;   /* the page cache holds the file in pieces larger than a page */
     bool keeps_blocks;   /* a block once given stays good for stores through the mapping (not so on btrfs and its kin) */
     bool can_allocate;   /* the file system knows fallocate() */
@@ -117,6 +117,9 @@ int ndm_i_file_sync(const ndm_i_file *file);
 
 /* Drop the clean pages of [start, end) from RAM. Any thread that holds the mapping. */
 void ndm_i_file_drop(const ndm_i_file *file, const ndm_i_mapping *mapping, uint64_t start, uint64_t end);
+
+/* Bytes that the file system has left for this user; UINT64_MAX: unknown. */
+uint64_t ndm_i_file_disk_free(const ndm_i_file *file);
 
 /* Bytes of disk that the file occupies. */
 int ndm_i_file_disk_bytes(const ndm_i_file *file, uint64_t *bytes);

@@ -42,20 +42,15 @@ int ndm_region_stats(ndm_region *region, ndm_stats *out)
     uint64_t disk_bytes;
     if ((status = ndm_i_file_disk_bytes(&region->data, &disk_bytes)) != NDM_OK)
         return status;
-    /* A hole at the end reaches to the mark, a whole number of units; used_bytes is exact. */
-    const ndm_i_extents *extents = &region->extents;
-    const uint32_t last = ndm_i_extents_last(extents);
-    uint64_t free_bytes = extents->free_units << region->unit_shift;
-    if (last != NDM_I_NONE && ndm_i_extents_is_free(extents, last))
-        free_bytes -= (extents->mark << region->unit_shift) - region->used_bytes;
-    const uint64_t largest = ndm_i_extents_largest(extents) << region->unit_shift;
+    uint64_t largest;
+    const uint64_t free_bytes = ndm_i_free_bytes(region, &largest);
     *out = (ndm_stats){.capacity = region->data.capacity,
                        .max_capacity = region->max_capacity,
                        .used_bytes = region->used_bytes,
                        .live_bytes = region->live_bytes,
                        .free_bytes = free_bytes,
                        .pinned_bytes = ndm_i_bytes(region, region->limbo.units),
-                       .largest_free_bytes = largest < free_bytes ? largest : free_bytes,
+                       .largest_free_bytes = largest,
                        .slot_count = region->slots.count,
                        .live_slots = region->slots.live,
                        .growths = region->growths,

@@ -4,6 +4,7 @@
 #include "os/status.h"
 
 #include <assert.h>
+#include <errno.h>
 
 /* ---- entering a verb ------------------------------------------------------------------------------------ */
 
@@ -67,6 +68,35 @@ void ndm_i_settle(ndm_region *region)
 
 /* ---- room ----------------------------------------------------------------------------------------------- */
 
+uint64_t ndm_i_free_bytes(const ndm_region *region, uint64_t *largest)
+{
+    /* A hole at the end reaches to the mark, a whole number of units; used_bytes is exact. */
+    const ndm_i_extents *extents = &region->extents;
+    const uint32_t last = ndm_i_extents_last(extents);
+    uint64_t free_bytes = ndm_i_bytes(region, extents->free_units);
+    if (last != NDM_I_NONE && ndm_i_extents_is_free(extents, last))
+        free_bytes -= ndm_i_bytes(region, extents->mark) - region->used_bytes;
+    *largest = ndm_i_min(ndm_i_bytes(region, ndm_i_extents_largest(extents)), free_bytes);
+    return free_bytes;
+}
+
+int ndm_i_explained(ndm_region *region, int status)
+{
+    const int code = ndm_last_error()->os_errno;
+    const bool disk_is_full = status == NDM_ERR_IO && (code == ENOSPC || code == EDQUOT);
+    if (status != NDM_ERR_CAPACITY && !disk_is_full)
+        return status;
+    if (ndm_i_limbo_is_unsettled(&region->limbo))
+        ndm_i_settle(region);
+    ndm_error space = {.disk_free = ndm_i_file_disk_free(&region->data)};
+    space.free_bytes = ndm_i_free_bytes(region, &space.largest_free_bytes);
+    space.pinned_bytes = ndm_i_bytes(region, region->limbo.units);
+    if (region->limbo.units > 0) /* else there is nothing to count */
+        space.views = (int32_t)ndm_i_min(ndm_i_pins_orphan_views(&region->home), INT32_MAX);
+    ndm_i_of_space(space);
+    return status;
+}
+
 /* Make the file reach `end`: twice its capacity, or what is needed if the ceiling or the disk allows no more. */
 static int reach(ndm_region *region, uint64_t end)
 {
@@ -127,7 +157,7 @@ int ndm_i_take(ndm_region *region, ndm_i_room *rooms, uint64_t count, ndm_i_befo
     uint64_t taken = 0, furthest;
     int status = ndm_i_slots_reserve(&region->slots, count);
     if (status != NDM_OK)
-        return status;
+        return ndm_i_explained(region, status);
     *before = (ndm_i_before){region->extents.mark, region->data.capacity};
     status = take_extents(region, rooms, count, &taken, &furthest);
     if (status == NDM_OK && furthest > region->data.capacity && ndm_i_limbo_is_unsettled(&region->limbo)) {
@@ -141,7 +171,7 @@ int ndm_i_take(ndm_region *region, ndm_i_room *rooms, uint64_t count, ndm_i_befo
         status = reach(region, furthest);
     if (status != NDM_OK)
         ndm_i_undo(region, rooms, taken, *before);
-    return status;
+    return status == NDM_OK ? NDM_OK : ndm_i_explained(region, status);
 }
 
 /* ---- values --------------------------------------------------------------------------------------------- */

@@ -191,6 +191,7 @@ static int add_leased(ndm_region *region, found *values, uint64_t *count)
 int64_t ndm_i_leased_before(ndm_region *region, ndm_i_span *places)
 {
     atomic_thread_fence(memory_order_seq_cst); /* the incarnation has been taken back: see leases.h */
+    ndm_i_leases_reap(&region->leases);
     const int64_t count = ndm_i_leases_places(&region->leases, places);
     return count < 0 ? count : (int64_t)joined(places, in_units(region, places, (uint64_t)count));
 }
@@ -212,6 +213,7 @@ int ndm_i_keep_places(ndm_region *region, const ndm_i_span *places, uint64_t cou
 int ndm_i_recover(ndm_region *region)
 {
     region->leases.incarnation = ndm_i_word(&ndm_i_slots_header(&region->slots)->incarnation);
+    ndm_i_leases_reap(&region->leases);
     int status = finish_move(region);
     if (status != NDM_OK)
         return status;

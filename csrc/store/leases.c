@@ -380,6 +380,24 @@ int64_t ndm_i_leases_places(const ndm_i_leases *leases, ndm_i_span *places)
     return count < 0 ? in_leases(count) : count;
 }
 
+void ndm_i_leases_reap(ndm_i_leases *leases)
+{
+    static const uint64_t none = 0;
+    lease entries[AT_ONCE];
+    for (uint64_t first = 0; ndm_i_leases_are_open(leases) && first < NDM_I_LEASES; first += AT_ONCE) {
+        if (!load(&leases->file, first, AT_ONCE, entries))
+            return;
+        for (uint64_t i = 0; i < AT_ONCE; i++) {
+            if (entries[i].key == 0 || !ndm_i_claims_take(&leases->claims, first + i))
+                continue;
+            /* Where the disk refuses, the entry says nothing all the same. */
+            ndm_i_file_write(&leases->file, (const uint8_t *)&none, sizeof none,
+                             place_in_file(first + i) + offsetof(lease, key));
+            ndm_i_claims_drop(&leases->claims, first + i);
+        }
+    }
+}
+
 /* ---- anybody -------------------------------------------------------------------------------------------- */
 
 int64_t ndm_i_leases_look(const char *path, ndm_i_span *places)

@@ -98,6 +98,9 @@ static inline bool ndm_i_leases_has(ndm_i_leases *leases, uint32_t slot, uint32_
 /* Owner: the places of all leases, as their readers tell them; room for NDM_I_LEASES. How many, or a status. */
 int64_t ndm_i_leases_places(const ndm_i_leases *leases, ndm_i_span *places);
 
+/* The owner's that comes: empty the entries that nobody claims. Linear. */
+void ndm_i_leases_reap(ndm_i_leases *leases);
+
 /* Anybody: how many leases living processes hold, read from the file anew; 0 if there is none. `places` is NULL or has
  * room for NDM_I_LEASES. Needs to read the file, no more. */
 int64_t ndm_i_leases_look(const char *path, ndm_i_span *places);

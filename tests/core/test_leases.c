@@ -296,6 +296,14 @@ static void test_note(void)
     stop(&owner, &reader);
 }
 
+static uint64_t key_at(int64_t entry)
+{
+    uint64_t key = 0;
+    const int fd = open(path, O_RDONLY);
+    CHECK(fd >= 0 && pread(fd, &key, sizeof key, 32 + entry * 32) == sizeof key && close(fd) == 0);
+    return key;
+}
+
 /* The owner that comes next leaves all to its holders. */
 static void test_next_owner(void)
 {
@@ -309,6 +317,13 @@ static void test_next_owner(void)
         owner.incarnation = 42;
         CHECK(ndm_i_leases_has(&owner, 9, 1) && touch(&owner, (ndm_i_span){0, 10000}));
     }
+    /* It empties the entries that nobody claims, and those only. */
+    const int64_t other = ndm_i_leases_claim(&reader, 10, 1, (ndm_i_span){0, 64});
+    CHECK(other == entry + 1);
+    ndm_i_leases_release(&reader, (uint64_t)other);
+    CHECK(key_at(entry) == (10 | (uint64_t)1 << 32) && key_at(other) == (11 | (uint64_t)1 << 32));
+    ndm_i_leases_reap(&owner);
+    CHECK(key_at(entry) == (10 | (uint64_t)1 << 32) && key_at(other) == 0 && ndm_i_leases_has(&owner, 9, 1));
     ndm_i_leases_release(&reader, (uint64_t)entry);
     CHECK(!ndm_i_leases_has(&owner, 9, 1) && held(&owner) == 0);
     stop(&owner, &reader);
