@@ -324,7 +324,9 @@ int ndm_region_evict(ndm_region *region, const int64_t *slots, uint64_t count);
 /* Wait until every value is written back to the disk (not for the disk's own cache). */
 int ndm_region_flush(ndm_region *region);
 
-/* Let readers lease values from now on: makes the leases file (`path` + ".leases"). Done already is fine. */
+/* Let readers lease values from now on: makes the leases file (`path` + ".leases"). Done already is fine. From now on the
+ * space of freed values is free when 64 of them, or 256 KiB, have come, because it takes a system call to know that nobody
+ * leases them. ndm_region_stats(), _trim(), _compact(), and a write that would make the file grow, ask before that. */
 int ndm_region_allow_leases(ndm_region *region);
 
 /* Descriptors of the data file, the slot table and the leases (-1: none), for readers of a temporary region, which open
@@ -360,8 +362,9 @@ int64_t ndm_region_check(ndm_region *region);
  * from the slot table. Nothing has been done then: call again, as often as you like. An owner that died while it moved a
  * value is NDM_ERR_STALE.
  *
- * If somebody cuts a file short under a reader, the functions return NDM_ERR_IO with EIO. To touch what is missing through a
- * view is SIGBUS. */
+ * If somebody cut a file short under a reader, the functions return NDM_ERR_IO with EIO. The reader asks for the lengths of its
+ * files, but not twice within two microseconds: what is cut off in that time, and touched, is SIGBUS. So is what is missing
+ * under a view. */
 
 typedef struct ndm_reader ndm_reader;
 
@@ -406,7 +409,7 @@ typedef struct {
     uint64_t incarnation;
     uint64_t capacity, max_capacity, used_bytes, live_bytes, slot_count, alignment;
     uint64_t resident_bytes; /* NDM_BYTES_UNKNOWN: the kernel hides it from a user who neither owns the file nor may write to it */
-    uint64_t pinned_bytes; /* freed, but waiting for a view of the owner's or a lease to end */
+    uint64_t pinned_bytes; /* freed, but waiting for a view of the owner's or a lease to end, or for the owner to ask for leases */
     uint64_t leases; /* held by living processes; UINT64_MAX: the leases file may not be read, or is not one */
     uint64_t owner; /* process id of the owner; 0 if no owner lives */
 } ndm_reader_figures;
