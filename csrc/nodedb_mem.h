@@ -326,7 +326,7 @@ int ndm_region_flush(ndm_region *region);
 
 /* Let readers lease values from now on: makes the leases file (`path` + ".leases"). Done already is fine. From now on the
  * space of freed values is free when 64 of them, or 256 KiB, have come, because it takes a system call to know that nobody
- * leases them. ndm_region_stats(), _trim(), _compact(), and a write that would make the file grow, ask before that. */
+ * leases them. ndm_region_info(), _stats(), _trim(), _compact(), and a write that would make the file grow, ask before that. */
 int ndm_region_allow_leases(ndm_region *region);
 
 /* Descriptors of the data file, the slot table and the leases (-1: none), for readers of a temporary region, which open

@@ -71,6 +71,8 @@ int ndm_region_stats(ndm_region *region, ndm_stats *out)
 int ndm_region_info(ndm_region *region, ndm_info *out)
 {
     int status = ndm_i_enter(region);
+    if (status == NDM_OK && ndm_i_limbo_is_unsettled(&region->limbo))
+        ndm_i_settle(region); /* for readers, who see what is published */
     if (status == NDM_OK)
         *out = (ndm_info){.capacity = region->data.capacity,
                           .max_capacity = region->max_capacity,
