@@ -219,7 +219,8 @@ static void prepare(ndm_region *region, const ndm_options *options)
     region->leases.file.fd = -1;
     atomic_init(&region->holders, 2);
     ndm_i_extents_init(&region->extents);
-    region->limbo = (ndm_i_limbo){.extents = &region->extents, .home = &region->home, .leases = &region->leases};
+    region->limbo = (ndm_i_limbo){.extents = &region->extents, .home = &region->home, .leases = &region->leases,
+                                  .unit_shift = &region->unit_shift};
 }
 
 static ndm_region *region_new(const char *path, const char *directory, const ndm_options *options)

@@ -8,8 +8,10 @@
 int ndm_region_allow_leases(ndm_region *region)
 {
     int status = ndm_i_enter(region);
-    if (status != NDM_OK || region->leases.table)
+    if (status != NDM_OK)
         return status;
+    if (ndm_i_leases_are_open(&region->leases))
+        return ndm_i_leases_mend(&region->leases);
     if (!ndm_i_file_is_own(&region->data)) /* the next owner would refuse a leases file of another user */
         return (int)ndm_i_of_file(NDM_FILE_LEASES,
                                   ndm_i_fail_io(EPERM, "the process has changed its user since it opened the region: "
