@@ -41,7 +41,7 @@ typedef struct {
 
 static bool overlap(uint64_t a, uint64_t b, uint64_t size) { return a < b ? b - a < size : a - b < size; }
 
-static int look_at_move(const ndm_region *region, move *moving)
+static int look_at_move(ndm_region *region, move *moving)
 {
     const ndm_i_header *header = ndm_i_slots_header(&region->slots);
     const uint64_t number = ndm_i_word(&header->move_slot), moved = ndm_i_word(&header->moved);
