@@ -9,6 +9,7 @@ import enum
 import pickle
 import random
 from collections import OrderedDict, deque, namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -276,13 +277,10 @@ class Unpicklable:
         raise RuntimeError("not me")
 
 
-@pytest.mark.parametrize("value", [Unpicklable(), [Unpicklable()], {"a": open}, (x for x in ())], ids=repr)
-def test_what_cannot_be_pickled_is_a_type_error(value: object) -> None:
-    if value == {"a": open}:
-        assert decode(laid_out(encode(value))) == value
-        return
+@pytest.mark.parametrize("make", [Unpicklable, lambda: [Unpicklable()], lambda: (x for x in ())], ids="abc")
+def test_what_cannot_be_pickled_is_a_type_error(make: Callable[[], object]) -> None:
     with pytest.raises(TypeError, match="cannot pickle"):
-        encode(value)
+        encode(make())
 
 
 def test_cloudpickle_takes_what_pickle_refuses(new_region: NewRegion) -> None:
