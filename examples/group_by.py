@@ -26,7 +26,7 @@ from nodedb_mem import SpillMapping
 KEYS = ["tailnum", "dest"]
 NUMBERS = ["dep_delay", "arr_delay", "air_time", "distance", "hour", "minute", "day", "month"]
 PARTITIONS = 16
-ROWS = 60_000  # of a chunk
+ROWS = 30_000  # of a chunk
 
 
 def flights(copies: int) -> Iterator[pd.DataFrame]:
@@ -59,7 +59,7 @@ def group_by(copies: int, budget: int, directory: str) -> tuple[pd.DataFrame, di
             size += int(chunk.memory_usage(deep=True).sum())
             hashes = pd.util.hash_pandas_object(chunk[KEYS], index=False) % PARTITIONS
             for partition, rows in chunk.groupby(hashes.to_numpy()):
-                pieces[int(partition), counts[int(partition)]] = rows
+                pieces[int(partition), counts[int(partition)]] = rows.copy()  # rows are a view of all groups
                 counts[int(partition)] += 1
                 del rows
         for partition, count in enumerate(counts):

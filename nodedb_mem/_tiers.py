@@ -14,7 +14,9 @@ meanwhile: it is taken off the entry before anyone looks who holds it.
 
 from __future__ import annotations
 
+import ctypes
 from collections import OrderedDict
+from collections.abc import Callable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ from nodedb_mem._stored import Stored, encode_for, get, is_same_array, is_unchan
 from nodedb_mem.codec import ALIGNMENT
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from typing_extensions import Buffer
 
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
 
 _MOST_MAPPINGS = 16_384  # of the 65,530 that a process may have; beyond it values come back as copies
 _TIDY = 64 << 20  # bytes freed in the region between two looks at its holes
+_TRIM = 32 << 20  # bytes of values put out between two requests to the C library to return what is free
+
+_malloc_trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
 
 COLD: Any = type("_Cold", (), {"__repr__": lambda self: "<cold>"})()
 
@@ -93,7 +98,7 @@ class Tiers:
         self.pages = PageMap()
         self.sharers: dict[int, set[Entry]] = {}  # by the id() of an array
         self.moving: Entry | None = None
-        self.mappings = self.freed = 0
+        self.mappings = self.freed = self.untrimmed = 0
         self.bytes = self.bytes_out = 0
         self.hits = self.misses = self.evictions = self.writes_saved = self.bytes_saved = 0
         self.bytes_written = self.bytes_read = self.passed_over = self.failures = 0
@@ -232,6 +237,9 @@ class Tiers:
             if entry.pins or entry.stuck or not self.put_out(entry, known if entry is own else 0):
                 self.hot.move_to_end(entry)
                 passed += 1
+        if self.untrimmed >= _TRIM and _malloc_trim is not None:
+            self.untrimmed = 0
+            _malloc_trim(0)
         if self.freed > max(_TIDY, self.bytes_out):
             self.freed = 0
             self.region.compact(_TIDY)
@@ -274,6 +282,7 @@ class Tiers:
         if not out:
             self.passed_over += 1
             return False
+        self.untrimmed += entry.weight if entry.view is None else 0  # a mapping leaves by itself
         self._leave(entry, value_id)
         self.evictions += 1
         assert entry.stored is not None
