@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nodedb_mem._changes import PageMap, address_of, is_same
 from nodedb_mem._held import is_plain_array
-from nodedb_mem.codec import ALIGNMENT, IN_BAND, Encoded, decode, encode
+from nodedb_mem.codec import ALIGNMENT, IN_BAND, Encoded, decode, encode, load, split
 from nodedb_mem.errors import CapacityExceededError, RegionIOError
 from nodedb_mem.refs import SlotParts
 
@@ -18,18 +18,23 @@ if TYPE_CHECKING:
 
     from nodedb_mem.region import OverflowRegion
 
-# A private mapping costs 5 us whatever its size, and a fault for each page that is touched. Up to this size a copy is
-# less, and a process may have 65,530 mappings.
-_COPIED = 128 << 10
+# A private mapping costs 5 us whatever its size, a copy a fault for each of its pages.
+# A process may have 65,530 mappings.
+_COPIED = 32 << 10
+_HEAD = 512  # bytes of a head that is kept
 _SMALL = 16 << 10  # a copy of so much is less than a view
 
 
 class Stored(NamedTuple):
-    """Where an object is: its slot, its size there, and whether decoding copies it whole."""
+    """Where an object is: its slot, its size there, and whether decoding copies it whole.
+
+    `head` is what is before the buffers of a large value, if it is short. To read it from the value costs a page fault.
+    """
 
     slot: int
     size: int
     copied: bool
+    head: bytes | None = None
 
 
 def alignment_of(region: OverflowRegion) -> int:
@@ -56,10 +61,15 @@ def encode_for(key: object, value: object, alignment: int, kept: Sequence[object
 def put(region: OverflowRegion, key: object, encoded: Encoded, engine: int) -> Stored:
     """Write an encoded object. Raises what `OverflowRegion.write` does; errors for want of room carry the key."""
     try:
-        return Stored(region._gather(encoded.parts, engine, encoded.aligned), encoded.size, encoded.copied)
+        slot = region._gather(encoded.parts, engine, encoded.aligned)
     except (CapacityExceededError, RegionIOError) as error:
         error.key = key
         raise
+    head = None
+    if encoded.size > _COPIED and not encoded.copied and len(encoded.parts) == 1 + len(encoded.buffers):
+        first = encoded.parts[0]
+        head = first if isinstance(first, bytes) and len(first) <= _HEAD else None
+    return Stored(slot, encoded.size, encoded.copied, head)
 
 
 def get(
@@ -74,7 +84,7 @@ def get(
         The private mapping that its buffers lie in; None where they are copies. It is no memoryview: one of these would
         count among those who hold the memory.
     """
-    slot, size, copied = stored
+    slot, size, copied, head = stored
     if copied:
         return decode(region.read(slot) if size > _SMALL else region.read_bytes(slot), kept=kept), None
     if size > _COPIED and may_map:
@@ -84,7 +94,7 @@ def get(
             if error.errno != errno.ENOMEM:
                 raise
         else:
-            return decode(view, kept=kept), view.obj
+            return load(split(view, head), kept), view.obj
     room = bytearray(size + ALIGNMENT)
     start = -address_of(room) % ALIGNMENT
     view = memoryview(room)[start : start + size]
@@ -120,16 +130,19 @@ def is_unchanged(region: OverflowRegion, stored: Stored, encoded: Encoded, view:
     """
     if encoded.size != stored.size:
         return False
+    if len(encoded.parts) == 1 and stored.size <= _SMALL:
+        return encoded.parts[0] == region.read_bytes(stored.slot)
     at = region.read(stored.slot)
-    if len(encoded.parts) == 1:
-        return is_same(encoded.parts[0], at, stored.size)
     sizes = [memoryview(part).nbytes for part in encoded.parts]
     layout = SlotParts.layout(sizes, region._alignment if encoded.aligned else 1)
     before = len(encoded.parts) - len(encoded.buffers) if encoded.aligned else len(encoded.parts)
     base = address_of(view) if view is not None else 0
     in_place = False
     for number, (part, start, size) in enumerate(zip(encoded.parts, layout.offsets, sizes, strict=True)):
-        if number >= before and base and address_of(part) == base + start:
+        if number == 0 and stored.head is not None:
+            if part != stored.head:
+                return False
+        elif number >= before and base and address_of(part) == base + start:
             in_place = True
         elif not is_same(part, at[start:], size):
             return False

@@ -278,7 +278,7 @@ class Tiers:
         finally:
             self.moving = None
             if not out:
-                entry.value = box[0]
+                entry.value = box.pop()  # a traceback should not hold it
         if not out:
             self.passed_over += 1
             return False

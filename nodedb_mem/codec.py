@@ -133,32 +133,37 @@ def decode(buffer: Buffer, *, kept: Sequence[object] = ()) -> Any:
     return load(split(buffer), kept)
 
 
-def split(buffer: Buffer) -> Value:
-    """Take a value apart: its pickled part, and its buffers, as views. Raises `UndecodableError` as `decode` does."""
+def split(buffer: Buffer, head: bytes | None = None) -> Value:
+    """Take a value apart: its pickled part, and its buffers, as views. Raises `UndecodableError` as `decode` does.
+
+    `head` is a copy of what is before the buffers: with it, the value's own is not read.
+    """
     view = memoryview(buffer)
     if view.format != "B" or view.ndim != 1:
         view = view.cast("B")
-    if len(view) < _HEAD.size:
-        raise UndecodableError(f"a value has a head of {_HEAD.size} bytes: there are {len(view)}")
-    magic, version, kind, shift, flags, start, count, size, _, check = _HEAD.unpack_from(view)
+    first = view if head is None else memoryview(head)
+    if len(first) < _HEAD.size:
+        raise UndecodableError(f"a value has a head of {_HEAD.size} bytes: there are {len(first)}")
+    magic, version, kind, shift, flags, start, count, size, _, check = _HEAD.unpack_from(first)
     if magic != _MAGIC:
         raise UndecodableError("the bytes are no encoded object")
     if version != _VERSION:
         raise UndecodableError(f"the object was encoded by version {version}, this is version {_VERSION}")
     end = _HEAD.size + 8 * count
-    if not (end <= start and start + size <= len(view) and shift < 32):
+    if not (end <= start and start + size <= len(first) and shift < 32):
         raise UndecodableError("the encoded object is cut off")
     last = start + size
-    if crc32(view[_HEAD.size : last], crc32(view[:_CHECK])) != check:
+    if crc32(first[_HEAD.size : last], crc32(first[:_CHECK])) != check:
         raise UndecodableError("the encoded object is damaged")
     buffers = []
-    for number in memoryview(view[_HEAD.size : end].tobytes()).cast("Q") if count else ():
-        first = _up(last, 1 << shift)
-        last = first + number
-        buffers.append(view[first:last])
+    pickled = first[start:last]
+    for number in memoryview(first[_HEAD.size : end].tobytes()).cast("Q") if count else ():
+        begin = _up(last, 1 << shift)
+        last = begin + number
+        buffers.append(view[begin:last])
     if last != len(view):
         raise UndecodableError(f"the encoded object has {last} bytes: there are {len(view)}")
-    return Value(kind, flags, view[start : start + size], buffers)
+    return Value(kind, flags, pickled, buffers)
 
 
 def load(value: Value, kept: Sequence[object] = ()) -> Any:

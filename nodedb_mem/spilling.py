@@ -438,7 +438,8 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         """Log what failed while nobody could be told, once until it works again."""
         if not self._has_logged:
             self._has_logged = True
-            _log.warning("a value stays in RAM, beyond the budget: %s", error)
+            # As text: the error's traceback has the value.
+            _log.warning("a value stays in RAM, beyond the budget: %s", str(error))
 
 
 class _Session:
