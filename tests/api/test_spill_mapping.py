@@ -168,6 +168,32 @@ def test_what_has_grown_in_place_weighs_more_when_it_comes_back(new: New) -> Non
     assert len(mapping["a"]) == 100 and mapping.stats().bytes_in_ram > 1000
 
 
+@pytest.mark.parametrize("share", [2, 0.5, 0.4, 0.33, 0.01])
+def test_it_is_right_with_any_share_of_the_ram_it_needs(new: New, share: float) -> None:
+    random = np.random.default_rng(5)
+    model: dict[int, Any] = {}
+    mapping = new(int(4_000_000 * share))
+    for step in range(600):
+        key = int(random.integers(40))
+        if key not in model or step % 7 == 0:
+            model[key] = random.integers(0, 255, int(random.integers(1, 200_000)), "u1")
+            mapping[key] = model[key].copy()
+        elif step % 3 == 0:
+            model[key][-1] = mapping[key][-1] = step % 256
+        assert np.array_equal(mapping[key], model[key])
+        assert mapping.stats().bytes_in_ram <= max(mapping.budget, 210_000)
+    assert all(np.array_equal(mapping[key], value) for key, value in model.items())
+
+
+def test_the_region_does_not_grow_with_time(new: New) -> None:
+    random, mapping = np.random.default_rng(3), new(0)
+    for _ in range(1500):
+        mapping[int(random.integers(30))] = np.zeros(int(random.integers(1, 400_000)), "u1")
+    with mapping._session as tiers:
+        assert tiers.bytes_written > 200_000_000
+        assert tiers.region.used_bytes < 3 * tiers.region.live_bytes + (8 << 20)
+
+
 # What was changed
 
 
