@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from nodedb_mem._held import has_memory, holders, is_atom
 from nodedb_mem._sizeof import sizeof
 from nodedb_mem._stored import Stored, encode_for, get, is_same_array, is_unchanged, layout_of, put
 from nodedb_mem.codec import ALIGNMENT
+from nodedb_mem.errors import RegionIOError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -240,10 +242,14 @@ class Tiers:
         if self.untrimmed >= _TRIM and _malloc_trim is not None:
             self.untrimmed = 0
             _malloc_trim(0)
+
+    def tidy(self) -> None:
+        """Close the holes of the region, and return what is free, once in so many bytes that were freed."""
         if self.freed > max(_TIDY, self.bytes_out):
             self.freed = 0
-            self.region.compact(_TIDY)
-            self.region.trim()
+            with suppress(RegionIOError):  # no room to move in: the holes stay until there is
+                self.region.compact(_TIDY)
+                self.region.trim()
 
     def _coldest(self) -> Entry:
         while True:

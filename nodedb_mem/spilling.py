@@ -158,6 +158,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         if beyond or self._tiers.bytes > self._budget:
             with self._session as tiers:
                 tiers.shrink(min(self._budget, tiers.bytes - beyond), _MOST_HELD, own=entry, known=_IN_SETITEM)
+                tiers.tidy()
 
     def __delitem__(self, key: K) -> None:
         """Remove a key. Its value is freed, if no other key names it."""
@@ -167,6 +168,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
                 self._miss(key)
             tiers.forget(entry, key)
             del self._entries[key]
+            tiers.tidy()
 
     def update(self, other: Any = (), /, **more: Any) -> None:
         """Store many values, as a dict's update does. Raises as assignment does; what came before is stored."""
@@ -290,6 +292,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
                 for entry in [self._entries[key] for key in what]:
                     if entry in tiers.hot and not entry.pins:
                         tiers.put_out(entry)
+            tiers.tidy()
             return before - tiers.bytes
 
     def set_budget(self, budget: int) -> None:
