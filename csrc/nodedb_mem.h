@@ -118,10 +118,11 @@ typedef struct {
     uint64_t initial_capacity; /* bytes of file at first; an existing file keeps its own size */
     uint64_t max_capacity;     /* the ceiling; address space for all of it is reserved where the system allows */
     uint64_t alignment;        /* of every value: a power of two, 1 to 4096 */
-    uint64_t cache_limit;      /* bytes of the file that may stay in RAM; at least 4 MiB is used. UINT64_MAX: no limit, and
-                                  pages that were viewed stay mapped; otherwise those of values of 64 KiB and more leave the
-                                  RSS with their last view */
+    uint64_t cache_limit;      /* bytes of the file that may stay in RAM; at least 4 MiB is used. UINT64_MAX: no limit */
     uint64_t recover;          /* 1: keep the values that an earlier region left; its alignment holds, too */
+    uint64_t keep_mapped;      /* 0: pages of values of 64 KiB and more are in this process's RSS only while a view of them
+                                  lives, whatever the limit. 1: they stay mapped after a view, so that viewing them again
+                                  costs no faults */
 } ndm_options;
 
 /* Create or open the region at `path` (mode 0600), and lock it. The calling thread becomes its owner. The region
@@ -214,8 +215,8 @@ char *ndm_region_restore(ndm_region *region, int64_t slot, uint64_t *size);
  * ignored. */
 void ndm_view_release(const char *view);
 
-/* The same, but NDM_ERR_WAIT, with the view as it was, where that would unmap memory: of a large value under a cache
- * limit, of a restored one, or of a closed region. ndm_last_error() stays as it is. */
+/* The same, but NDM_ERR_WAIT, with the view as it was, where that would unmap memory: of a value of 64 KiB and more
+ * (unless keep_mapped is set), of a restored one, or of a closed region. ndm_last_error() stays as it is. */
 int ndm_view_try_release(const char *view);
 
 /* Copy a slot's bytes to `buffer` and return their number. If that is more than `capacity`, copy nothing: the

@@ -20,7 +20,13 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 def region_options(
-    initial_capacity: int, max_capacity: int, alignment: int, cache_limit: int | None, recover: bool
+    initial_capacity: int,
+    max_capacity: int,
+    alignment: int,
+    cache_limit: int | None,
+    *,
+    recover: bool,
+    keep_mapped: bool,
 ) -> memoryview:
     """Check settings of a region, and give them as the bytes of an `ndm_options`.
 
@@ -35,7 +41,8 @@ def region_options(
     limit = _UNLIMITED if cache_limit is None else index(cache_limit)
     if limit < 0:
         raise ValueError("cache_limit must not be negative")
-    return memoryview(ffi.buffer(ffi.new("ndm_options *", [*sizes, min(limit, _UNLIMITED), bool(recover)])))
+    options = [*sizes, min(limit, _UNLIMITED), bool(recover), bool(keep_mapped)]
+    return memoryview(ffi.buffer(ffi.new("ndm_options *", options)))
 
 
 def open_region(place: str, options: memoryview, where: Where, *, temporary: bool) -> Holder:

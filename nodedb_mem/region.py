@@ -63,10 +63,12 @@ class OverflowRegion(RegionControl):
     cache_limit
         The most bytes of the file that may stay in RAM, page cache and RSS together. A background thread of the core
         writes what is beyond it to disk, oldest first, and drops it. 0 keeps as little as possible, about 4 MiB. Views
-        that are in use may hold more. Under any limit the pages of values of 64 KiB and more leave the RSS with their
-        last view. None sets no limit. Pages that were read stay mapped then, so that reading them again costs no
-        faults. To keep the RSS low all the same, set a limit larger than the file. The limit has no effect on tmpfs,
-        which has no other place than RAM.
+        that are in use may hold more. None sets no limit: the kernel decides what stays in the page cache. The limit
+        has no effect on tmpfs, which has no other place than RAM.
+    keep_mapped
+        Whether pages of values of 64 KiB and more stay in the RSS after their last view. By default they are in the
+        RSS only while a view of them lives, at every `cache_limit`, and the next view maps them again. True is for who
+        views the same large values again and again, and does not mind the RSS.
     recover
         Keep the values of an earlier region under their slots, whether its owner closed it or was killed. References to
         them stay good, and the earlier alignment holds. A value that was being written when the owner died is lost.
@@ -100,20 +102,26 @@ class OverflowRegion(RegionControl):
         max_capacity: int = DEFAULT_MAX_CAPACITY,
         alignment: int = DEFAULT_ALIGNMENT,
         cache_limit: int | None = DEFAULT_CACHE_LIMIT,
+        keep_mapped: bool = False,
         recover: bool = False,
     ) -> None:
         if path is None:
             if recover:
                 raise ValueError("an unnamed file has nothing to recover")
             folder = os.fsdecode(tempfile.gettempdir() if directory is None else directory)
-            self._open(None, folder, region_options(initial_capacity, max_capacity, alignment, cache_limit, False))
+            options = region_options(
+                initial_capacity, max_capacity, alignment, cache_limit, recover=False, keep_mapped=keep_mapped
+            )
+            self._open(None, folder, options)
             return
         if directory is not None:
             raise ValueError("directory is for an unnamed file: path must be None")
         name = os.fsdecode(path)
         # A later chdir() must not lead share() elsewhere.
         absolute = os.path.join(os.getcwd(), name) if name else ""
-        options = region_options(initial_capacity, max_capacity, alignment, cache_limit, recover)
+        options = region_options(
+            initial_capacity, max_capacity, alignment, cache_limit, recover=recover, keep_mapped=keep_mapped
+        )
         self._open(name, absolute, options)
 
     @classmethod
@@ -125,6 +133,7 @@ class OverflowRegion(RegionControl):
         max_capacity: int = DEFAULT_MAX_CAPACITY,
         alignment: int = DEFAULT_ALIGNMENT,
         cache_limit: int | None = DEFAULT_CACHE_LIMIT,
+        keep_mapped: bool = False,
         recover: bool = False,
     ) -> Self:
         """Create or open the region at `path`; the same as calling the class."""
@@ -134,6 +143,7 @@ class OverflowRegion(RegionControl):
             max_capacity=max_capacity,
             alignment=alignment,
             cache_limit=cache_limit,
+            keep_mapped=keep_mapped,
             recover=recover,
         )
 
@@ -165,6 +175,7 @@ class OverflowRegion(RegionControl):
         max_capacity: int = DEFAULT_MAX_CAPACITY,
         alignment: int = DEFAULT_ALIGNMENT,
         cache_limit: int | None = DEFAULT_CACHE_LIMIT,
+        keep_mapped: bool = False,
     ) -> Self:
         """Open a region on an unnamed file, which leaves nothing behind however the process ends.
 
@@ -176,7 +187,7 @@ class OverflowRegion(RegionControl):
         directory
             Where its blocks are taken from; by default the directory for temporary files. On many systems that is
             a tmpfs, which keeps them in RAM.
-        initial_capacity, max_capacity, alignment, cache_limit
+        initial_capacity, max_capacity, alignment, cache_limit, keep_mapped
             As for the class.
         """
         return cls(
@@ -186,6 +197,7 @@ class OverflowRegion(RegionControl):
             max_capacity=max_capacity,
             alignment=alignment,
             cache_limit=cache_limit,
+            keep_mapped=keep_mapped,
         )
 
     # -- values ---------------------------------------------------------------------------------------------------

@@ -321,6 +321,35 @@ int ndm_i_file_write(const ndm_i_file *file, const uint8_t *data, uint64_t size,
     return 0;
 }
 
+int ndm_i_file_gather(const ndm_i_file *file, struct iovec *parts, uint64_t count, uint64_t offset)
+{
+    enum { AT_ONCE = 256 }; /* parts a call; the system takes 1024 */
+    while (count > 0) {
+        const uint64_t most = NDM_I_GRAIN - offset % NDM_I_GRAIN;
+        uint64_t taken = 0, total = 0;
+        while (taken < count && taken < AT_ONCE && total < most)
+            total += parts[taken++].iov_len;
+        const uint64_t beyond = total > most ? total - most : 0; /* of the last part, left to the next call */
+        parts[taken - 1].iov_len -= beyond;
+        if (over_size_limit(offset + total - beyond))
+            return EFBIG;
+        const ssize_t wrote = pwritev(file->fd, parts, (int)taken, (off_t)offset);
+        const int refused = wrote < 0 ? errno : wrote == 0 && total > 0 ? EIO : 0;
+        parts[taken - 1].iov_len += beyond;
+        if (refused && refused != EINTR)
+            return refused;
+        uint64_t done = wrote > 0 ? (uint64_t)wrote : 0;
+        offset += done;
+        for (; count > 0 && done >= parts->iov_len && (done > 0 || parts->iov_len == 0); parts++, count--)
+            done -= parts->iov_len;
+        if (done > 0) {
+            parts->iov_base = (char *)parts->iov_base + done;
+            parts->iov_len -= done;
+        }
+    }
+    return 0;
+}
+
 int ndm_i_file_load(const ndm_i_file *file, uint64_t offset, void *buffer, uint64_t size)
 {
     for (uint8_t *next = buffer; size > 0;) {
@@ -365,7 +394,7 @@ int ndm_i_file_write_back(const ndm_i_file *file, uint64_t start, uint64_t end, 
 
 void ndm_i_file_drop(const ndm_i_file *file, const ndm_i_mapping *mapping, uint64_t start, uint64_t end)
 {
-    ndm_i_mapping_forget(mapping->base + start, end - start); /* mapped pages are not dropped */
+    ndm_i_mapping_forget(mapping, mapping->base + start, end - start); /* mapped pages are not dropped */
     posix_fadvise(file->fd, (off_t)start, (off_t)(end - start), POSIX_FADV_DONTNEED);
 }
 

@@ -12,8 +12,7 @@
 
 #include <stdbool.h>
 #include <stdint.h>
-
-#define NDM_I_GRAIN ((uint64_t)512 << 10) /* every write is cut at multiples of it: see grains.h */
+#include <sys/uio.h>
 
 typedef struct {
     ndm_i_mapping *mapping;
@@ -89,6 +88,9 @@ int ndm_i_file_check_writable(const ndm_i_file *file, uint64_t end);
 /* pwrite all of it, cut at grains. `data` NULL: zeros. 0 or errno: EFBIG, before anything is written, if it would reach
  * past RLIMIT_FSIZE. */
 int ndm_i_file_write(const ndm_i_file *file, const uint8_t *data, uint64_t size, uint64_t offset);
+
+/* The same with parts that follow each other, from `offset` on. Uses the array up. */
+int ndm_i_file_gather(const ndm_i_file *file, struct iovec *parts, uint64_t count, uint64_t offset);
 
 /* pread all of it; a file that ends before is EIO. */
 int ndm_i_file_load(const ndm_i_file *file, uint64_t offset, void *buffer, uint64_t size);

@@ -6,6 +6,7 @@
 #include "os/fork.h"
 #include "os/status.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <pthread.h>
 #include <stdlib.h>
@@ -18,6 +19,7 @@
  * read page by page: 64 MiB took 915 ms by one call, 40-60 ms in pieces of 128 KiB to 2 MiB. 128 KiB is the usual readahead,
  * and less than what devices take at once. */
 #define FETCH_PIECE ((uint64_t)128 << 10)
+
 
 /* Reserve address space that starts at a multiple of 2 MiB: between two such places mremap moves whole page tables
  * (measured 35 times faster than otherwise). */
@@ -127,34 +129,28 @@ int ndm_i_mapping_extend(ndm_i_mapping **mapping, uint64_t length)
         free(fresh);
         return NDM_OK;
     }
-    ndm_i_mapping_forget(old->base, old->length); /* pages that no view touches could not be dropped otherwise */
+    ndm_i_mapping_forget(old, old->base, old->length); /* pages that no view touches could not be dropped otherwise */
     *mapping = fresh;
     ndm_i_mapping_unref(old);
     return NDM_OK;
 }
 
-/* The whole pages inside [address, address + size), or touching it; 0 if there are none. */
-static uint64_t pages_of(uint8_t **address, uint64_t size, bool inside)
+void ndm_i_mapping_forget(const ndm_i_mapping *mapping, const void *address, uint64_t size)
 {
-    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), start = (uintptr_t)*address;
-    const uint64_t first = inside ? ndm_i_round_up(start, page) : ndm_i_round_down(start, page);
-    const uint64_t last = inside ? ndm_i_round_down(start + size, page) : ndm_i_round_up(start + size, page);
-    *address += (int64_t)(first - start);
-    return last > first ? last - first : 0;
-}
-
-void ndm_i_mapping_forget(void *address, uint64_t size)
-{
-    uint8_t *start = address;
-    const uint64_t length = pages_of(&start, size, true);
-    if (length > 0)
-        madvise(start, length, MADV_DONTNEED);
+    /* A fault maps the whole folio (Linux 6.18), or what is in RAM of the aligned 64 KiB around it (fault_around_bytes). So a
+     * view of a value maps pages of its neighbours. They would stay for ever if nobody viewed those. */
+    const uint64_t offset = (uint64_t)((const uint8_t *)address - mapping->base);
+    const uint64_t first = ndm_i_round_down(offset, NDM_I_GRAIN);
+    const uint64_t last = ndm_i_min(ndm_i_round_up(offset + size, NDM_I_GRAIN), mapping->length);
+    assert((const uint8_t *)address >= mapping->base && offset + size <= mapping->length);
+    madvise(mapping->base + first, last - first, MADV_DONTNEED);
 }
 
 void ndm_i_mapping_fetch(void *address, uint64_t size)
 {
-    uint8_t *start = address;
-    const uint64_t length = pages_of(&start, size, false);
+    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    uint8_t *start = (uint8_t *)ndm_i_round_down((uintptr_t)address, page);
+    const uint64_t length = ndm_i_round_up((uintptr_t)address + size, page) - (uintptr_t)start;
     for (uint64_t done = 0; done < length; done += FETCH_PIECE)
         madvise(start + done, ndm_i_min(length - done, FETCH_PIECE), MADV_WILLNEED);
 }

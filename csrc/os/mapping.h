@@ -11,6 +11,9 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+/* Every write is cut at multiples of it, so no folio is larger: see grains.h. */
+#define NDM_I_GRAIN ((uint64_t)512 << 10)
+
 typedef struct ndm_i_mapping {
     uint8_t *base;
     uint64_t length;        /* bytes of address space */
@@ -37,8 +40,10 @@ void ndm_i_mapping_ref(ndm_i_mapping *mapping);
  * cuts one in two (vm.max_map_count). What is refused is kept, and tried again whenever something else was unmapped. */
 void ndm_i_mapping_unref(ndm_i_mapping *mapping);
 
-/* The whole pages in the range leave this process's RSS; their contents stay in the page cache. Any thread. */
-void ndm_i_mapping_forget(void *address, uint64_t size);
+/* The pages of the range leave this process's RSS, with what a fault there has mapped besides: all of its grains. Their
+ * contents stay in the page cache, and views of them still work. Any thread that holds the mapping, which is of a whole
+ * file. */
+void ndm_i_mapping_forget(const ndm_i_mapping *mapping, const void *address, uint64_t size);
 
 /* Read the range from disk in one go, if it is not in RAM. */
 void ndm_i_mapping_fetch(void *address, uint64_t size);

@@ -12,9 +12,6 @@
 #include <string.h>
 #include <time.h>
 
-/* The pages of a value this large leave the RSS with its last view; for less, the system call costs more. */
-#define FORGET_FROM ((uint64_t)64 << 10)
-
 /* ---- opening and closing -------------------------------------------------------------------------------- */
 
 static void let_go(ndm_region *region)
@@ -71,7 +68,8 @@ static int empty_data(ndm_region *region, uint64_t capacity, uint64_t ceiling, c
 
 static int start_store(ndm_region *region, const ndm_options *options)
 {
-    return ndm_i_store_init(&region->store, &region->data, &region->home.writable, options->cache_limit);
+    return ndm_i_store_init(&region->store, &region->data, &region->home.writable, options->cache_limit,
+                            options->keep_mapped != 0);
 }
 
 static int start_anew(ndm_region *region, const ndm_options *options)
@@ -188,7 +186,6 @@ static char *beside(const char *path, const char *ending)
 /* A region that has no files yet. */
 static void prepare(ndm_region *region, const ndm_options *options)
 {
-    region->forget_from = options->cache_limit == NDM_I_UNLIMITED ? UINT64_MAX : FORGET_FROM;
     region->unit_shift = (unsigned)__builtin_ctzll(options->alignment);
     region->max_capacity = options->max_capacity;
     region->leases.file.fd = -1;

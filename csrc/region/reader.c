@@ -6,6 +6,7 @@
 #include "os/owner.h"
 #include "os/residency.h"
 #include "os/status.h"
+#include "store/store.h"
 
 #include <errno.h>
 #include <stddef.h>
@@ -15,9 +16,6 @@
 
 /* How often a value that keeps changing is tried again. */
 enum { RETRIES = 1000 };
-
-/* Larger values that are not in RAM are fetched in one go. */
-#define FETCH_FROM ((uint64_t)64 << 10)
 
 /* ---- opening and closing -------------------------------------------------------------------------------- */
 
@@ -172,7 +170,7 @@ int ndm_reader_find(ndm_reader *reader, int64_t slot, int64_t generation, ndm_va
 /* The value is mapped, and about to be read. */
 static void fetch(const ndm_reader *reader, const ndm_value *value)
 {
-    if (value->size >= FETCH_FROM &&
+    if (value->size >= NDM_I_LARGE &&
         !ndm_i_is_cached(&reader->data, value->offset, value->offset + value->size))
         ndm_i_mapping_fetch(reader->values->base + value->offset, value->size);
 }
@@ -185,8 +183,8 @@ static const char *view_of(ndm_reader *reader, const ndm_value *value)
     if (ndm_i_reader_reach(reader, value) != NDM_OK)
         return NULL;
     const char *view = (const char *)reader->values->base + value->offset;
-    /* The pages stay mapped after the view: a reader reads again; it is the owner who spills. */
-    if (!ndm_i_pins_add(&reader->home, (uint32_t)value->slot, reader->values, view, 0, false)) {
+    const uint64_t forget = value->size >= NDM_I_LARGE ? value->size : 0;
+    if (!ndm_i_pins_add(&reader->home, (uint32_t)value->slot, reader->values, view, forget, false)) {
         ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
         return NULL;
     }
@@ -217,6 +215,14 @@ __attribute__((no_sanitize("thread"))) static void copy_racing(char *to, const c
 #endif
 }
 
+static int copy(ndm_reader *reader, const ndm_value *value, void *buffer)
+{
+    if (value->size >= NDM_I_LARGE) /* maps nothing */
+        return ndm_i_file_load(&reader->data, value->offset, buffer, value->size);
+    copy_racing(buffer, (const char *)reader->values->base + value->offset, value->size);
+    return NDM_OK;
+}
+
 int64_t ndm_reader_copy(ndm_reader *reader, int64_t slot, int64_t generation, void *buffer, uint64_t capacity)
 {
     ndm_value value;
@@ -227,15 +233,15 @@ int64_t ndm_reader_copy(ndm_reader *reader, int64_t slot, int64_t generation, vo
     for (int tries = 0; tries < RETRIES; tries++) {
         int found = ndm_i_reader_look_up(reader, slot, generation, &value);
         const bool copies = found == NDM_OK && value.size > 0 && value.size <= capacity;
-        if (copies || (found == NDM_OK && value.size >= FETCH_FROM)) /* a torn table may tell any size */
+        if (copies || (found == NDM_OK && value.size >= NDM_I_LARGE)) /* a torn table may tell any size */
             found = ndm_i_reader_reach(reader, &value);
         if (found != NDM_OK) {
             status = found;
             break;
         }
-        if (copies) {
-            fetch(reader, &value);
-            copy_racing(buffer, (const char *)reader->values->base + value.offset, value.size);
+        if (copies && (found = copy(reader, &value, buffer)) != NDM_OK) {
+            status = found;
+            break;
         }
         if (ndm_i_reader_is_unchanged(reader, &value)) {
             status = (int64_t)value.size;

@@ -2,6 +2,9 @@
 #include "region/ledger.h"
 
 #include "os/status.h"
+#include "store/direct.h"
+
+#include <stdlib.h>
 
 /* What every writing verb checks first, and room for its value. */
 static int begin(ndm_region *region, int64_t engine, ndm_i_room *room, ndm_i_before *before)
@@ -50,10 +53,32 @@ static uint64_t vectored_size(const uint64_t *sizes, uint64_t count, uint64_t al
     return total;
 }
 
+static const uint8_t padding[4096]; /* between parts: less than an alignment */
+
+/* A large value is gathered by the system, so that its pages are not mapped here. */
+static int gather_parts(ndm_region *region, const ndm_i_room *room, const void *const *parts, const uint64_t *sizes,
+                        uint64_t count, uint64_t alignment)
+{
+    struct iovec *pieces = malloc(2 * count * sizeof *pieces);
+    uint64_t at = 0, used = 0;
+    if (!pieces)
+        return ndm_i_fail(NDM_ERR_MEMORY, "no memory to gather a value");
+    for (uint64_t i = 0; i < count; i++) {
+        const uint64_t gap = ((at + alignment - 1) & ~(alignment - 1)) - at;
+        if (gap > 0)
+            pieces[used++] = (struct iovec){(void *)padding, gap};
+        if (sizes[i] > 0)
+            pieces[used++] = (struct iovec){(void *)parts[i], sizes[i]};
+        at += gap + sizes[i];
+    }
+    const int status = ndm_i_direct_gather(&region->store, room->offset, pieces, used, room->size);
+    free(pieces);
+    return status;
+}
+
 static int store_parts(ndm_region *region, const ndm_i_room *room, const void *const *parts, const uint64_t *sizes,
                        uint64_t count, uint64_t alignment)
 {
-    static const uint8_t padding[4096];
     uint64_t at = 0;
     for (uint64_t i = 0; i < count; i++) {
         const uint64_t start = (at + alignment - 1) & ~(alignment - 1);
@@ -80,7 +105,8 @@ int64_t ndm_region_write_vectored(ndm_region *region, const void *const *parts, 
     int status = begin(region, engine, &room, &before);
     if (status != NDM_OK)
         return status;
-    status = store_parts(region, &room, parts, sizes, count, alignment);
+    status = room.size >= NDM_I_LARGE ? gather_parts(region, &room, parts, sizes, count, alignment)
+                                      : store_parts(region, &room, parts, sizes, count, alignment);
     return end(region, status, &room, before, engine, NDM_I_LIVE);
 }
 

@@ -256,7 +256,7 @@ bool ndm_i_pins_drop(const void *address, bool may_unmap)
     pthread_mutex_unlock(&table->lock);
 
     if (forget > 0)
-        ndm_i_mapping_forget((void *)address, forget);
+        ndm_i_mapping_forget(mapping, address, forget);
     ndm_i_mapping_unref(mapping);
     if (home)
         ndm_i_home_leave(home);

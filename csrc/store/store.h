@@ -3,6 +3,11 @@
  * The promise: a byte is stored through the mapping only after the file system has given its whole neighbourhood blocks,
  * so that a full disk is a status and never SIGBUS. By which way bytes go, memcpy or pwrite, follows from their number and
  * from the states of the grains they touch (grains.h).
+ *
+ * Values of NDM_I_LARGE and more are not mapped unless a view of them lives: they are stored by pwrite, and what a view, or
+ * a move, has mapped of them is forgotten after it. Small values are stored and copied out through the mapping. That maps
+ * their neighbours, too; where one of these is large, the grain is a stray, and a new stray has the oldest forgotten. A
+ * store that keeps things mapped does none of this.
  */
 #ifndef NDM_STORE_H
 #define NDM_STORE_H
@@ -11,18 +16,24 @@
 #include "store/seen.h"
 #include "store/writer.h"
 
+enum { NDM_I_STRAYS = 8 };
+
 typedef struct {
     ndm_i_file *file;
     ndm_i_grains grains;
     ndm_i_writer writer;
     ndm_i_seen *seen;     /* what need not be fetched */
     uint64_t allocated;   /* EMPTY grains below have their blocks */
-    uint64_t pwrite_from; /* cold values from this size on go by pwrite */
+    uint64_t pwrite_from; /* cold values from this size on go by pwrite; large ones always */
+    uint64_t strays[NDM_I_STRAYS]; /* grains and one; 0: none */
+    unsigned next_stray;
+    uint64_t forget_from; /* pages of values from this size on are forgotten: NDM_I_LARGE, or UINT64_MAX to keep them mapped */
 } ndm_i_store;
 
 /* For a file that has been started. `storing` counts the extents that others may be storing to through the mapping;
- * `cache_limit`: bytes, or NDM_I_UNLIMITED. */
-int ndm_i_store_init(ndm_i_store *store, ndm_i_file *file, const _Atomic uint64_t *storing, uint64_t cache_limit);
+ * `cache_limit`: bytes, or NDM_I_UNLIMITED; `keep_mapped`: large values stay mapped after a view. */
+int ndm_i_store_init(ndm_i_store *store, ndm_i_file *file, const _Atomic uint64_t *storing, uint64_t cache_limit,
+                     bool keep_mapped);
 void ndm_i_store_fini(ndm_i_store *store); /* ends the writer's thread */
 
 /* As ndm_i_file_grow() and ndm_i_file_shrink(). */
@@ -64,6 +75,19 @@ int ndm_i_store_flush(ndm_i_store *store);
 static inline bool ndm_i_store_has_failed(const ndm_i_store *store)
 {
     return atomic_load_explicit(&store->writer.error, memory_order_relaxed) != 0;
+}
+
+/* Does a view of this value have to be forgotten after it? Of a large one, and of a small one in a grain with a large one. */
+static inline bool ndm_i_store_forgets(const ndm_i_store *store, uint64_t offset, uint64_t size)
+{
+    return size >= store->forget_from || (ndm_i_grains_hold_large(&store->grains, offset, offset + size) &&
+                                          store->forget_from != UINT64_MAX);
+}
+
+/* To be taken before what it is noted with: see seen.h. */
+static inline uint64_t ndm_i_store_moment(const ndm_i_store *store)
+{
+    return ndm_i_seen_moment(atomic_load_explicit(&store->writer.drops, memory_order_acquire));
 }
 
 /* How many invariants of the grains and of the writer are broken. */

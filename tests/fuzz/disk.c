@@ -86,6 +86,21 @@ ssize_t disk_pwrite(int fd, const void *data, size_t size, off_t offset)
     return pwrite(fd, data, end - (uint64_t)offset, offset);
 }
 
+/* Part by part: a refusal after the first leaves a short write, as the system's does. */
+ssize_t disk_pwritev(int fd, const struct iovec *parts, int count, off_t offset)
+{
+    ssize_t total = 0;
+    for (int i = 0; i < count; i++) {
+        const ssize_t done = disk_pwrite(fd, parts[i].iov_base, parts[i].iov_len, offset + total);
+        if (done < 0)
+            return total > 0 ? total : done;
+        total += done;
+        if ((size_t)done < parts[i].iov_len)
+            break;
+    }
+    return total;
+}
+
 static int punch(int fd, off_t offset, off_t size)
 {
     if (size == 0) { /* only asking */
