@@ -15,6 +15,9 @@ from nodedb_mem._core import ffi, lib
 Where = tuple[str, ...]
 
 
+_UNKNOWN = (1 << 64) - 1
+
+
 class MemError(Exception):
     """Base of every error that this package defines."""
 
@@ -43,6 +46,10 @@ class InvalidSlotError(RegionError, LookupError):
         return f"{'the slot' if self.slot is None else f'slot {self.slot}'} {self.reason}"
 
 
+class RegionSizeError(RegionError, ValueError):
+    """A size, a capacity or an alignment is outside its range."""
+
+
 class RepeatedSlotError(RegionError, ValueError):
     """A slot is listed twice where each may be named once.
 
@@ -59,7 +66,37 @@ class RepeatedSlotError(RegionError, ValueError):
         return f"slot {self.slot} is listed twice"
 
 
-class CapacityExceededError(RegionError):
+class _NoRoom:
+    """What a region had, when a verb found no room in it. Each figure is None where the core did not say."""
+
+    free_bytes: int | None = None
+    largest_free_bytes: int | None = None
+    pinned_bytes: int | None = None
+    views: int | None = None
+    disk_free: int | None = None
+
+    def _note_space(self, error: Any) -> None:
+        if error.space_known:
+            self.free_bytes = error.free_bytes
+            self.largest_free_bytes = error.largest_free_bytes
+            self.pinned_bytes = error.pinned_bytes
+            self.views = error.views
+            self.disk_free = None if error.disk_free == _UNKNOWN else error.disk_free
+
+    def _space(self) -> str:
+        """Say it in words, to follow the message."""
+        if self.free_bytes is None:
+            return ""
+        parts = [f"{self.free_bytes} bytes are free in the region, {self.largest_free_bytes} of them together"]
+        if self.pinned_bytes:
+            by = f"{self.views} live views" if self.views != 1 else "1 live view"
+            parts.append(f"{self.pinned_bytes} freed bytes are pinned by {by if self.views else 'leases'}")
+        if self.disk_free is not None:
+            parts.append(f"the disk has {self.disk_free} bytes left")
+        return f" ({'; '.join(parts)})"
+
+
+class CapacityExceededError(_NoRoom, RegionError):
     """The region would have to grow past its ceiling.
 
     Attributes
@@ -68,6 +105,12 @@ class CapacityExceededError(RegionError):
         Capacity that the request needs, in bytes.
     max_capacity : int
         The ceiling in force, in bytes.
+    free_bytes, largest_free_bytes : int or None
+        Bytes that are free below `used_bytes`, and how many of them lie together. `compact` gathers them.
+    pinned_bytes, views : int or None
+        Bytes of freed values that are kept, and the live views that keep them; leases keep the others.
+    disk_free : int or None
+        Bytes that the file system has left for this user.
     """
 
     def __init__(self, required: int, max_capacity: int) -> None:
@@ -76,7 +119,7 @@ class CapacityExceededError(RegionError):
         self.max_capacity = max_capacity
 
     def __str__(self) -> str:
-        return f"{self.required} bytes are required, max_capacity is {self.max_capacity}"
+        return f"{self.required} bytes are required, max_capacity is {self.max_capacity}{self._space()}"
 
 
 class WrongThreadError(RegionError):
@@ -88,15 +131,17 @@ class RegionClosedError(RegionError):
 
 
 class RegionBusyError(RegionError):
-    """Another region holds the file, or views of a closed one do.
+    """Another region holds the file, or views of a closed one do; or readers are kept out of the slot table.
 
     Attributes
     ----------
     path : str
     holders : tuple of int
-        Process ids that hold the file as regions do, as far as they may be seen.
+        Process ids that hold the file as regions do, as far as they may be seen. From a reader: those that keep readers
+        out.
     readers : tuple of int
-        Process ids that only read it. They keep a new region off just where the file system punches no holes.
+        Process ids that only read it. They keep a new region off where the file system punches no holes, or where they
+        have locked a file, which an `OverflowReader` never does in a way that keeps a region off.
     children : tuple of int
         Those of the holders that have no descriptor of the file: forked children of an owner, by views that they
         inherited. Such a child lets go when its last view of the region is gone, or when it ends.
@@ -128,8 +173,15 @@ class StaleSlotError(RegionError):
     """A reference names a value that is no longer there."""
 
 
-class RegionIOError(RegionError, OSError):
-    """The system refused: a full disk, a size limit, a permission. `errno` and `filename` as in `OSError`."""
+class RegionIOError(_NoRoom, RegionError, OSError):
+    """The system refused: a full disk, a size limit, a permission. `errno` and `filename` as in `OSError`.
+
+    Where a write finds no block on the disk (ENOSPC, EDQUOT), `free_bytes`, `largest_free_bytes`, `pinned_bytes`,
+    `views` and `disk_free` are as in `CapacityExceededError`. They are None otherwise.
+    """
+
+    def __str__(self) -> str:
+        return OSError.__str__(self) + self._space()
 
 
 class BudgetExhaustedError(MemError):
@@ -216,6 +268,19 @@ def _maps_for_writing(process: Path, wanted: os.stat_result) -> bool:
         return False
 
 
+def _flock_holders(path: str) -> tuple[int, ...]:
+    """Process ids that hold the file at `path` locked as a whole, as far as they may be seen."""
+    try:
+        facts = os.stat(path)
+        locks = Path("/proc/locks").read_text().split("\n")
+    except OSError:
+        return ()
+    device = f"{os.major(facts.st_dev):02x}:{os.minor(facts.st_dev):02x}:{facts.st_ino}"
+    fields = [line.split() for line in locks]  # number, FLOCK, ADVISORY, WRITE, pid, device and inode, ...
+    found = {int(line[4]) for line in fields if line[1:4:2] == ["FLOCK", "WRITE"] and line[5] == device}
+    return tuple(sorted(pid for pid in found if pid > 0))
+
+
 def _may_write(descriptor: Path) -> bool:
     try:
         facts = (descriptor.parents[1] / "fdinfo" / descriptor.name).read_text()
@@ -259,7 +324,7 @@ def error_of(details: bytes, where: Where = (), slot: int | None = None) -> Exce
     message = ffi.string(error.message).decode() if error.message else ""
     match error.status:
         case lib.NDM_ERR_ARGUMENT:
-            return ValueError(message) if slot is None else RepeatedSlotError(slot)
+            return RegionSizeError(message) if slot is None else RepeatedSlotError(slot)
         case lib.NDM_ERR_NO_SLOT:
             return InvalidSlotError(slot, "never existed")
         case lib.NDM_ERR_FREED_SLOT:
@@ -267,11 +332,15 @@ def error_of(details: bytes, where: Where = (), slot: int | None = None) -> Exce
         case lib.NDM_ERR_UNCOMMITTED:
             return InvalidSlotError(slot, "is not committed yet")
         case lib.NDM_ERR_CAPACITY:
-            return CapacityExceededError(error.required, error.limit)
+            full = CapacityExceededError(error.required, error.limit)
+            full._note_space(error)
+            return full
         case lib.NDM_ERR_WRONG_THREAD:
             return WrongThreadError(f"{path}: {message}" if kind == "reader" else message)
         case lib.NDM_ERR_CLOSED:
             return RegionClosedError(f"{path}: {message}" if kind == "reader" else message)
+        case lib.NDM_ERR_BUSY if kind == "reader" and file:
+            return RegionBusyError(file, _flock_holders(file))
         case lib.NDM_ERR_BUSY:
             writers, readers, children = users_of(file) if file else ((), (), ())
             if beside:  # a closed reader whose views live has the slot table open, no more
@@ -279,7 +348,9 @@ def error_of(details: bytes, where: Where = (), slot: int | None = None) -> Exce
             return RegionBusyError(file or "", writers, readers, children)
         case lib.NDM_ERR_IO:
             code = error.os_errno
-            return RegionIOError(code, f"{message}: {os.strerror(code)}", file)
+            refused = RegionIOError(code, f"{message}: {os.strerror(code)}", file)
+            refused._note_space(error)
+            return refused
         case lib.NDM_ERR_STALE:
             before = f"{path}: " if path else ""
             return StaleSlotError(f"{before}{message}" + ("" if slot is None else f" (slot {slot})"))

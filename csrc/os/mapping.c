@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include "os/mapping.h"
 
+#include "nodedb_mem.h"
 #include "os/bits.h"
 #include "os/fork.h"
 #include "os/status.h"
@@ -160,6 +161,25 @@ void ndm_i_mapping_populate(void *address, uint64_t size) { madvise(address, siz
 bool ndm_i_mapping_in_core(void *address, uint64_t size, unsigned char *in_core)
 {
     return mincore(address, size, in_core) == 0;
+}
+
+/* The kernel refuses to drop pages that are locked. */
+static bool is_locked(void *page)
+{
+    return madvise(page, (size_t)sysconf(_SC_PAGESIZE), MADV_DONTNEED) != 0 && errno == EINVAL;
+}
+
+bool ndm_i_mapping_is_locked(const ndm_i_mapping *mapping) { return is_locked(mapping->base); }
+
+int ndm_mappings_are_locked(void)
+{
+    const size_t size = (size_t)sysconf(_SC_PAGESIZE);
+    void *page = mmap(NULL, size, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (page == MAP_FAILED)
+        return 0;
+    const bool locked = is_locked(page);
+    munmap(page, size);
+    return locked;
 }
 
 void ndm_i_mapping_ref(ndm_i_mapping *mapping) { atomic_fetch_add(&mapping->users, 1); }

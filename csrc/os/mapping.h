@@ -51,6 +51,9 @@ void ndm_i_mapping_fetch(void *address, uint64_t size);
 /* Map the pages of the range for writing, all at once; `address` is a page's. */
 void ndm_i_mapping_populate(void *address, uint64_t size);
 
+/* Is the mapping locked in RAM? Its first page leaves the RSS if not. */
+bool ndm_i_mapping_is_locked(const ndm_i_mapping *mapping);
+
 /* Which pages of the range are in RAM: bit 0 of each byte of `in_core`. false with errno. */
 bool ndm_i_mapping_in_core(void *address, uint64_t size, unsigned char *in_core);
 

@@ -46,3 +46,13 @@ int64_t ndm_i_of_file(int file, int64_t result)
         last.file = file;
     return result;
 }
+
+void ndm_i_of_space(ndm_error space)
+{
+    last.space_known = 1;
+    last.views = space.views;
+    last.free_bytes = space.free_bytes;
+    last.largest_free_bytes = space.largest_free_bytes;
+    last.pinned_bytes = space.pinned_bytes;
+    last.disk_free = space.disk_free;
+}

@@ -15,4 +15,7 @@ int ndm_i_fail_capacity(uint64_t required, uint64_t limit);
 int64_t ndm_i_of_slot(int64_t slot, int64_t result);
 int64_t ndm_i_of_file(int file, int64_t result);
 
+/* Complete the details of a failure for want of room: the fields from `views` to `disk_free`. */
+void ndm_i_of_space(ndm_error space);
+
 #endif

@@ -53,10 +53,12 @@ static int write_batch(ndm_region *region, const values *batch, int64_t engine, 
         rooms[i].size = size_at(batch, i);
     if ((status = ndm_i_take(region, rooms, batch->count, &before)) != NDM_OK)
         goto end;
-    if ((status = store_all(region, batch, rooms)) == NDM_OK)
+    if ((status = store_all(region, batch, rooms)) == NDM_OK) {
         ndm_i_enter_values(region, rooms, batch->count, before, (uint8_t)engine, NDM_I_LIVE, slots);
-    else
+    } else {
         ndm_i_undo(region, rooms, batch->count, before);
+        ndm_i_explained(region, status);
+    }
 
 end:
     free(rooms);

@@ -42,3 +42,9 @@ int ndm_region_flush(ndm_region *region)
     const int status = ndm_i_enter(region);
     return status == NDM_OK ? ndm_i_store_flush(&region->store) : status;
 }
+
+int ndm_region_is_locked(ndm_region *region)
+{
+    const int status = ndm_i_enter_to_look(region);
+    return status == NDM_OK ? ndm_i_mapping_is_locked(region->data.mapping) : status;
+}

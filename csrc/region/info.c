@@ -38,23 +38,20 @@ int ndm_region_stats(ndm_region *region, ndm_stats *out)
     int status = ndm_i_enter_to_look(region);
     if (status != NDM_OK)
         return status;
+    if (ndm_i_limbo_is_unsettled(&region->limbo))
+        ndm_i_settle(region);
     uint64_t disk_bytes;
     if ((status = ndm_i_file_disk_bytes(&region->data, &disk_bytes)) != NDM_OK)
         return status;
-    /* A hole at the end reaches to the mark, a whole number of units; used_bytes is exact. */
-    const ndm_i_extents *extents = &region->extents;
-    const uint32_t last = ndm_i_extents_last(extents);
-    uint64_t free_bytes = extents->free_units << region->unit_shift;
-    if (last != NDM_I_NONE && ndm_i_extents_is_free(extents, last))
-        free_bytes -= (extents->mark << region->unit_shift) - region->used_bytes;
-    const uint64_t largest = ndm_i_extents_largest(extents) << region->unit_shift;
+    uint64_t largest;
+    const uint64_t free_bytes = ndm_i_free_bytes(region, &largest);
     *out = (ndm_stats){.capacity = region->data.capacity,
                        .max_capacity = region->max_capacity,
                        .used_bytes = region->used_bytes,
                        .live_bytes = region->live_bytes,
                        .free_bytes = free_bytes,
                        .pinned_bytes = ndm_i_bytes(region, region->limbo.units),
-                       .largest_free_bytes = largest < free_bytes ? largest : free_bytes,
+                       .largest_free_bytes = largest,
                        .slot_count = region->slots.count,
                        .live_slots = region->slots.live,
                        .growths = region->growths,
@@ -75,6 +72,8 @@ int ndm_region_stats(ndm_region *region, ndm_stats *out)
 int ndm_region_info(ndm_region *region, ndm_info *out)
 {
     int status = ndm_i_enter(region);
+    if (status == NDM_OK && ndm_i_limbo_is_unsettled(&region->limbo))
+        ndm_i_settle(region); /* for readers, who see what is published */
     if (status == NDM_OK)
         *out = (ndm_info){.capacity = region->data.capacity,
                           .max_capacity = region->max_capacity,
@@ -178,7 +177,8 @@ static uint64_t check_figures(const ndm_region *region, uint64_t *empty)
     broken += memcmp(slots_of, region->engine_slots, sizeof slots_of) != 0;
     broken += furthest > region->used_bytes;
     broken += region->used_bytes > ndm_i_bytes(region, region->extents.mark);
-    broken += region->used_bytes > region->data.capacity || region->data.capacity > region->max_capacity;
+    broken += region->used_bytes > region->data.capacity ||
+              region->data.capacity > ndm_i_max(region->max_capacity, region->initial_capacity);
     return broken;
 }
 
@@ -194,7 +194,7 @@ int64_t ndm_region_check(ndm_region *region)
     broken += check_extents(region, &with_extent, &limbo_units);
     broken += check_figures(region, &empty);
     broken += with_extent + empty != region->slots.live;
-    broken += limbo_units != region->limbo.units;
+    broken += limbo_units != region->limbo.units + region->limbo.waiting_units;
     broken += ndm_i_store_check(&region->store) + check_grains(region) + check_large(region);
     broken += ndm_i_pins_check(&region->home, is_pin_sound, region);
     return (int64_t)broken;

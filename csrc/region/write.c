@@ -22,7 +22,7 @@ static int64_t end(ndm_region *region, int status, const ndm_i_room *room, ndm_i
     int64_t slot;
     if (status != NDM_OK) {
         ndm_i_undo(region, room, 1, before);
-        return status;
+        return ndm_i_explained(region, status);
     }
     ndm_i_enter_values(region, room, 1, before, (uint8_t)engine, state, &slot);
     return slot;

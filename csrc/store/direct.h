@@ -7,6 +7,8 @@
 
 #include "store/store.h"
 
+#include <sys/uio.h>
+
 /* Copy `size` bytes to `offset`, of a file that may be written there. */
 int ndm_i_direct_put(ndm_i_store *store, uint64_t offset, const uint8_t *data, uint64_t size);
 

@@ -312,6 +312,21 @@ bool ndm_i_pins_collect(ndm_i_home *home, uint32_t *extent)
     return true;
 }
 
+uint64_t ndm_i_pins_orphan_views(ndm_i_home *home)
+{
+    uint64_t views = 0;
+    if (!ndm_i_pins_any(home))
+        return 0;
+    struct table *table = table_here();
+    pthread_mutex_lock(&table->lock);
+    for (uint64_t i = 0; i < table->bucket_count; i++)
+        for (const struct ndm_i_entry *entry = table->buckets[i]; entry; entry = entry->next)
+            if (entry->extent == VIEW && entry->pin->home == home && entry->pin->orphan)
+                views += entry->count;
+    pthread_mutex_unlock(&table->lock);
+    return views;
+}
+
 uint64_t ndm_i_pins_check(ndm_i_home *home, bool (*is_sound)(void *context, uint32_t extent, bool orphan), void *context)
 {
     struct table *table = table_here();

@@ -61,6 +61,9 @@ bool ndm_i_pins_writable(ndm_i_home *home);
 /* The extent is being freed: true if a live view keeps it, which makes it an orphan. Owner only. */
 bool ndm_i_pins_orphan(ndm_i_home *home, uint32_t extent);
 
+/* How many views keep orphans of this home? Owner only; linear in the pins of the process. */
+uint64_t ndm_i_pins_orphan_views(ndm_i_home *home);
+
 /* Has an orphan's last view ended? Any thread; for the owner, "no" may be old. */
 static inline bool ndm_i_pins_have_returned(const ndm_i_home *home)
 {

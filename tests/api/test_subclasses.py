@@ -52,6 +52,11 @@ def test_a_subclass_that_takes_no_folder_says_so(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_neither_a_path_nor_a_folder_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="a path is needed"):
+        OverflowRegion(None)
+
+
 def test_no_path_is_an_unnamed_file(tmp_path: Path) -> None:
     with OverflowRegion(None, directory=tmp_path, initial_capacity=4096) as region:
         assert region.path is None and region.capacity == 4096 and list(tmp_path.iterdir()) == []
