@@ -23,7 +23,9 @@
  *    released, even after the slot is freed or the region is closed. A view that is never released leaks its extent and
  *    keeps the mapping, and so the file's lock, until the process ends.
  *  - A forked child lets go of the region before fork() returns there: its copies of the descriptors, and so of the locks,
- *    are closed, and what no view uses is unmapped. (A raw clone() runs no fork handlers; there, destroying does it.)
+ *    are closed, and what no view uses is unmapped, whatever other threads do meanwhile: fork() waits until none of them is
+ *    in the midst of opening, mapping, unmapping or closing. (A raw clone() runs no fork handlers; there, destroying does
+ *    it.) A signal handler must not fork while it interrupts a function of this library.
  *    The views taken before the fork stay readable in the child, but nothing pins them for the child. Once the
  *    parent has freed and released a slot, the child sees what the parent writes there next. Touching the view is SIGBUS
  *    once the parent has trimmed the file to less. A store of the child's through a view of ndm_region_allocate() would

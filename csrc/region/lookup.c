@@ -66,14 +66,16 @@ static int reach(const ndm_i_file *file, ndm_i_mapping **mapping, uint64_t neede
 {
     if (*mapping && (*mapping)->length >= needed)
         return NDM_OK;
+    ndm_i_fork_bar();
     ndm_i_mapping *fresh = ndm_i_mapping_new_to_read(file->fd, wanted);
     if (!fresh && wanted > needed)
         fresh = ndm_i_mapping_new_to_read(file->fd, needed);
-    if (!fresh)
-        return ndm_last_error()->status;
-    ndm_i_mapping_unref(*mapping);
-    *mapping = fresh;
-    return NDM_OK;
+    if (fresh) {
+        ndm_i_mapping_unref(*mapping);
+        *mapping = fresh;
+    }
+    ndm_i_fork_let();
+    return fresh ? NDM_OK : ndm_last_error()->status;
 }
 
 static const ndm_i_record *record_of(const ndm_reader *reader, int64_t slot)

@@ -29,7 +29,8 @@ struct ndm_reader {
     ndm_i_length slots_length, data_length;
     _Atomic unsigned holders; /* of this struct: the handle, and the files until the last view has ended */
     ndm_i_fork_entry at_fork;
-    bool left; /* in a forked child: the reader was let go of, as far as could be */
+    bool home_left; /* the reader no longer uses its home */
+    bool left;      /* in a forked child: the reader was let go of */
 };
 
 static inline const ndm_i_header *ndm_i_reader_header(const ndm_reader *reader)

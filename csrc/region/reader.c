@@ -42,39 +42,53 @@ static void let_go(ndm_reader *reader)
 static void last_use(ndm_i_home *home)
 {
     ndm_reader *reader = (ndm_reader *)((char *)home - offsetof(ndm_reader, home));
-    ndm_i_fork_remove(&reader->at_fork);
     ndm_i_file_close(&reader->slots, NULL);
+    ndm_i_fork_remove(&reader->at_fork);
     let_go(reader);
+}
+
+static void unmap(ndm_reader *reader)
+{
+    ndm_i_fork_bar();
+    ndm_i_mapping_unref(reader->values);
+    ndm_i_mapping_unref(reader->table);
+    reader->values = reader->table = NULL;
+    ndm_i_fork_let();
 }
 
 static void close_files(ndm_reader *reader)
 {
     ndm_i_leases_close(&reader->leases);
-    ndm_i_mapping_unref(reader->values);
-    ndm_i_mapping_unref(reader->table);
-    reader->values = reader->table = NULL;
+    unmap(reader);
     ndm_i_file_close(&reader->data, NULL);
 }
 
-/* In a forked child: as an owner's region does. A thread of the parent's that held the lock may have been inside a verb. */
-static void leave_in_child(void *context)
+/* Unless that has been done. The reader may go. */
+static void leave_home(ndm_reader *reader)
 {
-    ndm_reader *reader = context;
+    ndm_i_fork_bar();
+    const bool stays = !reader->home_left;
+    reader->home_left = true;
+    if (stays)
+        ndm_i_home_leave(&reader->home);
+    ndm_i_fork_let();
+}
+
+/* In a forked child: as an owner's region does. */
+static void leave(ndm_reader *reader, bool waited)
+{
+    reader->left = true;
     ndm_i_fork_remove(&reader->at_fork);
     ndm_i_file_abandon(&reader->slots);
-    if (pthread_mutex_trylock(&reader->lock) == 0) {
-        const bool open = reader->table != NULL;
-        if (open)
-            close_files(reader);
-        pthread_mutex_unlock(&reader->lock);
-        if (open)
-            ndm_i_home_leave(&reader->home);
-    } else {
-        ndm_i_file_abandon(&reader->data);
-        ndm_i_file_abandon(&reader->leases.file);
-    }
-    reader->left = true;
+    ndm_i_file_abandon(&reader->data);
+    ndm_i_file_abandon(&reader->leases.file);
+    if (!waited && pthread_mutex_trylock(&reader->lock) != 0) /* a thread of the parent's may have been inside a verb */
+        return;
+    unmap(reader);
+    leave_home(reader);
 }
+
+static void leave_in_child(void *reader) { leave(reader, true); }
 
 /* Is it the table of our data file? Read, not mapped: nothing has been locked yet. */
 static int check_table(const ndm_reader *reader)
@@ -95,7 +109,9 @@ static int open_slots(ndm_reader *reader, const char *path)
     if ((status = check_table(reader)) != NDM_OK || (status = ndm_i_file_flock_to_read(&reader->slots)) != NDM_OK ||
         (status = check_table(reader)) != NDM_OK)
         return status;
+    ndm_i_fork_bar();
     reader->table = ndm_i_mapping_new_to_read(reader->slots.fd, ndm_i_file_size(&reader->slots));
+    ndm_i_fork_let();
     if (!reader->table)
         return ndm_last_error()->status;
     const ndm_i_header *header = ndm_i_reader_header(reader);
@@ -129,15 +145,17 @@ static ndm_reader *open_once(const char *data_path, const char *slots_path, cons
     reader->process = ndm_i_process();
     atomic_init(&reader->holders, 2);
     pthread_mutex_init(&reader->lock, NULL);
-    if (!ndm_i_home_init(&reader->home, last_use))
+    reader->at_fork = (ndm_i_fork_entry){.in_child = leave_in_child, .context = reader};
+    if (!ndm_i_home_init(&reader->home, last_use)) {
         ndm_i_fail(NDM_ERR_MEMORY, "no memory for a reader");
-    else if (open_files(reader, data_path, slots_path) == NDM_OK) {
-        reader->at_fork = (ndm_i_fork_entry){.in_child = leave_in_child, .context = reader};
+    } else {
         ndm_i_fork_add(&reader->at_fork);
-        return reader;
+        if (open_files(reader, data_path, slots_path) == NDM_OK)
+            return reader;
     }
     close_files(reader);
     ndm_i_file_close(&reader->slots, NULL);
+    ndm_i_fork_remove(&reader->at_fork);
     pthread_mutex_destroy(&reader->lock);
     free_paths(reader);
     free(reader);
@@ -164,7 +182,7 @@ void ndm_reader_close(ndm_reader *reader)
         close_files(reader);
     pthread_mutex_unlock(&reader->lock);
     if (open)
-        ndm_i_home_leave(&reader->home);
+        leave_home(reader);
 }
 
 void ndm_reader_destroy(ndm_reader *reader)
@@ -174,7 +192,7 @@ void ndm_reader_destroy(ndm_reader *reader)
     if (ndm_i_is_process(reader->process))
         ndm_reader_close(reader);
     else if (!reader->left) /* a raw clone() ran no handlers */
-        leave_in_child(reader);
+        leave(reader, false);
     let_go(reader);
 }
 
@@ -365,10 +383,24 @@ static bool is_same(const ndm_i_file *one, const ndm_i_file *other)
     return one->inode == other->inode && one->born == other->born;
 }
 
+/* Does the path of the data file lead to another file by now? */
+static int check_path(const ndm_reader *reader)
+{
+    ndm_i_file there;
+    ndm_i_fork_bar(); /* no child finds the file listed */
+    int status = ndm_i_file_open_to_read(&there, reader->data_path);
+    if (status != NDM_OK && ndm_last_error()->os_errno == ENOENT)
+        status = NDM_OK; /* gone, but nobody's */
+    else if (status == NDM_OK && !is_same(&there, &reader->data))
+        status = ndm_i_fail(NDM_ERR_STALE, "the path leads to another region's files by now");
+    ndm_i_file_close(&there, NULL);
+    ndm_i_fork_let();
+    return status;
+}
+
 /* Open the leases file. It is found by its path: if other files stand there by now, our owner does not look into it. */
 static int join_leases(ndm_reader *reader)
 {
-    ndm_i_file there;
     int status = ndm_i_leases_join(&reader->leases, reader->leases_path, false);
     if (status != NDM_OK)
         return status;
@@ -377,13 +409,7 @@ static int join_leases(ndm_reader *reader)
         ndm_i_leases_close(&reader->leases); /* a value's bytes may look like leases */
         return (int)ndm_i_of_file(NDM_FILE_LEASES, ndm_i_fail_io(EINVAL, "the file is not a leases file"));
     }
-    status = ndm_i_file_open_to_read(&there, reader->data_path);
-    if (status != NDM_OK && ndm_last_error()->os_errno == ENOENT)
-        return NDM_OK; /* gone, but nobody's */
-    if (status == NDM_OK && !is_same(&there, &reader->data))
-        status = ndm_i_fail(NDM_ERR_STALE, "the path leads to another region's files by now");
-    ndm_i_file_close(&there, NULL);
-    if (status != NDM_OK)
+    if ((status = check_path(reader)) != NDM_OK)
         ndm_i_leases_close(&reader->leases);
     return status;
 }

@@ -5,7 +5,11 @@
 PROGRAMS ?= $(sort $(notdir $(basename $(wildcard tests/core/test_*.c))))
 BASE     := -std=c11 -pthread -Wall -Wextra -Wshadow -Werror -Icsrc
 HEADERS  := $(wildcard csrc/*.h csrc/*/*.h tests/core/*.h)
+COMMA    := ,
 OBJECTS  := $(patsubst %.c,$(OUT)/%.o,$(filter-out csrc/python/%,$(sort $(wildcard csrc/*/*.c))))
+
+# What is given to the linker for one program. test_forks has the system calls of the core led to itself.
+LINK-test_forks := $(addprefix -Wl$(COMMA)--wrap=,open memfd_create close mmap munmap mremap madvise)
 
 .PHONY: run $(addprefix run-,$(PROGRAMS))
 .DELETE_ON_ERROR:
@@ -21,4 +25,4 @@ $(OUT)/csrc/%.o: csrc/%.c $(HEADERS)
 	@$(CC) $(BASE) $(FLAGS) -c -o $@ $<
 
 $(OUT)/%: tests/core/%.c $(OBJECTS) $(HEADERS)
-	@$(CC) $(BASE) $(FLAGS) -o $@ $< $(OBJECTS)
+	@$(CC) $(BASE) $(FLAGS) -o $@ $< $(OBJECTS) $(LINK-$*)

@@ -216,6 +216,27 @@ def test_a_child_holds_no_descriptor_and_no_unused_mapping(tmp_path: Path) -> No
     region.close()
 
 
+@pytest.mark.parametrize("owner", ["idle", "ended"])
+def test_a_child_of_another_thread_holds_no_descriptor_and_no_mapping(tmp_path: Path, owner: str) -> None:
+    path = str(tmp_path / "r")
+
+    def open_region() -> OverflowRegion:
+        region = OverflowRegion.open(path, initial_capacity=1 << 20)
+        region.share(region.write(blob(100_000), 0))
+        return region
+
+    def holds_nothing() -> bool:
+        maps = Path("/proc/self/maps").read_text()
+        return not any(link.startswith(path) for link in _open_files()) and path not in maps
+
+    region = open_region() if owner == "idle" else in_thread(open_region)
+    assert any(link.startswith(path) for link in _open_files()) and path in Path("/proc/self/maps").read_text()
+    assert in_thread(lambda: _in_child(holds_nothing)) is None
+    if owner == "ended":
+        region.adopt()
+    region.close()
+
+
 def test_a_childs_views_stay_readable_and_end_there(tmp_path: Path) -> None:
     path = str(tmp_path / "r")
     region = OverflowRegion.open(path, initial_capacity=1 << 20)
