@@ -287,13 +287,14 @@ int ndm_i_file_start(ndm_i_file *file, uint64_t capacity, uint64_t ceiling)
     if (refused)
         return ndm_i_fail_io(refused, "cannot size the file");
     file->capacity = ndm_i_max(before, capacity);
+    const ndm_error last = *ndm_last_error();
     ndm_i_fork_bar();
     file->mapping = ndm_i_mapping_new(file->fd, ndm_i_max(ceiling, file->capacity));
     if (!file->mapping && ceiling > file->capacity)
         file->mapping = ndm_i_mapping_new(file->fd, file->capacity); /* RLIMIT_AS: growth will remap */
     ndm_i_fork_let();
     if (file->mapping)
-        return NDM_OK;
+        return (int)ndm_i_ended(NDM_OK, &last);
     if (before < capacity)
         ndm_i_file_shrink(file, before);
     return ndm_last_error()->status;
@@ -320,9 +321,10 @@ int ndm_i_file_grow(ndm_i_file *file, uint64_t needed, uint64_t wanted, uint64_t
     if (refused)
         return ndm_i_fail_io(refused, "cannot extend the file");
     if (wanted > file->mapping->length) {
+        const ndm_error before = *ndm_last_error();
         status = ndm_i_mapping_extend(&file->mapping, ceiling);
         if (status != NDM_OK && ceiling > wanted)
-            status = ndm_i_mapping_extend(&file->mapping, wanted);
+            status = (int)ndm_i_ended(ndm_i_mapping_extend(&file->mapping, wanted), &before);
         if (status != NDM_OK) {
             ndm_i_file_shrink(file, file->capacity);
             return status;

@@ -5,6 +5,7 @@
 #include "os/bits.h"
 #include "os/owner.h"
 #include "os/patience.h"
+#include "os/residency.h"
 #include "os/status.h"
 
 #include <errno.h>
@@ -16,6 +17,9 @@ enum { GLANCES = 100 };
 /* So long a file's size is taken to be what it was, in nanoseconds. Nobody cuts a file short and comes back sooner; and who
  * reads in a loop pays for one system call in many look-ups. */
 #define FRESH ((uint64_t)2000)
+
+/* Larger values that are not in RAM are fetched in one go. */
+#define FETCH_FROM ((uint64_t)64 << 10)
 
 /* Copies of this size and more are made by system calls. */
 #define LOAD_FROM ((uint64_t)16 << 10)
@@ -66,6 +70,7 @@ static int reach(const ndm_i_file *file, ndm_i_mapping **mapping, uint64_t neede
 {
     if (*mapping && (*mapping)->length >= needed)
         return NDM_OK;
+    const ndm_error before = *ndm_last_error();
     ndm_i_fork_bar();
     ndm_i_mapping *fresh = ndm_i_mapping_new_to_read(file->fd, wanted);
     if (!fresh && wanted > needed)
@@ -75,7 +80,7 @@ static int reach(const ndm_i_file *file, ndm_i_mapping **mapping, uint64_t neede
         *mapping = fresh;
     }
     ndm_i_fork_let();
-    return fresh ? NDM_OK : ndm_last_error()->status;
+    return (int)ndm_i_ended(fresh ? NDM_OK : ndm_last_error()->status, &before);
 }
 
 static const ndm_i_record *record_of(const ndm_reader *reader, int64_t slot)
@@ -218,4 +223,30 @@ int ndm_i_reader_load(ndm_reader *reader, const ndm_value *value, char *buffer)
     if (status == NDM_OK && value->size > 0)
         copy_racing(buffer, (const char *)reader->values->base + value->offset, value->size);
     return status;
+}
+
+/* ---- views ---------------------------------------------------------------------------------------------- */
+
+/* The value is mapped, and about to be read. */
+static void fetch(const ndm_reader *reader, const ndm_value *value)
+{
+    if (value->size >= FETCH_FROM &&
+        !ndm_i_is_cached(&reader->data, value->offset, value->offset + value->size))
+        ndm_i_mapping_fetch(reader->values->base + value->offset, value->size);
+}
+
+const char *ndm_i_reader_view(ndm_reader *reader, const ndm_value *value)
+{
+    if (value->size == 0)
+        return ndm_i_empty_view;
+    if (ndm_i_reader_reach(reader, value) != NDM_OK)
+        return NULL;
+    const char *view = (const char *)reader->values->base + value->offset;
+    /* The pages stay mapped after the view: a reader reads again; it is the owner who spills. */
+    if (!ndm_i_pins_add(&reader->home, (uint32_t)value->slot, reader->values, view, 0, false)) {
+        ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
+        return NULL;
+    }
+    fetch(reader, value);
+    return view;
 }

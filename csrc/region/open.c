@@ -245,6 +245,7 @@ static ndm_region *region_new(const char *path, const char *directory, const ndm
 {
     if (check_options(options) != NDM_OK)
         return NULL;
+    const ndm_error before = *ndm_last_error();
     ndm_region *region = calloc(1, sizeof *region);
     char *slots_path = beside(path, ".slots"), *leases_path = beside(path, ".leases");
     if (!region || (path && (!slots_path || !leases_path))) {
@@ -265,6 +266,7 @@ static ndm_region *region_new(const char *path, const char *directory, const ndm
     region->initial_capacity = region->data.capacity;
     ndm_i_publish(region);
     free(slots_path);
+    ndm_i_ended(NDM_OK, &before);
     return region;
 
 fail:
@@ -319,9 +321,10 @@ int ndm_region_close(ndm_region *region)
 {
     if (ndm_i_region_is_closed(region))
         return NDM_OK;
+    const ndm_error before = *ndm_last_error();
     const int status = ndm_i_enter(region);
     if (status == NDM_ERR_CLOSED) /* meanwhile, by its owner */
-        return NDM_OK;
+        return (int)ndm_i_ended(NDM_OK, &before);
     /* a write-back that failed is reported, and the region closes all the same */
     if (status != NDM_ERR_WRONG_THREAD && retire_handle(region) && ndm_i_owner_close(&region->owner))
         shut(region);

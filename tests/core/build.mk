@@ -8,8 +8,9 @@ HEADERS  := $(wildcard csrc/*.h csrc/*/*.h tests/core/*.h)
 COMMA    := ,
 OBJECTS  := $(patsubst %.c,$(OUT)/%.o,$(filter-out csrc/python/%,$(sort $(wildcard csrc/*/*.c))))
 
-# What is given to the linker for one program. test_forks has the system calls of the core led to itself.
+# What is given to the linker for one program: which system calls of the core are led to the program.
 LINK-test_forks := $(addprefix -Wl$(COMMA)--wrap=,open memfd_create close mmap munmap mremap madvise)
+LINK-test_last_error := $(addprefix -Wl$(COMMA)--wrap=,mmap mremap)
 
 .PHONY: run $(addprefix run-,$(PROGRAMS))
 .DELETE_ON_ERROR:
