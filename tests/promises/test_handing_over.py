@@ -10,6 +10,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from nodedb_mem import (
     RegionBusyError,
     RegionClosedError,
     WrongThreadError,
+    _control,
 )
 
 MIB = 1 << 20
@@ -419,3 +421,25 @@ def test_details_of_a_refusal_are_that_calls(tmp_path: Path) -> None:
         signal.signal(signal.SIGALRM, before)
     region.close()
     other.close()
+
+
+def test_details_of_a_refused_figure_are_that_calls(new_region: NewRegion, monkeypatch: pytest.MonkeyPatch) -> None:
+    region, real = new_region(), _control._info
+    asked, closed = threading.Event(), threading.Event()
+
+    def late(handle: object, out: object) -> int:
+        details = real(handle, out)
+        if threading.current_thread() is not threading.main_thread():
+            asked.set()
+            closed.wait(10)
+        return int(details)
+
+    monkeypatch.setattr(_control, "_info", late)
+    with ThreadPoolExecutor(1) as pool:
+        refused = pool.submit(lambda: region.capacity)
+        assert asked.wait(10)
+        region.close()
+        with pytest.raises(RegionClosedError):
+            len(region)
+        closed.set()
+        assert isinstance(refused.exception(10), WrongThreadError)
