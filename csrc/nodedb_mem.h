@@ -32,13 +32,15 @@
  *    then hit another value.
  *  - If another program shortens the file, touching a lost page is SIGBUS. Growing and preparing space notice a short
  *    file and return NDM_ERR_IO with EIO. Reading cannot notice it.
+ *  - No thread may be cancelled (pthread_cancel) inside a function of this library: the region's books would be half-written.
  *  - Link with -pthread. Linux only.
  *
  * Errors: a function that returns an integer returns a negative ndm_status on failure, one that returns a pointer
  * returns NULL. ndm_last_error() then gives the details, for the calling thread. A function that fails has changed
- * nothing, and has not written to its output parameters. There are three exceptions. ndm_region_close() closes the region
- * and reports that a write-back had failed. ndm_region_compact() and ndm_region_trim() may stop half-way: every value is
- * intact, what was done so far stays, and the figures for readers are those of the space as it is.
+ * nothing, and has not written to its output parameters. There are exceptions. ndm_region_read_many() and
+ * ndm_region_load_many() may have written to their arrays and the buffer: what is there then is of no use. ndm_region_close()
+ * closes the region and reports that a write-back had failed. ndm_region_compact() and ndm_region_trim() may stop half-way:
+ * every value is intact, what was done so far stays, and the figures for readers are those of the space as it is.
  *
  * Sizes, offsets and capacities are bytes, always.
  *

@@ -353,12 +353,15 @@ int ndm_region_adopt(ndm_region *region)
     if (ndm_i_region_is_closed(region))
         return ndm_i_fail(NDM_ERR_CLOSED, "the region is closed");
     int refused = ndm_i_owner_adopt(&region->owner);
-    for (int tries = 1; refused == EPERM && tries < ADOPT_TRIES && ndm_i_is_process(region->owner.process); tries++) {
+    for (int tries = 1; refused == EPERM && tries < ADOPT_TRIES && ndm_i_is_process(region->owner.process) &&
+                        !ndm_i_region_is_closed(region); tries++) {
         nanosleep(&(struct timespec){.tv_nsec = ADOPT_PAUSE_NS}, NULL);
         refused = ndm_i_owner_adopt(&region->owner);
     }
     if (refused == ENOMEM)
         return ndm_i_fail(NDM_ERR_MEMORY, "no memory for the owner");
+    if (refused && ndm_i_region_is_closed(region))
+        return ndm_i_fail(NDM_ERR_CLOSED, "the region is closed");
     if (refused)
         return ndm_i_fail(NDM_ERR_WRONG_THREAD, "the region has an owner, which lives and has not released it");
     const uint64_t handle = atomic_load(&region->handle);

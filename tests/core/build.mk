@@ -12,6 +12,7 @@ OBJECTS  := $(patsubst %.c,$(OUT)/%.o,$(filter-out csrc/python/%,$(sort $(wildca
 LINK-test_forks := $(addprefix -Wl$(COMMA)--wrap=,open memfd_create close mmap munmap mremap madvise)
 LINK-test_last_error := $(addprefix -Wl$(COMMA)--wrap=,mmap mremap)
 LINK-test_mapping := $(addprefix -Wl$(COMMA)--wrap=,mmap munmap mremap)
+LINK-test_adopt := -Wl,--wrap=nanosleep
 
 .PHONY: run $(addprefix run-,$(PROGRAMS))
 .DELETE_ON_ERROR:
