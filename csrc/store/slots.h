@@ -69,7 +69,7 @@ typedef struct {
     _Atomic uint64_t identity_before[2]; /* while it is being given another */
     _Atomic uint64_t closed_at;          /* time of the file's last change when the region was closed; 0: it was not */
     _Atomic uint64_t has_leases;         /* 1: a leases file was made */
-    _Atomic uint64_t turns; /* how often a value's moves have begun anew; tables from before have 0 here */
+    _Atomic uint64_t turns;              /* how often a value's moves have begun anew */
 } ndm_i_header;
 
 /* What stands where the table belongs. */

@@ -98,8 +98,7 @@ static void set(const struct image *image, uint64_t offset, uint64_t word)
         CHECK(pwrite(image->fd, &word, sizeof word, (off_t)offset) == sizeof word);
 }
 
-/* `kept`: a reader has the leases file mapped, which it may write to; it is not cut off under it. */
-static void spoil(bool kept)
+static void spoil(void)
 {
     const uint64_t kind = number(1) % 16, place = number(1);
     if (kind < 5)
@@ -112,7 +111,7 @@ static void spoil(bool kept)
         set(&files[TABLE], NDM_I_HEADER_ROOM + sizeof(ndm_i_record) * (place % VALUES) + 8, VALUE | number(1) << 56);
     else if (kind < 15)
         set(&files[LEASES], 8 * (place % 64), number(place % 2 ? 8 : 2));
-    else if (!kept || place % FILES != LEASES)
+    else
         CHECK(ftruncate(files[place % FILES].fd, (off_t)(number(2) % (place % FILES == DATA ? 65536 : 8192))) == 0);
 }
 
@@ -265,7 +264,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     input_size = size;
     ndm_reader *keeper = number(1) % 2 ? keep_values() : NULL;
     while (input_size > 0)
-        spoil(keeper != NULL);
+        spoil();
     look();
     open_as(&recovered);
     open_as(&fresh);

@@ -550,8 +550,13 @@ def test_a_wrong_size_is_a_region_error_and_a_value_error(tmp_path: Path, wrong:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_ceiling_that_is_lowered_is_a_size_error(new_region: NewRegion) -> None:
+def test_a_wrong_size_of_a_verb_is_a_size_error(new_region: NewRegion) -> None:
     region = new_region()
+    for size in (-1, 1 << 63):
+        with pytest.raises(RegionSizeError, match="size"):
+            region.allocate(size, 0)
+    with pytest.raises(RegionSizeError, match="budget"):
+        region.compact(-1)
     with pytest.raises(RegionSizeError):
         region.max_capacity = 4096
     with pytest.raises(RegionSizeError):
