@@ -278,7 +278,8 @@ class OverflowRegion(RegionControl):
             return _write(self._holder, data, engine)
         number = self._check_engine(engine)
         slot = _write(self._holder, data, engine)
-        self._learn(number, engine)
+        if number >= 0:
+            self._learn(number, engine)
         return slot
 
     def write_vectored(self, buffers: Iterable[Buffer], engine: int, *, aligned: bool = False) -> int:

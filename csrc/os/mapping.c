@@ -269,15 +269,6 @@ static void try_again(void)
     ndm_i_fork_let();
 }
 
-bool ndm_i_mapping_unref_shared(ndm_i_mapping *mapping)
-{
-    uint64_t users = atomic_load(&mapping->users);
-    while (users > 1)
-        if (atomic_compare_exchange_weak(&mapping->users, &users, users - 1))
-            return true;
-    return false;
-}
-
 void ndm_i_mapping_unref(ndm_i_mapping *mapping)
 {
     if (!mapping || ndm_i_mapping_unref_shared(mapping))

@@ -36,7 +36,14 @@ int ndm_i_mapping_extend(ndm_i_mapping **mapping, uint64_t length);
 void ndm_i_mapping_ref(ndm_i_mapping *mapping);
 
 /* Drop a use that is not the last one. false, and nothing is done: it is. */
-bool ndm_i_mapping_unref_shared(ndm_i_mapping *mapping);
+static inline bool ndm_i_mapping_unref_shared(ndm_i_mapping *mapping)
+{
+    uint64_t users = atomic_load_explicit(&mapping->users, memory_order_relaxed);
+    while (users > 1)
+        if (atomic_compare_exchange_weak(&mapping->users, &users, users - 1))
+            return true;
+    return false;
+}
 
 /* Any thread; the last one unmaps; NULL is ignored. To unmap may need one mapping more than the process may have, where it
  * cuts one in two (vm.max_map_count). What is refused is kept, and tried again whenever something else was unmapped, or is mapped. */

@@ -233,7 +233,7 @@ static bool unmaps(const struct ndm_i_entry *view)
 }
 
 /* Take a pin without views out of the table, with the lock held. */
-static void pin_ends(struct table *table, struct ndm_i_entry *pin)
+static inline void pin_ends(struct table *table, struct ndm_i_entry *pin)
 {
     ndm_i_home *home = pin->home;
     *find(table, home, pin->extent) = pin->next;
@@ -256,7 +256,7 @@ struct ending {
 };
 
 /* End one view, with the lock held, for which forks wait: what only counts is done at once. */
-static void view_ends(struct table *table, struct ndm_i_entry **link, struct ending *ending)
+static inline void view_ends(struct table *table, struct ndm_i_entry **link, struct ending *ending)
 {
     struct ndm_i_entry *view = *link, *pin = view->pin;
     *link = view->next;
@@ -296,7 +296,8 @@ bool ndm_i_pins_drop(const void *address, bool may_unmap)
 
     if (ending.forget > 0)
         ndm_i_mapping_forget((void *)address, ending.forget);
-    ndm_i_mapping_unref(ending.mapping);
+    if (ending.mapping)
+        ndm_i_mapping_unref(ending.mapping);
     if (ending.home)
         ndm_i_home_leave(ending.home);
     if (last && may_unmap)
