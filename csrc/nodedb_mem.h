@@ -23,20 +23,24 @@
  *    released, even after the slot is freed or the region is closed. A view that is never released leaks its extent and
  *    keeps the mapping, and so the file's lock, until the process ends.
  *  - A forked child lets go of the region before fork() returns there: its copies of the descriptors, and so of the locks,
- *    are closed, and what no view uses is unmapped. (A raw clone() runs no fork handlers; there, destroying does it.)
+ *    are closed, and what no view uses is unmapped, whatever other threads do meanwhile: fork() waits until none of them is
+ *    in the midst of opening, mapping, unmapping or closing. (A raw clone() runs no fork handlers; there, destroying does
+ *    it.) A signal handler must not fork while it interrupts a function of this library.
  *    The views taken before the fork stay readable in the child, but nothing pins them for the child. Once the
  *    parent has freed and released a slot, the child sees what the parent writes there next. Touching the view is SIGBUS
  *    once the parent has trimmed the file to less. A store of the child's through a view of ndm_region_allocate() would
  *    then hit another value.
  *  - If another program shortens the file, touching a lost page is SIGBUS. Growing and preparing space notice a short
  *    file and return NDM_ERR_IO with EIO. Reading cannot notice it.
+ *  - No thread may be cancelled (pthread_cancel) inside a function of this library: the region's books would be half-written.
  *  - Link with -pthread. Linux only.
  *
  * Errors: a function that returns an integer returns a negative ndm_status on failure, one that returns a pointer
  * returns NULL. ndm_last_error() then gives the details, for the calling thread. A function that fails has changed
- * nothing, and has not written to its output parameters. There are three exceptions. ndm_region_close() closes the region
- * and reports that a write-back had failed. ndm_region_compact() and ndm_region_trim() may stop half-way: every value is
- * intact, what was done so far stays, and the figures for readers are those of the space as it is.
+ * nothing, and has not written to its output parameters. There are exceptions. ndm_region_read_many() and
+ * ndm_region_load_many() may have written to their arrays and the buffer: what is there then is of no use. ndm_region_close()
+ * closes the region and reports that a write-back had failed. ndm_region_compact() and ndm_region_trim() may stop half-way:
+ * every value is intact, what was done so far stays, and the figures for readers are those of the space as it is.
  *
  * Sizes, offsets and capacities are bytes, always.
  *

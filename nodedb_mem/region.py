@@ -283,9 +283,13 @@ class OverflowRegion(RegionControl):
         RegionIOError
             The disk is full (ENOSPC), or the system refused otherwise.
         """
-        if engine.__class__ is not EngineId:
-            self._learn_engine(engine)
-        return _write(self._holder, data, engine)
+        if engine.__class__ is EngineId:
+            return _write(self._holder, data, engine)
+        number = self._check_engine(engine)
+        slot = _write(self._holder, data, engine)
+        if number >= 0:
+            self._learn(number, engine)
+        return slot
 
     def write_vectored(self, buffers: Iterable[Buffer], engine: int, *, aligned: bool = False) -> int:
         """Gather several buffers into one slot, with one copy each.
@@ -312,8 +316,7 @@ class OverflowRegion(RegionControl):
         TypeError, BufferError, ValueError, CapacityExceededError, RegionIOError
             As for `write`.
         """
-        if engine.__class__ is not EngineId:
-            self._learn_engine(engine)
+        number = self._check_engine(engine)
         written = None
         try:
             written = _memory.write_vectored(self._holder, buffers, engine, aligned)
@@ -324,6 +327,7 @@ class OverflowRegion(RegionControl):
                 with suppress(RegionError):
                     _free(self._holder, written[0])
             raise
+        self._learn(number, engine)
         return slot
 
     def parts(self, slot: int) -> SlotParts:
@@ -364,13 +368,15 @@ class OverflowRegion(RegionControl):
         TypeError, BufferError, ValueError, CapacityExceededError, RegionIOError
             As for `write`; nothing has been written.
         """
-        if engine.__class__ is not EngineId:
-            self._learn_engine(engine)
+        number = self._check_engine(engine)
+        slots: list[int] | memoryview
         if lengths is None:
-            return _memory.write_many(self._holder, buffers, engine)
-        sizes = int64_copy(lengths)
-        slots = int64_room(len(sizes))
-        _memory.write_packed(self._holder, buffers, sizes, engine, slots)  # type: ignore[arg-type]
+            slots = _memory.write_many(self._holder, buffers, engine)
+        else:
+            sizes = int64_copy(lengths)
+            slots = int64_room(len(sizes))
+            _memory.write_packed(self._holder, buffers, sizes, engine, slots)  # type: ignore[arg-type]
+        self._learn(number, engine)
         return slots
 
     def allocate(self, size: int, engine: int) -> tuple[int, memoryview]:
@@ -399,12 +405,13 @@ class OverflowRegion(RegionControl):
         CapacityExceededError, RegionIOError
             As for `write`; EOPNOTSUPP on a file system (btrfs) where a store might find no block.
         """
-        if engine.__class__ is not EngineId:
-            self._learn_engine(engine)
+        number = self._check_engine(engine)
         length = index(size)
         if not 0 <= length < 1 << 63:
             raise RegionSizeError("size must not be negative, and below 2**63")
-        return _memory.allocate(self._holder, length, engine)
+        room = _memory.allocate(self._holder, length, engine)
+        self._learn(number, engine)
+        return room
 
     def commit(self, slot: int) -> None:
         """Declare the value of an allocated slot complete. Its views stay writable, but should be left alone now."""
@@ -596,10 +603,16 @@ class OverflowRegion(RegionControl):
         except TypeError:
             return False
 
-    def _learn_engine(self, engine: int) -> None:
-        """Remember an engine that is no `EngineId`, so that `slot` gives it back as it was given."""
+    def _check_engine(self, engine: int) -> int:
+        """Give the number of an engine that is to be learnt once the core has accepted it; -1 for others."""
+        if engine.__class__ is EngineId:
+            return -1
         number = index(engine)
         if not 0 <= number <= 255:
             raise ValueError("engine must be 0 to 255")
-        if engine.__class__ is not int and number not in KNOWN_ENGINES:
+        return -1 if engine.__class__ is int or number in KNOWN_ENGINES else number
+
+    def _learn(self, number: int, engine: int) -> None:
+        """Remember an engine, so that `slot` gives it back as it was given."""
+        if number >= 0:
             self._engines = self._engines | {number: engine}

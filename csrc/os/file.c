@@ -3,6 +3,7 @@
 #include "os/file.h"
 
 #include "os/bits.h"
+#include "os/fork.h"
 #include "os/medium.h"
 #include "os/owner.h"
 #include "os/status.h"
@@ -123,20 +124,27 @@ static bool lock_file(const ndm_i_file *file, int lock)
     return lock == NDM_I_LOCK_NONE || ndm_i_file_lock_byte(file, 0, true);
 }
 
+/* Open and note a descriptor. false with errno. */
+static bool open_at(ndm_i_file *file, const char *path, int flags)
+{
+    ndm_i_fork_bar();
+    *file = (ndm_i_file){.fd = open(path, flags | O_CLOEXEC | O_NONBLOCK | O_NOCTTY, 0600)};
+    ndm_i_fork_let();
+    return file->fd >= 0;
+}
+
 int ndm_i_file_open(ndm_i_file *file, const char *path, bool create, int lock)
 {
-    *file = (ndm_i_file){.fd = -1};
-    const int flags = O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY;
+    const int flags = O_RDWR | O_NOFOLLOW;
     int status;
     /* O_EXCL tells whether the file is ours to remove if something fails later. */
-    if (create)
-        file->fd = open(path, flags | O_CREAT | O_EXCL, 0600);
-    if ((file->created = file->fd >= 0))
-        fchmod(file->fd, 0600); /* whatever the umask takes; a refusal is no failure: not every file system has modes */
-    if (!create || (file->fd < 0 && errno == EEXIST))
-        file->fd = open(path, flags);
+    const bool created = create && open_at(file, path, flags | O_CREAT | O_EXCL);
+    if (!created && (!create || errno == EEXIST))
+        open_at(file, path, flags);
     if (file->fd < 0)
         return ndm_i_fail_io(errno, "cannot open the file");
+    if ((file->created = created))
+        fchmod(file->fd, 0600); /* whatever the umask takes; a refusal is no failure: not every file system has modes */
     if ((status = examine(file)) != NDM_OK)
         goto fail;
     if (!ndm_i_file_is_own(file)) { /* who made it may read it, or cut it short */
@@ -166,8 +174,7 @@ fail:
 
 static int open_shared(ndm_i_file *file, const char *path, int mode)
 {
-    *file = (ndm_i_file){.fd = open(path, mode | O_CLOEXEC | O_NONBLOCK | O_NOCTTY)};
-    if (file->fd < 0)
+    if (!open_at(file, path, mode))
         return ndm_i_fail_io(errno, "cannot open the file");
     int status = examine(file);
     if (status != NDM_OK)
@@ -215,8 +222,9 @@ static int unnamed_file(const char *directory)
 
 int ndm_i_file_open_unnamed(ndm_i_file *file, const char *directory)
 {
-    *file = (ndm_i_file){.fd = -1};
-    file->fd = directory ? unnamed_file(directory) : memfd_create("nodedb_mem", MFD_CLOEXEC);
+    ndm_i_fork_bar();
+    *file = (ndm_i_file){.fd = directory ? unnamed_file(directory) : memfd_create("nodedb_mem", MFD_CLOEXEC)};
+    ndm_i_fork_let();
     if (file->fd < 0)
         return ndm_i_fail_io(errno, "cannot create an unnamed file");
     int status = examine(file);
@@ -279,11 +287,14 @@ int ndm_i_file_start(ndm_i_file *file, uint64_t capacity, uint64_t ceiling)
     if (refused)
         return ndm_i_fail_io(refused, "cannot size the file");
     file->capacity = ndm_i_max(before, capacity);
+    const ndm_error last = *ndm_last_error();
+    ndm_i_fork_bar();
     file->mapping = ndm_i_mapping_new(file->fd, ndm_i_max(ceiling, file->capacity));
     if (!file->mapping && ceiling > file->capacity)
         file->mapping = ndm_i_mapping_new(file->fd, file->capacity); /* RLIMIT_AS: growth will remap */
+    ndm_i_fork_let();
     if (file->mapping)
-        return NDM_OK;
+        return (int)ndm_i_ended(NDM_OK, &last);
     if (before < capacity)
         ndm_i_file_shrink(file, before);
     return ndm_last_error()->status;
@@ -310,9 +321,10 @@ int ndm_i_file_grow(ndm_i_file *file, uint64_t needed, uint64_t wanted, uint64_t
     if (refused)
         return ndm_i_fail_io(refused, "cannot extend the file");
     if (wanted > file->mapping->length) {
+        const ndm_error before = *ndm_last_error();
         status = ndm_i_mapping_extend(&file->mapping, ceiling);
         if (status != NDM_OK && ceiling > wanted)
-            status = ndm_i_mapping_extend(&file->mapping, wanted);
+            status = (int)ndm_i_ended(ndm_i_mapping_extend(&file->mapping, wanted), &before);
         if (status != NDM_OK) {
             ndm_i_file_shrink(file, file->capacity);
             return status;
@@ -455,8 +467,11 @@ int ndm_i_file_disk_bytes(const ndm_i_file *file, uint64_t *bytes)
 
 void ndm_i_file_unmap(ndm_i_file *file)
 {
-    ndm_i_mapping_unref(file->mapping);
+    ndm_i_fork_bar();
+    ndm_i_mapping *mapping = file->mapping;
     file->mapping = NULL;
+    ndm_i_mapping_unref(mapping);
+    ndm_i_fork_let();
 }
 
 void ndm_i_file_close(ndm_i_file *file, const char *unlink_path)
@@ -471,9 +486,14 @@ void ndm_i_file_close(ndm_i_file *file, const char *unlink_path)
     ndm_i_file_abandon(file);
 }
 
+/* In a child that ran no handlers the bar is none: better a descriptor too many there than a stranger's that is closed. */
 void ndm_i_file_abandon(ndm_i_file *file)
 {
-    if (file->fd >= 0)
-        close(file->fd);
+    ndm_i_fork_bar();
+    const int fd = file->fd;
     file->fd = -1;
+    atomic_signal_fence(memory_order_seq_cst);
+    if (fd >= 0)
+        close(fd);
+    ndm_i_fork_let();
 }

@@ -32,7 +32,8 @@ typedef struct {
     bool linked;         /* it had a name when it was examined */
 } ndm_i_file;
 
-/* Functions that return int give a status with the error set, unless they say "0 or errno". */
+/* Functions that return int give a status with the error set, unless they say "0 or errno". What opens, maps, unmaps or
+ * closes bars forks meanwhile (fork.h). */
 
 /* Open `path` (not through a symlink; regular files of our own user only), create it (0600, whatever the umask) if it is
  * missing and `create` is set, and lock it. The file's size becomes the capacity. Nothing is mapped or changed yet. */
@@ -144,7 +145,7 @@ void ndm_i_file_unmap(ndm_i_file *file);
  * parent has locked stays locked. */
 void ndm_i_file_close(ndm_i_file *file, const char *unlink_path);
 
-/* Close the descriptor only, in a forked child: the mapping stays. */
+/* Close the descriptor only: the mapping and what is locked stay. */
 void ndm_i_file_abandon(ndm_i_file *file);
 
 #endif

@@ -3,6 +3,7 @@
 #include "os/residency.h"
 
 #include "os/bits.h"
+#include "os/fork.h"
 #include "os/status.h"
 
 #include <errno.h>
@@ -82,8 +83,10 @@ int ndm_i_residency(const ndm_i_file *file, uint64_t *resident, uint64_t *unwrit
         return NDM_OK;
     if (file->mapping)
         return count_resident(file, file->mapping, resident);
+    ndm_i_fork_bar();
     ndm_i_mapping *mapping = ndm_i_mapping_new_to_read(file->fd, file->capacity); /* a reader's file has none of its own */
     const int status = mapping ? count_resident(file, mapping, resident) : ndm_last_error()->status;
     ndm_i_mapping_unref(mapping);
+    ndm_i_fork_let();
     return status;
 }

@@ -47,6 +47,13 @@ int64_t ndm_i_of_file(int file, int64_t result)
     return result;
 }
 
+int64_t ndm_i_ended(int64_t result, const ndm_error *before)
+{
+    if (result >= 0)
+        last = *before;
+    return result;
+}
+
 void ndm_i_of_space(ndm_error space)
 {
     last.space_known = 1;

@@ -15,6 +15,10 @@ int ndm_i_fail_capacity(uint64_t required, uint64_t limit);
 int64_t ndm_i_of_slot(int64_t slot, int64_t result);
 int64_t ndm_i_of_file(int file, int64_t result);
 
+/* A call, or a part of one that tries again, ends with `result`. Unless that is a failure, what was refused on the way is
+ * forgotten: the last error is again what it was `before`. Returns the result. */
+int64_t ndm_i_ended(int64_t result, const ndm_error *before);
+
 /* Complete the details of a failure for want of room: the fields from `views` to `disk_free`. */
 void ndm_i_of_space(ndm_error space);
 

@@ -6,13 +6,11 @@
 
 #include "refusals.h"
 
-/* [control: the declarations] */
-typedef struct {
-    ndm_info info;
-    ndm_error refusal;
-} control_figures;
+#include <stdlib.h>
 
-static int64_t control_info(ndm_region *region, control_figures *out);
+/* [control: the declarations] */
+static int64_t control_info(ndm_region *region, ndm_info *out);
+static void control_forget(int64_t details);
 static int64_t control_stats(ndm_region *region, ndm_stats *out, ndm_error *refusal);
 static int64_t control_trim(ndm_region *region, ndm_error *refusal);
 static int64_t control_compact(ndm_region *region, uint64_t budget, ndm_compaction *out, ndm_error *refusal);
@@ -27,10 +25,20 @@ static int64_t control_reader_stats(ndm_reader *reader, ndm_reader_figures *out,
 static int64_t control_reader_leases(ndm_reader *reader, ndm_leased *places, uint64_t capacity, ndm_error *refusal);
 /* [/control] */
 
-static int64_t control_info(ndm_region *region, control_figures *out)
+/* For figures that are asked for often: no place for details is needed where nothing is refused. 0, or the address of a copy of
+ * the details, to be forgotten; -1: no memory for one. */
+static int64_t control_info(ndm_region *region, ndm_info *out)
 {
-    return ndm_i_noted(ndm_region_info(region, &out->info), &out->refusal);
+    if (ndm_region_info(region, out) == NDM_OK)
+        return 0;
+    ndm_error *details = malloc(sizeof *details);
+    if (!details)
+        return -1;
+    *details = *ndm_last_error();
+    return (int64_t)(intptr_t)details;
 }
+
+static void control_forget(int64_t details) { free((void *)(intptr_t)details); }
 
 static int64_t control_stats(ndm_region *region, ndm_stats *out, ndm_error *refusal)
 {

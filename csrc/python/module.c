@@ -16,7 +16,7 @@ static PyMethodDef functions[] = {
 };
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, .m_name = "nodedb_mem._memory", .m_size = -1, .m_methods = functions};
+    PyModuleDef_HEAD_INIT, .m_name = "nodedb_mem._memory", .m_size = 0, .m_methods = functions};
 
 static int add_verbs(PyObject *module)
 {
@@ -27,10 +27,28 @@ static int add_verbs(PyObject *module)
     return 0;
 }
 
-PyMODINIT_FUNC PyInit__memory(void)
+static PyObject *make_module(void)
 {
     PyObject *module = PyModule_Create(&definition);
     if (module && (ndm_i_objects_init() < 0 || add_verbs(module) < 0))
         Py_CLEAR(module);
     return module;
+}
+
+/* The types and the translator are objects of one interpreter: another of the process would use them, and replace them. The
+ * size of 0 has Python ask here each time; who imports again in the same interpreter gets the same module. */
+PyMODINIT_FUNC PyInit__memory(void)
+{
+    static PyObject *kept;
+    static int64_t home;
+    const int64_t here = PyInterpreterState_GetID(PyInterpreterState_Get());
+    if (kept && here != home) {
+        PyErr_SetString(PyExc_ImportError, "nodedb_mem serves one interpreter of a process, and another has imported it: use "
+                                           "it there, or in a process of its own");
+        return NULL;
+    }
+    home = here;
+    if (!kept)
+        kept = make_module();
+    return Py_XNewRef(kept);
 }

@@ -138,9 +138,11 @@ int ndm_region_read_many(ndm_region *region, const int64_t *slots, uint64_t coun
             status = ndm_last_error()->status;
         sizes[done] = ndm_i_record_size(record);
     }
-    if (status != NDM_OK)
-        while (done-- > 0)
-            ndm_view_release(views[done]);
+    while (status != NDM_OK && done-- > 0) {
+        ndm_view_release(views[done]);
+        views[done] = NULL;
+        sizes[done] = 0;
+    }
     return status;
 }
 

@@ -173,6 +173,7 @@ int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out)
     int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
+    const ndm_error before = *ndm_last_error();
     ndm_i_settle(region);
     ndm_i_leases_look_round(&region->leases);
     uint64_t left = budget;
@@ -193,5 +194,5 @@ int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out)
         return (int)moved;
     *out = (ndm_compaction){.moved_bytes = budget - left,
                             .remaining_bytes = stopped ? ndm_i_bytes(region, region->extents.free_units) : 0};
-    return NDM_OK;
+    return (int)ndm_i_ended(NDM_OK, &before); /* a value that was leased meanwhile is no failure */
 }

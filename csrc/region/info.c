@@ -40,8 +40,9 @@ int ndm_region_stats(ndm_region *region, ndm_stats *out)
         return status;
     if (ndm_i_limbo_is_unsettled(&region->limbo))
         ndm_i_settle(region);
-    uint64_t disk_bytes;
-    if ((status = ndm_i_file_disk_bytes(&region->data, &disk_bytes)) != NDM_OK)
+    uint64_t disk_bytes, resident, unwritten;
+    if ((status = ndm_i_file_disk_bytes(&region->data, &disk_bytes)) != NDM_OK ||
+        (status = ndm_i_residency(&region->data, &resident, &unwritten)) != NDM_OK)
         return status;
     uint64_t largest;
     const uint64_t free_bytes = ndm_i_free_bytes(region, &largest);
@@ -58,9 +59,9 @@ int ndm_region_stats(ndm_region *region, ndm_stats *out)
                        .moved_bytes = region->moved_bytes,
                        .disk_bytes = disk_bytes,
                        .alignment = (uint64_t)1 << region->unit_shift,
-                       .can_punch = region->data.can_punch};
-    if ((status = ndm_i_residency(&region->data, &out->resident_bytes, &out->unwritten_bytes)) != NDM_OK)
-        return status;
+                       .can_punch = region->data.can_punch,
+                       .resident_bytes = resident,
+                       .unwritten_bytes = unwritten};
     ndm_i_writer_lock(&region->store.writer);
     out->written_back_bytes = region->store.writer.written_back;
     ndm_i_writer_unlock(&region->store.writer);

@@ -44,7 +44,8 @@ struct ndm_region {
     _Atomic uint64_t handle; /* see native.c; 0 until someone asks for it, and after closing */
     _Atomic unsigned holders; /* of this struct: the handle, and the file until it is closed */
     ndm_i_fork_entry at_fork;
-    bool left;            /* in a forked child: the region was let go of, as far as could be */
+    bool home_left;       /* the region no longer uses its home */
+    bool left;            /* in a forked child: the region was let go of */
 };
 
 /* ---- entering a verb ---- */

@@ -66,14 +66,14 @@ char *ndm_region_restore(ndm_region *region, int64_t slot, uint64_t *size)
         return ndm_i_empty_view;
     }
     char *view;
+    ndm_i_fork_bar();
     ndm_i_mapping *mapping =
         ndm_i_mapping_new_private(region->data.fd, ndm_i_record_offset(record), ndm_i_record_size(record), &view);
-    if (!mapping)
-        return NULL;
-    const int status =
-        ndm_i_pin(region, ndm_i_record_link(record), mapping, view, ndm_i_record_size(record), false);
+    const bool pinned = mapping && ndm_i_pin(region, ndm_i_record_link(record), mapping, view,
+                                             ndm_i_record_size(record), false) == NDM_OK;
     ndm_i_mapping_unref(mapping); /* the view holds it */
-    if (status != NDM_OK)
+    ndm_i_fork_let();
+    if (!pinned)
         return NULL;
     ndm_i_store_fetch(&region->store, ndm_i_record_offset(record), ndm_i_record_size(record));
     *size = ndm_i_record_size(record);

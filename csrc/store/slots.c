@@ -2,6 +2,7 @@
 #include "store/slots.h"
 
 #include "os/bits.h"
+#include "os/fork.h"
 #include "os/owner.h"
 #include "os/status.h"
 #include "store/kinship.h"
@@ -91,7 +92,9 @@ static int in_table(int status) { return (int)ndm_i_of_file(NDM_FILE_SLOTS, stat
 
 int ndm_i_slots_open(ndm_i_slots *slots, const char *path, bool create)
 {
+    ndm_i_fork_bar(); /* all zeros would be descriptor 0 */
     *slots = (ndm_i_slots){.first_free = NDM_I_NO_SLOT, .table.fd = -1, .named = path != NULL};
+    ndm_i_fork_let();
     if (!path)
         return in_table(ndm_i_file_open_unnamed(&slots->table, NULL));
     int status = ndm_i_file_open(&slots->table, path, create, NDM_I_LOCK_BYTE);
