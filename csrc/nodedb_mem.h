@@ -305,7 +305,9 @@ typedef struct {
 
 /* Gather free space by moving values, at most `budget` bytes of them: to the start of the file, or into other holes.
  * Slots keep their numbers. A value that is pinned, leased, or larger than the budget, stays where it is. Done when the
- * holes are under 1 % of the live bytes, or nothing can move. NDM_ERR_IO with ENOSPC when a hole's blocks cannot be had
+ * holes are under 1 % of the live bytes, or nothing can move. A whole compaction (UINT64_MAX) goes through the file once;
+ * where the values are not in RAM, calls with a budget do a piece of that each, and read at most 2 MiB and six times the
+ * budget from disk, some 512 KiB more or less. NDM_ERR_IO with ENOSPC when a hole's blocks cannot be had
  * back: every value is intact, *out is not written. */
 int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out);
 

@@ -55,7 +55,7 @@ static int finish_move(ndm_region *region)
         return torn("the slot table is torn: a value was moved to no place");
     ndm_i_grains_adopt(&region->store.grains, from, size);
     ndm_i_grains_adopt(&region->store.grains, to, size);
-    int status = ndm_i_store_move(&region->store, from, to, size, &header->moved);
+    int status = ndm_i_store_move(&region->store, from, to, size, to, &header->moved);
     if (status == NDM_OK)
         ndm_i_slots_move_end(&region->slots, (uint32_t)(number - 1), to, NDM_I_NONE);
     return status;

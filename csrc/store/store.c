@@ -6,6 +6,7 @@
 #include "os/residency.h"
 #include "os/status.h"
 #include "store/copy.h"
+#include "store/warm.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -302,12 +303,15 @@ int ndm_i_store_put(ndm_i_store *store, uint64_t offset, const void *data, uint6
     return status;
 }
 
-int ndm_i_store_move(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t size, _Atomic uint64_t *moved)
+int ndm_i_store_move(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t size, uint64_t vacant,
+                     _Atomic uint64_t *moved)
 {
     const uint64_t distance = from > to ? from - to : to - from;
     uint8_t *base = store->file->mapping->base;
     /* What can be refused is refused before the value is written over itself: size, limits, and all blocks. */
-    int status = ndm_i_file_check_writable(store->file, from + size);
+    int status = NDM_OK;
+    if (!ndm_i_grains_are_ready(&store->grains, to, to + size))
+        status = ndm_i_file_check_writable(store->file, ndm_i_max(from, to) + size);
     if (status != NDM_OK)
         return status;
     for (uint64_t grain = to / GRAIN; grain < ndm_i_grains_end(to + size); grain++) {
@@ -315,11 +319,14 @@ int ndm_i_store_move(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t si
         if (refused && refused != EOPNOTSUPP) /* without fallocate() no blocks were ever given back */
             return ndm_i_fail_io(refused, "cannot get room in the file");
     }
-    ndm_i_store_fetch(store, from, size);
+    if (size < FETCH_FROM)
+        ndm_i_store_fetch_around(store, from, size);
+    else
+        ndm_i_store_fetch(store, from, size);
     for (uint64_t done = atomic_load_explicit(moved, memory_order_relaxed); done < size;) {
-        const uint64_t piece = ndm_i_min(size - done, distance);
-        const bool ready = ndm_i_grains_are_ready(&store->grains, to + done, to + done + piece);
-        status = put(store, to + done, base + from + done, piece, to + done + piece, ready);
+        const uint64_t piece = ndm_i_min(size - done, distance), end = to + done + piece;
+        const bool ready = ndm_i_grains_are_ready(&store->grains, to + done, end);
+        status = put(store, to + done, base + from + done, piece, ndm_i_max(vacant, end), ready);
         if (status != NDM_OK)
             return status;
         done += piece;

@@ -18,6 +18,8 @@ typedef struct {
     ndm_i_seen *seen;     /* what need not be fetched */
     uint64_t allocated;   /* EMPTY grains below have their blocks */
     uint64_t pwrite_from; /* cold values from this size on go by pwrite */
+    uint64_t fetched;     /* bytes of grains that were read as a whole */
+    uint64_t asked;       /* the last of them that is about to be read from, plus 1 */
 } ndm_i_store;
 
 /* For a file that has been started. `storing` counts the extents that others may be storing to through the mapping;
@@ -36,8 +38,10 @@ int ndm_i_store_put(ndm_i_store *store, uint64_t offset, const void *data, uint6
 int ndm_i_store_clear(ndm_i_store *store, uint64_t offset, uint64_t size, uint64_t vacant);
 
 /* Copy `size` bytes from one place of the file to another, from `*moved` on, front to back in pieces that overlap only
- * what has been copied; `*moved` counts what has, so that a copy cut off by a crash can go on. */
-int ndm_i_store_move(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t size, _Atomic uint64_t *moved);
+ * what has been copied; `*moved` counts what has, so that a copy cut off by a crash can go on. No value lies in
+ * [to, vacant). */
+int ndm_i_store_move(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t size, uint64_t vacant,
+                     _Atomic uint64_t *moved);
 
 /* [offset, offset + size) is about to be read through the mapping: large or dropped ranges are fetched in one go. */
 void ndm_i_store_fetch(ndm_i_store *store, uint64_t offset, uint64_t size);
