@@ -34,9 +34,10 @@
  *
  * Errors: a function that returns an integer returns a negative ndm_status on failure, one that returns a pointer
  * returns NULL. ndm_last_error() then gives the details, for the calling thread. A function that fails has changed
- * nothing, and has not written to its output parameters. There are three exceptions. ndm_region_close() closes the region
+ * nothing, and has not written to its output parameters. There are four exceptions. ndm_region_close() closes the region
  * and reports that a write-back had failed. ndm_region_compact() and ndm_region_trim() may stop half-way: every value is
- * intact, what was done so far stays, and the figures for readers are those of the space as it is.
+ * intact, what was done so far stays, and the figures for readers are those of the space as it is. A write that the disk
+ * refuses may have moved other values to make room.
  *
  * Sizes, offsets and capacities are bytes, always.
  *
@@ -180,7 +181,10 @@ int ndm_mappings_are_locked(void);
 void ndm_region_destroy(ndm_region *region);
 
 /* Copy `size` bytes into a new slot and return its number, 0 or more. `data` may be a view of this region.
- * `engine` is 0 to 255. NDM_ERR_CAPACITY, NDM_ERR_IO (ENOSPC, EFBIG, EDQUOT, ...), NDM_ERR_MEMORY. */
+ * `engine` is 0 to 255. NDM_ERR_CAPACITY, NDM_ERR_IO (ENOSPC, EFBIG, EDQUOT, ...), NDM_ERR_MEMORY.
+ *
+ * Before this and the other writing verbs return NDM_ERR_CAPACITY or ENOSPC, they bring scattered free space together, by
+ * moving values that are neither pinned nor leased: a request for which enough lies between those is not refused. */
 int64_t ndm_region_write(ndm_region *region, const void *data, uint64_t size, int64_t engine);
 
 /* Gather `count` parts into one new slot. If `aligned`, each part starts at a multiple of the region's alignment from

@@ -75,7 +75,8 @@ void ndm_i_file_overwrite_in_place(const ndm_i_file *file);
 /* Give the file `capacity` bytes and map it with room for `ceiling`. `keep` what is there, or make it all holes. */
 int ndm_i_file_start(ndm_i_file *file, uint64_t capacity, uint64_t ceiling, bool keep);
 
-/* Extend the file to `wanted` bytes or, if the system refuses that, to `needed`. The mapping is replaced only
+/* Extend the file to `wanted` bytes or, if the system refuses that, by half or a quarter of what that has to spare, or to
+ * `needed`. The mapping is replaced only
  * when its address space ends below; the new one has room for `ceiling` if it can be had. */
 int ndm_i_file_grow(ndm_i_file *file, uint64_t needed, uint64_t wanted, uint64_t ceiling);
 

@@ -1,5 +1,5 @@
 /* One value: write, gather, allocate, commit, free. */
-#include "region/ledger.h"
+#include "region/room.h"
 
 #include "os/status.h"
 
@@ -9,7 +9,7 @@ static int begin(ndm_region *region, int64_t engine, ndm_i_room *room, ndm_i_bef
     int status = ndm_i_enter(region);
     if (status == NDM_OK)
         status = ndm_i_check_engine(engine);
-    return status == NDM_OK ? ndm_i_take(region, room, 1, before) : status;
+    return status == NDM_OK ? ndm_i_room_take(region, room, 1, before) : status;
 }
 
 /* Enter the value if its bytes were stored; undo all if not. */
@@ -33,6 +33,8 @@ int64_t ndm_region_write(ndm_region *region, const void *data, uint64_t size, in
     if (status != NDM_OK)
         return status;
     if (size > 0)
+        status = ndm_i_store_put(&region->store, room.offset, data, size, room.vacant);
+    if (status != NDM_OK && ndm_i_room_other(region, &room, 1, &before, status))
         status = ndm_i_store_put(&region->store, room.offset, data, size, room.vacant);
     return end(region, status, &room, before, engine, NDM_I_LIVE);
 }
@@ -81,6 +83,8 @@ int64_t ndm_region_write_vectored(ndm_region *region, const void *const *parts, 
     if (status != NDM_OK)
         return status;
     status = store_parts(region, &room, parts, sizes, count, alignment);
+    if (status != NDM_OK && ndm_i_room_other(region, &room, 1, &before, status))
+        status = store_parts(region, &room, parts, sizes, count, alignment);
     return end(region, status, &room, before, engine, NDM_I_LIVE);
 }
 
@@ -94,6 +98,8 @@ int64_t ndm_region_allocate(ndm_region *region, uint64_t size, int64_t engine, c
     char *address = ndm_i_empty_view;
     if (size > 0) {
         status = ndm_i_store_clear(&region->store, room.offset, size, room.vacant);
+        if (status != NDM_OK && ndm_i_room_other(region, &room, 1, &before, status))
+            status = ndm_i_store_clear(&region->store, room.offset, size, room.vacant);
         address = (char *)region->data.mapping->base + room.offset;
         if (status == NDM_OK)
             status = ndm_i_pin(region, room.extent, region->data.mapping, address, size, true);

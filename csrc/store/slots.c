@@ -1,6 +1,7 @@
 #define _GNU_SOURCE
 #include "store/slots.h"
 
+#include "os/bits.h"
 #include "os/owner.h"
 #include "os/status.h"
 
@@ -215,6 +216,36 @@ ndm_i_record *ndm_i_slots_record(const ndm_i_slots *slots, int64_t slot)
     return &records_of(slots)[slot];
 }
 
+/* Give the table this size. */
+static int grow_to(ndm_i_slots *slots, uint64_t size)
+{
+    const uint64_t old = slots->table.capacity;
+    int status = ndm_i_file_grow(&slots->table, size, size, size);
+    if (status != NDM_OK)
+        return status;
+    status = fill(&slots->table, old);
+    if (status != NDM_OK)
+        ndm_i_file_shrink(&slots->table, old);
+    return status;
+}
+
+/* The table doubles, while that takes no more than a quarter of what the disk has left; else it grows by half, or less, as
+ * it does where it is refused. */
+static int grow(ndm_i_slots *slots, uint64_t needed)
+{
+    enum { LEAST_SHARE = 64 };
+    const uint64_t old = slots->table.capacity, unit = (uint64_t)sysconf(_SC_PAGESIZE);
+    const uint64_t left = ndm_i_file_disk_free(&slots->table) / 4;
+    for (uint64_t share = 1; share <= LEAST_SHARE; share *= 2) {
+        const uint64_t wanted = ndm_i_round_up(old + old / share, unit);
+        if (wanted < needed)
+            break;
+        if (wanted - old <= left && grow_to(slots, wanted) == NDM_OK)
+            return NDM_OK;
+    }
+    return grow_to(slots, ndm_i_round_up(needed, unit));
+}
+
 int ndm_i_slots_reserve(ndm_i_slots *slots, uint64_t count)
 {
     const uint64_t reusable = slots->count - slots->live;
@@ -222,17 +253,8 @@ int ndm_i_slots_reserve(ndm_i_slots *slots, uint64_t count)
         return NDM_OK;
     if (count - reusable > MOST_SLOTS - slots->count)
         return ndm_i_fail(NDM_ERR_MEMORY, "the region has as many slots as can be numbered");
-    const uint64_t old = slots->table.capacity, needed = slots->count + (count - reusable);
-    uint64_t wanted = old * 2;
-    while (wanted < NDM_I_HEADER_ROOM + needed * sizeof(ndm_i_record))
-        wanted *= 2;
-    int status = ndm_i_file_grow(&slots->table, wanted, wanted, wanted);
-    if (status != NDM_OK)
-        return in_table(status);
-    status = fill(&slots->table, old);
-    if (status != NDM_OK)
-        ndm_i_file_shrink(&slots->table, old);
-    return in_table(status);
+    const uint64_t records = slots->count + (count - reusable);
+    return in_table(grow(slots, NDM_I_HEADER_ROOM + records * sizeof(ndm_i_record)));
 }
 
 static uint32_t ndm_i_slots_next(const ndm_i_slots *slots)
