@@ -147,11 +147,8 @@ static bool give_back_blocks(ndm_region *region)
     return region->data.can_punch;
 }
 
-int ndm_i_room_take(ndm_region *region, ndm_i_room *rooms, uint64_t count, ndm_i_before *before)
+int ndm_i_room_make(ndm_region *region, ndm_i_room *rooms, uint64_t count, ndm_i_before *before, int status)
 {
-    int status = ndm_i_take(region, rooms, count, before);
-    if (status == NDM_OK)
-        return status;
     if (disk_is_full(status) && give_back_blocks(region) &&
         (status = ndm_i_take(region, rooms, count, before)) == NDM_OK)
         return status;
