@@ -154,7 +154,8 @@ int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out)
     int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
-    ndm_i_limbo_reap(&region->limbo);
+    ndm_i_settle(region);
+    ndm_i_leases_look_round(&region->leases);
     region->store.asked = 0;
     uint64_t left = budget;
     const uint64_t fetched = region->store.fetched, enough = budget < UINT64_MAX / 8 ? FETCH_LEAST + FETCH_SHARE * budget : UINT64_MAX;
@@ -164,7 +165,7 @@ int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out)
     while (budget > 0 && !stopped && moved != 0) {
         moved = compact_step(region, budget, left, &hole, &stopped);
         if (moved == NDM_ERR_STALE)
-            continue; /* the next step sees the lease */
+            continue; /* the lease has been noted: the next step sees it */
         if (moved < 0)
             break;
         stopped = stopped || region->store.fetched - fetched >= enough;

@@ -10,7 +10,7 @@ uint64_t ndm_i_movable(ndm_region *region, uint32_t extent, uint64_t budget)
     if (slot == NDM_I_NONE || ndm_i_pins_pinned(&region->home, extent))
         return 0;
     const ndm_i_record *record = ndm_i_slots_record(&region->slots, slot);
-    if (ndm_i_leases_has(&region->leases, slot, ndm_i_record_generation(record)))
+    if (ndm_i_leases_noted(&region->leases, slot, ndm_i_record_generation(record)))
         return 0;
     const uint64_t size = ndm_i_record_size(record);
     return size <= budget ? size : 0;

@@ -102,6 +102,8 @@ static bool gather(ndm_region *region, const request *wanted)
 {
     enum { TRIES = 4 }; /* a reader may lease a value meanwhile */
     const ndm_i_extents *extents = &region->extents;
+    ndm_i_settle(region);
+    ndm_i_leases_look_round(&region->leases);
     const uint64_t mark = ndm_i_bytes(region, extents->mark);
     run best;
     if (wanted->units == 0 ||
