@@ -158,7 +158,8 @@ int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out)
     ndm_i_leases_look_round(&region->leases);
     region->store.asked = 0;
     uint64_t left = budget;
-    const uint64_t fetched = region->store.fetched, enough = budget < UINT64_MAX / 8 ? FETCH_LEAST + FETCH_SHARE * budget : UINT64_MAX;
+    const uint64_t enough = budget < UINT64_MAX / 8 ? FETCH_LEAST + FETCH_SHARE * budget : UINT64_MAX;
+    const uint64_t fetched = region->store.fetched;
     int64_t moved = 1;
     uint32_t hole = NDM_I_NONE;
     bool stopped = false;

@@ -4,7 +4,8 @@
 #include "os/status.h"
 
 /* What every writing verb checks first, and room for its value. */
-static inline __attribute__((always_inline)) int begin(ndm_region *region, int64_t engine, ndm_i_room *room, ndm_i_before *before)
+static inline __attribute__((always_inline)) int begin(ndm_region *region, int64_t engine, ndm_i_room *room,
+                                                       ndm_i_before *before)
 {
     int status = ndm_i_enter(region);
     if (status == NDM_OK)
