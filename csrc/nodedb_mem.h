@@ -40,7 +40,8 @@
  * nothing, and has not written to its output parameters. There are exceptions. ndm_region_read_many() and
  * ndm_region_load_many() may have written to their arrays and the buffer: what is there then is of no use. ndm_region_close()
  * closes the region and reports that a write-back had failed. ndm_region_compact() and ndm_region_trim() may stop half-way:
- * every value is intact, what was done so far stays, and the figures for readers are those of the space as it is.
+ * every value is intact, what was done so far stays, and the figures for readers are those of the space as it is. A write
+ * that the disk refuses may have moved other values to make room.
  *
  * Sizes, offsets and capacities are bytes, always.
  *
@@ -197,7 +198,10 @@ int ndm_mappings_are_locked(void);
 void ndm_region_destroy(ndm_region *region);
 
 /* Copy `size` bytes into a new slot and return its number, 0 or more. `data` may be a view of this region.
- * `engine` is 0 to 255. NDM_ERR_CAPACITY, NDM_ERR_IO (ENOSPC, EFBIG, EDQUOT, ...), NDM_ERR_MEMORY. */
+ * `engine` is 0 to 255. NDM_ERR_CAPACITY, NDM_ERR_IO (ENOSPC, EFBIG, EDQUOT, ...), NDM_ERR_MEMORY.
+ *
+ * Before this and the other writing verbs return NDM_ERR_CAPACITY or ENOSPC, they bring scattered free space together, by
+ * moving values that are neither pinned nor leased: a request for which enough lies between those is not refused. */
 int64_t ndm_region_write(ndm_region *region, const void *data, uint64_t size, int64_t engine);
 
 /* Gather `count` parts into one new slot. If `aligned`, each part starts at a multiple of the region's alignment from
@@ -324,7 +328,9 @@ typedef struct {
 
 /* Gather free space by moving values, at most `budget` bytes of them: to the start of the file, or into other holes.
  * Slots keep their numbers. A value that is pinned, leased, or larger than the budget, stays where it is. Done when the
- * holes are under 1 % of the live bytes, or nothing can move. NDM_ERR_IO with ENOSPC when a hole's blocks cannot be had
+ * holes are under 1 % of the live bytes, or nothing can move. A whole compaction (UINT64_MAX) goes through the file once;
+ * where the values are not in RAM, calls with a budget do a piece of that each, and read at most 2 MiB and six times the
+ * budget from disk, some 512 KiB more or less. NDM_ERR_IO with ENOSPC when a hole's blocks cannot be had
  * back: every value is intact, *out is not written. */
 int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out);
 

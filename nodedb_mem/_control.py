@@ -133,6 +133,10 @@ class RegionControl:
         Slots keep their numbers. Values with a live view stay where they are, and so do values larger than `budget`.
         Done when the holes are under 1 % of the live bytes. Give the space at the end back with `trim`.
 
+        Without a budget the call goes through the file once. Where the values are not in RAM, a call with a budget
+        does a piece of that, and the next call goes on from there. It reads at most 2 MiB and six times the budget
+        from the disk, 512 KiB more or less, so it may move less than its budget.
+
         Parameters
         ----------
         budget

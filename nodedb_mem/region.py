@@ -42,8 +42,12 @@ class OverflowRegion(RegionControl):
 
     Every verb raises `WrongThreadError` on any other thread and in a forked child, and `RegionClosedError` after
     `close`. Only `path`, `closed`, `repr`, `adopt` and `with` work everywhere. A verb that raises has changed nothing.
-    There are three exceptions. `close` closes the region and then reports that a write-back failed. `compact` and
-    `trim` may stop half-way: every value is intact then, and what was done so far stays.
+    There are four exceptions. `close` closes the region and then reports that a write-back failed. `compact` and
+    `trim` may stop half-way: every value is intact then, and what was done so far stays. A write that the disk refuses
+    may have moved other values to make room.
+
+    A write needs free bytes, and they need not lie together. Where they are scattered, the region moves values until
+    they do. Values with a live view or a lease stay where they are, and room is made between them.
 
     Parameters
     ----------

@@ -308,30 +308,36 @@ int ndm_i_file_empty(const ndm_i_file *file)
     return refused ? ndm_i_fail_io(refused, "cannot size the file") : NDM_OK;
 }
 
+/* Give the file this size, and address space for it. */
+static int grow_to(ndm_i_file *file, uint64_t size, uint64_t ceiling)
+{
+    const int refused = set_size(file->fd, size);
+    if (refused)
+        return ndm_i_fail_io(refused, "cannot extend the file");
+    const ndm_error before = *ndm_last_error();
+    int status = size > file->mapping->length ? ndm_i_mapping_extend(&file->mapping, ceiling) : NDM_OK;
+    if (status != NDM_OK && ceiling > size)
+        status = (int)ndm_i_ended(ndm_i_mapping_extend(&file->mapping, size), &before);
+    if (status != NDM_OK)
+        ndm_i_file_shrink(file, file->capacity);
+    else
+        file->capacity = size;
+    return status;
+}
+
 int ndm_i_file_grow(ndm_i_file *file, uint64_t needed, uint64_t wanted, uint64_t ceiling)
 {
     int status = ndm_i_file_check_writable(file, file->capacity);
     if (status != NDM_OK)
         return status;
-    int refused = set_size(file->fd, wanted);
-    if (refused && wanted > needed) {
-        wanted = needed;
-        refused = set_size(file->fd, wanted);
-    }
-    if (refused)
-        return ndm_i_fail_io(refused, "cannot extend the file");
-    if (wanted > file->mapping->length) {
-        const ndm_error before = *ndm_last_error();
-        status = ndm_i_mapping_extend(&file->mapping, ceiling);
-        if (status != NDM_OK && ceiling > wanted)
-            status = (int)ndm_i_ended(ndm_i_mapping_extend(&file->mapping, wanted), &before);
-        if (status != NDM_OK) {
-            ndm_i_file_shrink(file, file->capacity);
-            return status;
-        }
-    }
-    file->capacity = wanted;
-    return NDM_OK;
+    const uint64_t spare = wanted - needed;
+    const ndm_error before = *ndm_last_error();
+    status = grow_to(file, wanted, ceiling);
+    for (uint64_t share = 2; status != NDM_OK && spare > 0 && share <= 4; share *= 2)
+        status = grow_to(file, needed + spare / share, ceiling);
+    if (status != NDM_OK && spare > 0)
+        status = grow_to(file, needed, ceiling);
+    return (int)ndm_i_ended(status, &before);
 }
 
 void ndm_i_file_shrink(ndm_i_file *file, uint64_t capacity)
@@ -451,7 +457,9 @@ int ndm_i_file_sync(const ndm_i_file *file) { return fdatasync(file->fd) == 0 ? 
 uint64_t ndm_i_file_disk_free(const ndm_i_file *file)
 {
     struct statfs system;
-    return fstatfs(file->fd, &system) == 0 ? (uint64_t)system.f_bavail * (uint64_t)system.f_frsize : UINT64_MAX;
+    if (fstatfs(file->fd, &system) != 0 || system.f_blocks == 0) /* a file in memory has no limit of its own */
+        return UINT64_MAX;
+    return (uint64_t)system.f_bavail * (uint64_t)system.f_frsize;
 }
 
 int ndm_i_file_disk_bytes(const ndm_i_file *file, uint64_t *bytes)

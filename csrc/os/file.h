@@ -89,7 +89,8 @@ int ndm_i_file_start(ndm_i_file *file, uint64_t capacity, uint64_t ceiling);
 /* Make all of a file that was started holes. Nobody else may have it mapped. */
 int ndm_i_file_empty(const ndm_i_file *file);
 
-/* Extend the file to `wanted` bytes or, if the system refuses that, to `needed`. The mapping is replaced only
+/* Extend the file to `wanted` bytes or, if the system refuses that, by half or a quarter of what that has to spare, or to
+ * `needed`. The mapping is replaced only
  * when its address space ends below; the new one has room for `ceiling` if it can be had. */
 int ndm_i_file_grow(ndm_i_file *file, uint64_t needed, uint64_t wanted, uint64_t ceiling);
 

@@ -16,6 +16,12 @@ int ndm_i_fail_io(int os_errno, const char *message)
     return NDM_ERR_IO;
 }
 
+int ndm_i_fail_again(ndm_error before)
+{
+    last = before;
+    return before.status;
+}
+
 int ndm_i_fail_slot(int status, int64_t slot)
 {
     last = (ndm_error){.status = status, .slot_known = 1, .slot = slot, .message = "the slot is not live"};

@@ -3,6 +3,7 @@
 
 #include "os/status.h"
 #include "region/read.h"
+#include "region/room.h"
 
 #include <stdlib.h>
 
@@ -51,9 +52,12 @@ static int write_batch(ndm_region *region, const values *batch, int64_t engine, 
         return ndm_i_fail(NDM_ERR_MEMORY, "no memory for a batch");
     for (uint64_t i = 0; i < batch->count; i++)
         rooms[i].size = size_at(batch, i);
-    if ((status = ndm_i_take(region, rooms, batch->count, &before)) != NDM_OK)
+    if ((status = ndm_i_room_take(region, rooms, batch->count, &before)) != NDM_OK)
         goto end;
-    if ((status = store_all(region, batch, rooms)) == NDM_OK) {
+    status = store_all(region, batch, rooms);
+    if (status != NDM_OK && ndm_i_room_other(region, rooms, batch->count, &before, status))
+        status = store_all(region, batch, rooms);
+    if (status == NDM_OK) {
         ndm_i_enter_values(region, rooms, batch->count, before, (uint8_t)engine, NDM_I_LIVE, slots);
     } else {
         ndm_i_undo(region, rooms, batch->count, before);

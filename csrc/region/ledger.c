@@ -2,6 +2,7 @@
 #include "region/ledger.h"
 
 #include "os/status.h"
+#include "region/place.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -133,7 +134,7 @@ static int take_extents(ndm_region *region, ndm_i_room *rooms, uint64_t count, u
             return ndm_i_fail_capacity(size, ndm_i_ceiling(region->max_capacity));
         if (!ndm_i_extents_reserve(extents))
             return ndm_i_fail(NDM_ERR_MEMORY, "no memory for an extent");
-        const ndm_i_place place = ndm_i_extents_find(extents, units);
+        const ndm_i_place place = ndm_i_place_find(region, units);
         room->offset = ndm_i_bytes(region, place.offset);
         room->vacant = vacant(region, place);
         room->extent = ndm_i_extents_take(extents, place, units, NDM_I_NONE);

@@ -1,6 +1,8 @@
 /* See blocks.h. */
 #include "store/blocks.h"
 
+#include "os/bits.h"
+
 #include <errno.h>
 
 #define GRAIN NDM_I_GRAIN
@@ -14,10 +16,14 @@
 
 void ndm_i_blocks_ahead(ndm_i_store *store, uint64_t end)
 {
-    /* Blocks that are not kept are not worth a call. */
+    /* No more than a quarter of what the disk has left: the slot table and others need some, too. A refusal is no failure,
+     * since later calls find out what is really there. Blocks that are not kept are not worth a call. */
     if (store->file->in_memory || !store->file->keeps_blocks || end <= store->allocated)
         return;
-    const uint64_t upto = ndm_i_min((end + ALLOCATE_STEP - 1) / ALLOCATE_STEP * ALLOCATE_STEP, store->file->capacity);
+    uint64_t upto = ndm_i_min(ndm_i_round_up(end, ALLOCATE_STEP), store->file->capacity);
+    const uint64_t left = ndm_i_file_disk_free(store->file) / 4;
+    if (upto - store->allocated > left)
+        upto = ndm_i_min(ndm_i_max(ndm_i_round_up(end, GRAIN), ndm_i_round_down(store->allocated + left, GRAIN)), upto);
     if (ndm_i_file_allocate(store->file, store->allocated, upto) == 0 && store->file->can_allocate)
         store->allocated = upto;
 }

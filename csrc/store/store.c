@@ -7,6 +7,7 @@
 #include "os/status.h"
 #include "store/blocks.h"
 #include "store/direct.h"
+#include "store/warm.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -249,19 +250,23 @@ static void forget_moved(const ndm_i_store *store, uint64_t from, uint64_t to, u
 }
 
 /* One piece of a move; no byte of it lies in both places. */
-static int move_piece(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t size)
+static int move_piece(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t size, uint64_t vacant)
 {
     const uint8_t *data = store->file->mapping->base + from;
     if (size >= NDM_I_LARGE)
         return ndm_i_direct_put(store, to, data, size);
-    return put(store, to, data, size, to + size, ndm_i_grains_are_ready(&store->grains, to, to + size));
+    const bool ready = ndm_i_grains_are_ready(&store->grains, to, to + size);
+    return put(store, to, data, size, ndm_i_max(vacant, to + size), ready);
 }
 
-int ndm_i_store_move(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t size, _Atomic uint64_t *moved)
+int ndm_i_store_move(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t size, uint64_t vacant,
+                     _Atomic uint64_t *moved)
 {
     const uint64_t distance = from > to ? from - to : to - from;
     /* What can be refused is refused before the value is written over itself: size, limits, and all blocks. */
-    int status = ndm_i_file_check_writable(store->file, from + size);
+    int status = NDM_OK;
+    if (!ndm_i_grains_are_ready(&store->grains, to, to + size))
+        status = ndm_i_file_check_writable(store->file, ndm_i_max(from, to) + size);
     if (status != NDM_OK)
         return status;
     for (uint64_t grain = to / GRAIN; grain < ndm_i_grains_end(to + size); grain++) {
@@ -269,11 +274,14 @@ int ndm_i_store_move(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t si
         if (refused && refused != EOPNOTSUPP) /* without fallocate() no blocks were ever given back */
             return ndm_i_fail_io(refused, "cannot get room in the file");
     }
-    ndm_i_store_fetch(store, from, size);
+    if (size < FETCH_FROM)
+        ndm_i_store_fetch_around(store, from, size);
+    else
+        ndm_i_store_fetch(store, from, size);
     uint64_t done = atomic_load_explicit(moved, memory_order_relaxed), forgotten = done;
     while (done < size && status == NDM_OK) {
         const uint64_t piece = ndm_i_min(ndm_i_min(size - done, distance), MOVE_STEP);
-        status = move_piece(store, from + done, to + done, piece);
+        status = move_piece(store, from + done, to + done, piece, vacant);
         if (status == NDM_OK)
             done += piece;
         atomic_store_explicit(moved, done, memory_order_release); /* the next piece may overwrite what this one read */

@@ -28,6 +28,8 @@ typedef struct {
     uint64_t strays[NDM_I_STRAYS]; /* grains and one; 0: none */
     unsigned next_stray;
     uint64_t forget_from; /* pages of values from this size on are forgotten: NDM_I_LARGE, or UINT64_MAX to keep them mapped */
+    uint64_t fetched;     /* bytes of grains that were read as a whole */
+    uint64_t asked;       /* the last of them that is about to be read from, plus 1 */
 } ndm_i_store;
 
 /* For a file that has been started. `storing` counts the extents that others may be storing to through the mapping;
@@ -47,8 +49,10 @@ int ndm_i_store_put(ndm_i_store *store, uint64_t offset, const void *data, uint6
 int ndm_i_store_clear(ndm_i_store *store, uint64_t offset, uint64_t size, uint64_t vacant);
 
 /* Copy `size` bytes from one place of the file to another, from `*moved` on, front to back in pieces that overlap only
- * what has been copied; `*moved` counts what has, so that a copy cut off by a crash can go on. */
-int ndm_i_store_move(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t size, _Atomic uint64_t *moved);
+ * what has been copied; `*moved` counts what has, so that a copy cut off by a crash can go on. No value lies in
+ * [to, vacant). */
+int ndm_i_store_move(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t size, uint64_t vacant,
+                     _Atomic uint64_t *moved);
 
 /* [offset, offset + size) is about to be read through the mapping: large or dropped ranges are fetched in one go. */
 void ndm_i_store_fetch(ndm_i_store *store, uint64_t offset, uint64_t size);

@@ -163,6 +163,8 @@ int disk_fstat(int fd, struct stat *facts)
 int disk_fstatfs(int fd, struct statfs *facts)
 {
     int status = fstatfs(fd, facts);
+    if (disk.free_blocks <= DISK_BLOCKS)
+        facts->f_bavail = disk.free_blocks * DISK_BLOCK / (uint64_t)facts->f_frsize;
     facts->f_type = disk.in_memory ? TMPFS_MAGIC : disk.moves_blocks ? BTRFS_SUPER_MAGIC : EXT4_SUPER_MAGIC;
     return status;
 }
