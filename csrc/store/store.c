@@ -42,7 +42,7 @@
  * 65 us instead of 780. */
 #define UNMAP_FROM PWRITE_FROM
 
-static uint64_t moment(const ndm_i_store *store)
+uint64_t ndm_i_store_moment(const ndm_i_store *store)
 {
     return ndm_i_seen_moment(atomic_load_explicit(&store->writer.drops, memory_order_acquire));
 }
@@ -292,7 +292,7 @@ static int put(ndm_i_store *store, uint64_t offset, const void *data, uint64_t s
 
 int ndm_i_store_put(ndm_i_store *store, uint64_t offset, const void *data, uint64_t size, uint64_t vacant)
 {
-    const uint64_t before = size >= FETCH_FROM ? moment(store) : 0; /* as in ndm_i_store_fetch() */
+    const uint64_t before = size >= FETCH_FROM ? ndm_i_store_moment(store) : 0; /* as in ndm_i_store_fetch() */
     const bool ready = ndm_i_grains_are_ready(&store->grains, offset, offset + size);
     int status = ready ? NDM_OK : ndm_i_file_check_writable(store->file, offset + size);
     if (status == NDM_OK)
@@ -349,7 +349,7 @@ bool ndm_i_store_at_hand(const ndm_i_store *store, uint64_t offset, uint64_t siz
 {
     if (ndm_i_writer_is_limited(&store->writer) && !is_queued(store, offset, size))
         return false;
-    return !is_suspect(store, offset, size) || ndm_i_seen_at(store->seen, offset, moment(store));
+    return !is_suspect(store, offset, size) || ndm_i_seen_at(store->seen, offset, ndm_i_store_moment(store));
 }
 
 void ndm_i_store_fetch(ndm_i_store *store, uint64_t offset, uint64_t size)
@@ -357,10 +357,12 @@ void ndm_i_store_fetch(ndm_i_store *store, uint64_t offset, uint64_t size)
     if (ndm_i_store_at_hand(store, offset, size))
         return;
     if (is_suspect(store, offset, size)) {
-        const uint64_t before = moment(store); /* what is dropped meanwhile is not seen */
+        const uint64_t before = ndm_i_store_moment(store); /* what is dropped meanwhile is not seen */
         /* For pages that are there, madvise would look at each: 15 us for 1 MiB, against 0.3 for the count. */
-        if (!ndm_i_is_cached(store->file, offset, offset + size))
+        if (!ndm_i_is_cached(store->file, offset, offset + size)) {
             ndm_i_mapping_fetch(store->file->mapping->base + offset, size);
+            store->misses++;
+        }
         ndm_i_seen_note(store->seen, offset, before);
     }
     if (!ndm_i_writer_is_limited(&store->writer))
@@ -370,16 +372,21 @@ void ndm_i_store_fetch(ndm_i_store *store, uint64_t offset, uint64_t size)
     ndm_i_writer_admit(&store->writer, offset / GRAIN, ndm_i_grains_end(offset + size));
 }
 
+int ndm_i_store_copy_out(const ndm_i_store *store, uint64_t offset, void *buffer, uint64_t size)
+{
+    /* pread maps no page: nothing is added to RSS, and a later memcpy there meets no page that is mapped read-only. */
+    if (size >= FETCH_FROM)
+        return ndm_i_file_load(store->file, offset, buffer, size);
+    memmove(buffer, store->file->mapping->base + offset, size);
+    return NDM_OK;
+}
+
 int ndm_i_store_load(ndm_i_store *store, uint64_t offset, void *buffer, uint64_t size)
 {
-    if (size < FETCH_FROM) {
+    if (size < FETCH_FROM)
         ndm_i_store_fetch(store, offset, size);
-        memmove(buffer, store->file->mapping->base + offset, size);
-        return NDM_OK;
-    }
-    /* pread maps no page: nothing is added to RSS, and a later memcpy there meets no page that is mapped read-only. */
-    int status = ndm_i_file_load(store->file, offset, buffer, size);
-    if (status == NDM_OK)
+    const int status = ndm_i_store_copy_out(store, offset, buffer, size);
+    if (size >= FETCH_FROM && status == NDM_OK)
         ndm_i_writer_admit(&store->writer, offset / GRAIN, ndm_i_grains_end(offset + size));
     return status;
 }
