@@ -28,7 +28,7 @@ PYTEST    = $(BIN)/pytest --numprocesses $(JOBS) --dist loadgroup
 SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),1767225600)
 
 .PHONY: help run test test-native test-python test-system test-aarch64 stress bench bench-quick bench-paths bench-write
-.PHONY: bench-ram bench-fragmentation bench-native bench-readers lint coverage sanitize tsan fuzz valgrind wheel wheel-smoke clean
+.PHONY: bench-ram bench-fragmentation bench-native bench-readers bench-scale lint coverage sanitize tsan fuzz valgrind wheel wheel-smoke clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would race
 
@@ -43,6 +43,7 @@ help:
 	@echo 'make bench-write  cold and warm writes beside plain copies; the price of opening (ARGS=--quick)'
 	@echo 'make bench-ram    spilling under a limit, in a small cgroup, and back (ARGS=--quick)'
 	@echo 'make bench-readers reading in another process, beside other ways there (ARGS=--quick)'
+	@echo 'make bench-scale  cost against count: up to 32 million small values, and 16 GiB of large ones (ARGS=--quick)'
 	@echo 'make bench-paths  what the thresholds of the C core rest on'
 	@echo 'make bench-fragmentation  space needed beyond the live values, against malloc and jemalloc (ARGS=--quick)'
 	@echo 'make bench-native what a call costs from C, C++, numba, cffi and Python (ARGS=--quick)'
@@ -122,7 +123,7 @@ bench-quick:
 
 build/bench/%: benchmarks/native/%.c $(CSOURCES) $(CHEADERS) $(wildcard benchmarks/native/*.h)
 	@mkdir -p $(@D)
-	$(CC) $(CWARN) -O2 -DNDEBUG -Icsrc -o $@ $< $(if $(filter %/region_writes,$@),$(CSOURCES))
+	$(CC) $(CWARN) -O2 -DNDEBUG -Icsrc -o $@ $< $(if $(filter %/region_writes %/scale,$@),$(CSOURCES))
 
 bench-write: $(VENV)/.installed $(VENV)/.extra-bench build/bench/region_writes
 	$(BIN)/python benchmarks/write_path.py $(ARGS)
@@ -132,6 +133,9 @@ bench-ram: $(VENV)/.installed $(VENV)/.extra-bench
 
 bench-readers: $(VENV)/.installed $(VENV)/.extra-bench
 	$(BIN)/python benchmarks/readers.py $(ARGS)
+
+bench-scale: $(VENV)/.installed $(VENV)/.extra-bench build/bench/scale
+	$(BIN)/python benchmarks/scale.py $(ARGS)
 
 bench-paths: build/bench/write_paths
 	@mkdir -p benchmarks/results

@@ -225,7 +225,9 @@ int ndm_region_write_many(ndm_region *region, const void *const *parts, const ui
 int ndm_region_write_packed(ndm_region *region, const void *data, uint64_t size, const int64_t *lengths, uint64_t count,
                             int64_t engine, int64_t *slots);
 
-/* View `count` slots, all or none: release each view once. A slot may be listed twice. */
+/* View `count` slots, all or none: release each view once. A slot may be listed twice. This verb and the next ask the disk
+ * for all values that are not in RAM, in the order of the file, before the first is touched; the next one does so in
+ * windows that fit under the cache limit. */
 int ndm_region_read_many(ndm_region *region, const int64_t *slots, uint64_t count, const char **views, uint64_t *sizes);
 
 /* Copy `count` values to `buffer`, one after the other, and their sizes to `lengths`; returns the bytes. If that is more
@@ -343,6 +345,12 @@ int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out)
  * read back from the disk and found equal. What the kernel failed to write and dropped before the failure came to light
  * is lost, and so may be a value dropped earlier, if the file system's own blocks could not be written after it. */
 int ndm_region_evict(ndm_region *region, const int64_t *slots, uint64_t count);
+
+/* The `count` values in `slots` are about to be read, one by one or in one call: ask the disk for those that are not in
+ * RAM, all together and in the order of the file, and do not wait for them. Values that need more room than half the cache
+ * limit are not all asked for. The batch verbs that read do this by themselves. NDM_ERR_NO_SLOT or NDM_ERR_FREED_SLOT
+ * before anything is done. */
+int ndm_region_prefetch(ndm_region *region, const int64_t *slots, uint64_t count);
 
 /* Wait until every value is written back to the disk (not for the disk's own cache). */
 int ndm_region_flush(ndm_region *region);

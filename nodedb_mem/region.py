@@ -440,11 +440,18 @@ class OverflowRegion(RegionControl):
         return _memory.restore(self._holder, slot)
 
     def read_many(self, slots: Slots) -> list[memoryview]:
-        """View many values, as `read` does, in one call; all or none. `slots` may be a buffer of int64."""
+        """View many values, as `read` does, in one call; all or none. `slots` may be a buffer of int64.
+
+        The disk is asked for all values that are not in RAM, in the order of the file. Under a cache limit, views of
+        more than half of it are for values that stay in RAM: use `read_many_into`, or several calls.
+        """
         return _memory.read_many(self._holder, slot_numbers(slots))
 
     def read_many_into(self, slots: Slots, buffer: Buffer) -> memoryview:
         """Copy many values to a writable buffer, one after the other.
+
+        Values that are not in RAM are asked for, and copied, in the order of the file, in windows that fit under the
+        cache limit.
 
         Returns
         -------
@@ -599,6 +606,20 @@ class OverflowRegion(RegionControl):
         """
         self._warn_if_locked()
         _memory.evict(self._holder, None if slots is None else slot_numbers(slots))
+
+    def prefetch(self, slots: Slots) -> None:
+        """Ask the disk for values that are about to be read one by one. Does not wait for them.
+
+        The disk gets all requests at once, in the order of the file. `read_many` and `read_many_into` do this by
+        themselves. Values in RAM cost little. Of values that need more room than half the cache limit, only a part is
+        asked for.
+
+        Raises
+        ------
+        InvalidSlotError
+            One of `slots` is no live slot; nothing has been asked for.
+        """
+        _memory.prefetch(self._holder, slot_numbers(slots))
 
     def __contains__(self, slot: object) -> bool:
         """Tell whether `slot` is the number of a live slot."""

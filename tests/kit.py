@@ -118,6 +118,7 @@ VERBS: dict[str, Verb] = {
     "raise_max_capacity": _raise_ceiling,
     "evict": lambda region, slot: region.evict(),
     "evict_slots": lambda region, slot: region.evict([slot]),
+    "prefetch": lambda region, slot: region.prefetch([slot]),
     "flush": lambda region, slot: region.flush(),
     "trim": lambda region, slot: region.trim(),
     "compact": lambda region, slot: region.compact(),

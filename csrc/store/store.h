@@ -23,6 +23,7 @@ typedef struct {
     ndm_i_grains grains;
     ndm_i_writer writer;
     ndm_i_seen *seen;     /* what need not be fetched */
+    uint64_t misses;      /* times that something had to be fetched */
     uint64_t allocated;   /* EMPTY grains below have their blocks */
     uint64_t pwrite_from; /* cold values from this size on go by pwrite; large ones always */
     uint64_t strays[NDM_I_STRAYS]; /* grains and one; 0: none */
@@ -62,6 +63,9 @@ bool ndm_i_store_at_hand(const ndm_i_store *store, uint64_t offset, uint64_t siz
 
 /* Copy [offset, offset + size) out. */
 int ndm_i_store_load(ndm_i_store *store, uint64_t offset, void *buffer, uint64_t size);
+
+/* The same, where the writer knows already, and nothing is left to fetch. */
+int ndm_i_store_copy_out(ndm_i_store *store, uint64_t offset, void *buffer, uint64_t size);
 
 /* Give back the blocks of the whole pages in [offset, offset + size), which hold no value; if `stored_to`, somebody may
  * be storing through the mapping anywhere else, and only whole grains lose their blocks. Does nothing where the file

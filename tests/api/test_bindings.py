@@ -51,6 +51,7 @@ REFUSED: dict[str, Callable[[OverflowRegion], object]] = {
     "slot": lambda region: region.slot(77),
     "share": lambda region: region.share(77),
     "evict": lambda region: region.evict([77]),
+    "prefetch": lambda region: region.prefetch([77]),
     "write": lambda region: region.write(bytes(1 << 25), 0),
     "write_packed": lambda region: region.write_many(bytes(1 << 25), 0, lengths=memoryview(LENGTHS).cast("q")),
     "allocate": lambda region: region.allocate(1 << 25, 0),

@@ -259,6 +259,28 @@ static void restore(void)
     views[view_count++] = (struct view){start, size, at};
 }
 
+static void read_batch(void)
+{
+    enum { MOST = 8 };
+    int64_t slots[MOST], lengths[MOST];
+    const char *starts[MOST];
+    uint64_t sizes[MOST], count = value_count ? byte() % MOST : 0, at = 0;
+    static char copies[MOST * LARGEST];
+    const struct value *wanted[MOST];
+    for (uint64_t i = 0; i < count; i++)
+        slots[i] = (wanted[i] = &values[byte() % value_count])->slot;
+    if (byte() % 2)
+        CHECK(ndm_region_prefetch(region, slots, count) == NDM_OK);
+    if (ndm_region_read_many(region, slots, count, starts, sizes) == NDM_OK)
+        for (uint64_t i = 0; i < count; i++) {
+            CHECK(sizes[i] == wanted[i]->size && memcmp(starts[i], bytes + wanted[i]->at, sizes[i]) == 0);
+            ndm_view_release(starts[i]);
+        }
+    if (ndm_region_load_many(region, slots, count, copies, sizeof copies, lengths) >= 0)
+        for (uint64_t i = 0; i < count; at += wanted[i++]->size)
+            CHECK(lengths[i] == (int64_t)wanted[i]->size && memcmp(copies + at, bytes + wanted[i]->at, wanted[i]->size) == 0);
+}
+
 static void evict(void)
 {
     const int64_t slot = value_count ? values[byte() % value_count].slot : 0;
@@ -420,7 +442,7 @@ static void step(void)
 {
     static void (*const verbs[])(void) = {
         write_value, write_value, write_value,   write_many, write_vectored, allocate,   free_value,
-        free_value,  free_value,  read_value,    read_value, restore,        release_view, release_view,
+        free_value,  free_value,  read_value,    read_batch, restore,        release_view, release_view,
         evict,       trim,        raise_ceiling, compact,    compact,        copy_value, misuse};
     const uint32_t choice = byte();
     if (choice >= 240)
