@@ -84,7 +84,7 @@ enum ndm_status {
     NDM_ERR_MEMORY = -9,       /* malloc failed */
     NDM_ERR_STALE = -10,       /* reader: the value is gone, or another has its slot, or the region was opened anew */
     NDM_ERR_UNCOMMITTED = -11, /* reader: the slot is allocated, and not committed yet */
-    NDM_ERR_WAIT = -12,        /* ..._try_...(): not at once; nothing was done */
+    NDM_ERR_WAIT = -12,        /* ..._try_...(): not at once; nothing was done. Readers: not yet, call again */
     NDM_ERR_VERSION = -20      /* ndm_check_abi(): the library is not the one that the caller was compiled for */
 };
 
@@ -297,7 +297,9 @@ int ndm_region_set_max_capacity(ndm_region *region, uint64_t max_capacity);
 /* Lower the high-water mark past free space at its end, shrink the file to it (not below its size at open), and give
  * the blocks of free extents of 64 KiB and more back to the file system. Returns the bytes of disk given back. Space
  * given back gets blocks again before it is touched. While a view of ndm_region_allocate() lives, only whole, aligned
- * 512 KiB of a free extent are given back. Linear in the number of extents. */
+ * 512 KiB of a free extent are given back. While readers are there, the file keeps its size and its end becomes a hole; on
+ * tmpfs and on overlays nothing is given back then, because a reader's look at a hole may be SIGBUS there. Linear in the
+ * number of extents. */
 int64_t ndm_region_trim(ndm_region *region);
 
 typedef struct {
@@ -330,7 +332,9 @@ int ndm_region_prefetch(ndm_region *region, const int64_t *slots, uint64_t count
 /* Wait until every value is written back to the disk (not for the disk's own cache). */
 int ndm_region_flush(ndm_region *region);
 
-/* Let readers lease values from now on: makes the leases file (`path` + ".leases"). Done already is fine. */
+/* Let readers lease values from now on: makes the leases file (`path` + ".leases"). Done already is fine. From now on the
+ * space of freed values is free when 64 of them, or 256 KiB, have come, because it takes a system call to know that nobody
+ * leases them. ndm_region_info(), _stats(), _trim(), _compact(), and a write that would make the file grow, ask before that. */
 int ndm_region_allow_leases(ndm_region *region);
 
 /* Descriptors of the data file, the slot table and the leases (-1: none), for readers of a temporary region, which open
@@ -358,7 +362,17 @@ int64_t ndm_region_check(ndm_region *region);
  * This is a sequence lock per record, in C11 atomics; it holds on aarch64 as on x86-64.
  *
  * A view from a reader pins nothing: the owner may free, move and overwrite the value meanwhile. Copy
- * (ndm_reader_copy) or check afterwards (ndm_reader_is_unchanged), or lease. */
+ * (ndm_reader_copy) or check afterwards (ndm_reader_is_unchanged), or lease.
+ *
+ * No function waits for the owner longer than some 20 ms, nor with a lock held that other threads of the reader want. While
+ * the owner moves the value, ndm_reader_find(), ndm_reader_read(), ndm_reader_copy(), ndm_reader_lease() and
+ * ndm_reader_next() end with NDM_ERR_WAIT after that time, and ndm_reader_open() does so while another process bars readers
+ * from the slot table. Nothing has been done then: call again, as often as you like. An owner that died while it moved a
+ * value is NDM_ERR_STALE.
+ *
+ * If somebody cut a file short under a reader, the functions return NDM_ERR_IO with EIO. The reader asks for the lengths of its
+ * files, but not twice within two microseconds: what is cut off in that time, and touched, is SIGBUS. So is what is missing
+ * under a view. */
 
 typedef struct ndm_reader ndm_reader;
 
@@ -366,13 +380,14 @@ typedef struct {
     int64_t slot;
     uint64_t offset, size;
     uint64_t place;      /* changes when the value is moved */
+    uint64_t turns;      /* changes before a `place` can come again */
     uint32_t generation; /* changes when the slot is freed */
     uint8_t engine;
     uint8_t state;
 } ndm_value;
 
 /* Open the region whose data file, slot table and leases are at these paths. NULL on failure: NDM_ERR_IO (EINVAL: not a
- * region, of another version, or cut short), NDM_ERR_MEMORY. The leases are opened to write with the first lease. */
+ * region, of another version, or cut short), NDM_ERR_WAIT, NDM_ERR_MEMORY. The leases are opened to write with the first lease. */
 ndm_reader *ndm_reader_open(const char *data_path, const char *slots_path, const char *leases_path);
 
 /* Close: views stay readable, and keep the region's file from being shortened. Leases end. Any thread; twice is fine. */
@@ -392,14 +407,17 @@ int64_t ndm_reader_copy(ndm_reader *reader, int64_t slot, int64_t generation, vo
 /* 1 if the value is live and its bytes are where and what they were when `value` was looked up, 0 if not. */
 int ndm_reader_is_unchanged(ndm_reader *reader, const ndm_value *value);
 
-/* The first live slot that is `from` or more; NDM_ERR_NO_SLOT if no live slot follows. */
+/* The first live slot that is `from` or more; NDM_ERR_NO_SLOT if no live slot follows. Slots that are freed or not committed
+ * are passed over; for any other reason why a slot gives no value the call fails (EUCLEAN: the table is torn). NDM_ERR_WAIT
+ * also after many slots that are not live: in this one case of a failure *out is written, and its `slot` is where to go
+ * on. */
 int ndm_reader_next(ndm_reader *reader, int64_t from, ndm_value *out);
 
 typedef struct {
     uint64_t incarnation;
     uint64_t capacity, max_capacity, used_bytes, live_bytes, slot_count, alignment;
     uint64_t resident_bytes; /* NDM_BYTES_UNKNOWN: the kernel hides it from a user who neither owns the file nor may write to it */
-    uint64_t pinned_bytes; /* freed, but waiting for a view of the owner's or a lease to end */
+    uint64_t pinned_bytes; /* freed, but waiting for a view of the owner's or a lease to end, or for the owner to ask for leases */
     uint64_t leases; /* held by living processes; UINT64_MAX: the leases file may not be read, or is not one */
     uint64_t owner; /* process id of the owner; 0 if no owner lives */
 } ndm_reader_figures;

@@ -111,8 +111,9 @@ class RegionControl:
         """Give unused space back to the file system.
 
         Lowers `used_bytes` past free space at the end, shrinks the file to it (not below its size when opened; while
-        readers are there the end becomes a hole instead), and punches holes into free extents of 64 KiB and more.
-        Linear in the number of values. If the system refuses half-way, what was given back stays so.
+        readers are there the end becomes a hole instead), and punches holes into free extents of 64 KiB and more. On
+        tmpfs and on overlays nothing is given back while readers are there. Linear in the number of values. If the
+        system refuses half-way, what was given back stays so.
 
         Returns
         -------

@@ -24,6 +24,9 @@
 #include <unistd.h>
 
 #define XFS_MAGIC 0x58465342 /* not in linux/magic.h of older headers */
+#ifndef OVERLAYFS_SUPER_MAGIC
+#define OVERLAYFS_SUPER_MAGIC 0x794c7630
+#endif
 
 /* ---- opening -------------------------------------------------------------------------------------------- */
 
@@ -59,6 +62,7 @@ static int examine(ndm_i_file *file)
         file->born = (uint64_t)facts.stx_btime.tv_sec * 1000000000u + facts.stx_btime.tv_nsec;
     const int medium = ndm_i_medium(file->fd);
     file->in_memory = medium != NDM_MEDIUM_DISK;
+    file->holes_need_room = file->in_memory || system.f_type == OVERLAYFS_SUPER_MAGIC; /* which may lie on a tmpfs */
     /* ext2, ext3 and ext4 share their number. */
     file->keeps_blocks = medium == NDM_MEDIUM_TMPFS || system.f_type == EXT4_SUPER_MAGIC || system.f_type == XFS_MAGIC;
     file->can_allocate = file->can_punch = true;
@@ -74,10 +78,26 @@ bool ndm_i_file_lock_byte(const ndm_i_file *file, uint64_t byte, bool lock)
     return fcntl(file->fd, F_OFD_SETLK, &range) == 0;
 }
 
+bool ndm_i_file_find_lock(const ndm_i_file *file, uint64_t *start, uint64_t *end)
+{
+    /* What a read lock would meet is a write lock. */
+    struct flock range = {
+        .l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = (off_t)*start, .l_len = (off_t)(*end - *start)};
+    if (fcntl(file->fd, F_OFD_GETLK, &range) != 0)
+        return true;
+    if (range.l_type == F_UNLCK)
+        return false;
+    const uint64_t first = (uint64_t)range.l_start;
+    if (range.l_len > 0) /* 0: to the end of all files */
+        *end = ndm_i_min(*end, first + (uint64_t)range.l_len);
+    *start = ndm_i_max(*start, first);
+    return true;
+}
+
 bool ndm_i_file_is_byte_locked(const ndm_i_file *file, uint64_t byte)
 {
-    struct flock range = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = (off_t)byte, .l_len = 1};
-    return fcntl(file->fd, F_OFD_GETLK, &range) == 0 && range.l_type != F_UNLCK;
+    uint64_t end = byte + 1;
+    return ndm_i_file_find_lock(file, &byte, &end);
 }
 
 uint64_t ndm_i_file_size(const ndm_i_file *file)
@@ -156,10 +176,10 @@ bool ndm_i_file_flock(const ndm_i_file *file, bool whole)
 
 int ndm_i_file_flock_to_read(const ndm_i_file *file)
 {
-    while (flock(file->fd, LOCK_SH) != 0)
-        if (errno != EINTR)
-            return ndm_i_fail_io(errno, "cannot lock the file for reading");
-    return NDM_OK;
+    if (flock(file->fd, LOCK_SH | LOCK_NB) == 0)
+        return NDM_OK;
+    return errno == EWOULDBLOCK ? ndm_i_fail(NDM_ERR_WAIT, "another process keeps readers out of the slot table")
+                                : ndm_i_fail_io(errno, "cannot lock the file for reading");
 }
 
 static int unnamed_file(const char *directory)
@@ -308,19 +328,28 @@ int ndm_i_file_write(const ndm_i_file *file, const uint8_t *data, uint64_t size,
     return 0;
 }
 
-int ndm_i_file_load(const ndm_i_file *file, uint64_t offset, void *buffer, uint64_t size)
+int64_t ndm_i_file_load_some(const ndm_i_file *file, uint64_t offset, void *buffer, uint64_t size)
 {
-    for (uint8_t *next = buffer; size > 0;) {
-        const ssize_t done = pread(file->fd, next, size, (off_t)offset);
+    uint64_t loaded = 0;
+    while (loaded < size) {
+        const ssize_t done = pread(file->fd, (uint8_t *)buffer + loaded, size - loaded, (off_t)(offset + loaded));
         if (done < 0 && errno == EINTR)
             continue;
-        if (done <= 0)
-            return ndm_i_fail_io(done < 0 ? errno : EIO, "cannot read the file");
-        next += done;
-        size -= (uint64_t)done;
-        offset += (uint64_t)done;
+        if (done < 0)
+            return -1;
+        if (done == 0)
+            break;
+        loaded += (uint64_t)done;
     }
-    return NDM_OK;
+    return (int64_t)loaded;
+}
+
+int ndm_i_file_load(const ndm_i_file *file, uint64_t offset, void *buffer, uint64_t size)
+{
+    const int64_t loaded = ndm_i_file_load_some(file, offset, buffer, size);
+    if (loaded >= 0 && (uint64_t)loaded == size)
+        return NDM_OK;
+    return ndm_i_fail_io(loaded < 0 ? errno : EIO, "cannot read the file");
 }
 
 int ndm_i_file_allocate(ndm_i_file *file, uint64_t start, uint64_t end)

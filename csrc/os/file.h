@@ -27,6 +27,7 @@ typedef struct {
     bool keeps_blocks;   /* a block once given stays good for stores through the mapping (not so on btrfs and its kin) */
     bool can_allocate;   /* the file system knows fallocate() */
     bool can_punch;      /* and holes */
+    bool holes_need_room; /* to look at a hole takes a page of the file system: on a full one that is SIGBUS */
     bool created;        /* by this open, not found */
     bool own;            /* its owner is this process's user */
     bool linked;         /* it had a name when it was examined */
@@ -45,6 +46,11 @@ enum { NDM_I_LOCK_FILE, NDM_I_LOCK_BYTE, NDM_I_LOCK_NONE };
 /* Lock, or unlock, one byte for this open file. false: another has it. */
 bool ndm_i_file_lock_byte(const ndm_i_file *file, uint64_t byte, bool lock);
 
+/* Has another open file a byte of [*start, *end)? Then a range that it has is given, cut at those ends. A lock that reading is
+ * enough for (F_RDLCK) does not count: what is asked for is a lock that only who may write to the file can hold. Where the
+ * system cannot tell, all of the range is. */
+bool ndm_i_file_find_lock(const ndm_i_file *file, uint64_t *start, uint64_t *end);
+
 /* Has another open file that byte? */
 bool ndm_i_file_is_byte_locked(const ndm_i_file *file, uint64_t byte);
 
@@ -59,7 +65,7 @@ int ndm_i_file_open_to_lease(ndm_i_file *file, const char *path);
 /* `whole`: lock the file against readers, false if there are some. Otherwise let them in again. */
 bool ndm_i_file_flock(const ndm_i_file *file, bool whole);
 
-/* Say that a reader is there, until the file is closed. Waits while the owner bars readers. */
+/* Say that a reader is there, until the file is closed. NDM_ERR_WAIT while somebody bars readers. */
 int ndm_i_file_flock_to_read(const ndm_i_file *file);
 
 /* An unnamed file in `directory`, or in memory if it is NULL. */
@@ -92,6 +98,9 @@ int ndm_i_file_write(const ndm_i_file *file, const uint8_t *data, uint64_t size,
 
 /* pread all of it; a file that ends before is EIO. */
 int ndm_i_file_load(const ndm_i_file *file, uint64_t offset, void *buffer, uint64_t size);
+
+/* pread, up to the file's end: how many bytes came. Negative, and no more than that, where the system cannot read them. */
+int64_t ndm_i_file_load_some(const ndm_i_file *file, uint64_t offset, void *buffer, uint64_t size);
 
 /* Get blocks for [start, end); what is there stays. Does nothing where the file system knows no fallocate(): writing
  * gets them there. 0 or errno. */

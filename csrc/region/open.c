@@ -52,15 +52,16 @@ static int check_options(const ndm_options *options)
 }
 
 /* Empty the data file. Where readers have it mapped it keeps its size, and becomes one hole but for what they lease: a
- * page that is cut off under a view would be SIGBUS. */
+ * page that is cut off under a view would be SIGBUS. Where a view of a hole may be that, too, it keeps its bytes: *full. */
 static int empty_data(ndm_region *region, uint64_t capacity, uint64_t ceiling, const ndm_i_span *leased,
-                      uint64_t *leased_count)
+                      uint64_t *leased_count, bool *full)
 {
     const bool alone = ndm_i_slots_bar_readers(&region->slots);
     int status = ndm_i_file_start(&region->data, capacity, ceiling, !alone);
     if (alone)
         *leased_count = 0; /* nobody is there who could hold a lease */
-    for (uint64_t i = 0, start = 0; i <= *leased_count && status == NDM_OK && !alone; i++) {
+    *full = !alone && region->data.holes_need_room;
+    for (uint64_t i = 0, start = 0; i <= *leased_count && status == NDM_OK && !alone && !*full; i++) {
         const uint64_t end = i < *leased_count ? leased[i].offset : capacity;
         if (end > start && !ndm_i_file_punch(&region->data, start, end))
             status = ndm_i_fail(NDM_ERR_BUSY, "readers have the old file open, and the file system punches no holes");
@@ -83,16 +84,23 @@ static int start_anew(ndm_region *region, const ndm_options *options)
     /* In this order: readers learn that the values are gone, then they go. A file with data and without its mark would be
      * taken for somebody else's, so the table is emptied last. */
     uint64_t count = 0;
+    bool full = false;
     int status = ndm_i_slots_invalidate(&region->slots);
     if (status == NDM_OK) {
-        count = ndm_i_leased_before(region, leased);
+        const int64_t kept = ndm_i_leased_before(region, leased);
+        status = kept < 0 ? (int)kept : NDM_OK;
+        count = kept < 0 ? 0 : (uint64_t)kept;
+    }
+    if (status == NDM_OK) {
         status = empty_data(region, found ? found : options->initial_capacity, ndm_i_ceiling(options->max_capacity),
-                            leased, &count);
+                            leased, &count, &full);
     }
     if (status == NDM_OK)
         status = ndm_i_slots_start(&region->slots, &region->data, options->alignment);
     if (status == NDM_OK)
         status = start_store(region, options);
+    if (status == NDM_OK && full) /* what is in the file is no value's, but is there */
+        ndm_i_grains_adopt(&region->store.grains, 0, region->data.capacity);
     if (status == NDM_OK && count > 0)
         status = ndm_i_keep_places(region, leased, count);
     if (status == NDM_OK)
@@ -194,7 +202,8 @@ static void prepare(ndm_region *region, const ndm_options *options)
     region->leases.file.fd = -1;
     atomic_init(&region->holders, 2);
     ndm_i_extents_init(&region->extents);
-    region->limbo = (ndm_i_limbo){.extents = &region->extents, .home = &region->home, .leases = &region->leases};
+    region->limbo = (ndm_i_limbo){.extents = &region->extents, .home = &region->home, .leases = &region->leases,
+                                  .unit_shift = &region->unit_shift};
 }
 
 static ndm_region *region_new(const char *path, const char *directory, const ndm_options *options)

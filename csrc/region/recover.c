@@ -26,7 +26,7 @@ static bool fits(const ndm_region *region, uint64_t offset, uint64_t size)
 }
 
 /* Nothing has been overwritten yet, and a reader may have leased the value before the owner began. Later it cannot. */
-static bool may_be_leased(const ndm_region *region, uint32_t slot, const ndm_i_record *record)
+static bool may_be_leased(ndm_region *region, uint32_t slot, const ndm_i_record *record)
 {
     return ndm_i_word(&ndm_i_slots_header(&region->slots)->moved) == 0 &&
            ndm_i_leases_has(&region->leases, slot, ndm_i_record_generation(record));
@@ -111,13 +111,6 @@ int ndm_i_join_leases(ndm_region *region)
     return refused == ENOENT || refused == EINVAL ? NDM_OK : status;
 }
 
-/* Readers that live keep what they leased. */
-static void resume_leases(ndm_region *region)
-{
-    region->leases.incarnation = ndm_i_word(&ndm_i_slots_header(&region->slots)->incarnation);
-    ndm_i_leases_reap(&region->leases);
-}
-
 static int by_start(const void *a, const void *b)
 {
     const uint64_t x = ((const ndm_i_span *)a)->offset, y = ((const ndm_i_span *)b)->offset;
@@ -180,7 +173,12 @@ static int add_leased(ndm_region *region, found *values, uint64_t *count)
     ndm_i_span *places = malloc(NDM_I_LEASES * sizeof *places);
     if (!places)
         return ndm_i_fail(NDM_ERR_MEMORY, "no memory to recover the region");
-    uint64_t kept = in_units(region, places, ndm_i_leases_places(&region->leases, places));
+    const int64_t leased = ndm_i_leases_places(&region->leases, places);
+    if (leased < 0) {
+        free(places);
+        return (int)leased;
+    }
+    uint64_t kept = in_units(region, places, (uint64_t)leased);
     kept = joined(places, without_values(region, places, kept, values, *count));
     for (uint64_t i = 0; i < kept; i++)
         values[(*count)++] = (found){places[i].offset, places[i].size, NDM_I_NO_SLOT};
@@ -190,11 +188,12 @@ static int add_leased(ndm_region *region, found *values, uint64_t *count)
     return NDM_OK;
 }
 
-uint64_t ndm_i_leased_before(ndm_region *region, ndm_i_span *places)
+int64_t ndm_i_leased_before(ndm_region *region, ndm_i_span *places)
 {
     atomic_thread_fence(memory_order_seq_cst); /* the incarnation has been taken back: see leases.h */
     ndm_i_leases_reap(&region->leases);
-    return joined(places, in_units(region, places, ndm_i_leases_places(&region->leases, places)));
+    const int64_t count = ndm_i_leases_places(&region->leases, places);
+    return count < 0 ? count : (int64_t)joined(places, in_units(region, places, (uint64_t)count));
 }
 
 int ndm_i_keep_places(ndm_region *region, const ndm_i_span *places, uint64_t count)
@@ -213,7 +212,8 @@ int ndm_i_keep_places(ndm_region *region, const ndm_i_span *places, uint64_t cou
 
 int ndm_i_recover(ndm_region *region)
 {
-    resume_leases(region);
+    region->leases.incarnation = ndm_i_word(&ndm_i_slots_header(&region->slots)->incarnation);
+    ndm_i_leases_reap(&region->leases);
     int status = finish_move(region);
     if (status != NDM_OK)
         return status;

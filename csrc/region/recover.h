@@ -12,8 +12,8 @@ int ndm_i_join_leases(ndm_region *region);
 int ndm_i_recover(ndm_region *region);
 
 /* The places that living readers of an earlier opening lease, in whole units within the file, in order and apart. Room
- * for NDM_I_LEASES. */
-uint64_t ndm_i_leased_before(ndm_region *region, ndm_i_span *places);
+ * for NDM_I_LEASES. How many, or a status. */
+int64_t ndm_i_leased_before(ndm_region *region, ndm_i_span *places);
 
 /* Take extents for these places, in an empty region. */
 int ndm_i_keep_places(ndm_region *region, const ndm_i_span *places, uint64_t count);

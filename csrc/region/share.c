@@ -6,8 +6,10 @@
 int ndm_region_allow_leases(ndm_region *region)
 {
     int status = ndm_i_enter(region);
-    if (status != NDM_OK || region->leases.table)
+    if (status != NDM_OK)
         return status;
+    if (ndm_i_leases_are_open(&region->leases))
+        return ndm_i_leases_mend(&region->leases);
     if ((status = ndm_i_leases_start(&region->leases, region->leases_path)) == NDM_OK)
         region->leases.incarnation = ndm_i_word(&ndm_i_slots_header(&region->slots)->incarnation);
     return status;

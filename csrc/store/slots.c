@@ -198,7 +198,7 @@ void ndm_i_slots_close(ndm_i_slots *slots, const char *unlink_path)
         publish(&ndm_i_slots_header(slots)->owner, 0);
     ndm_i_file_close(&slots->table, unlink_path);
     slots->started = false;
-    slots->count = slots->live = 0;
+    slots->count = slots->live = slots->retired = 0;
     slots->first_free = NDM_I_NO_SLOT;
 }
 
@@ -217,7 +217,7 @@ ndm_i_record *ndm_i_slots_record(const ndm_i_slots *slots, int64_t slot)
 
 int ndm_i_slots_reserve(ndm_i_slots *slots, uint64_t count)
 {
-    const uint64_t reusable = slots->count - slots->live;
+    const uint64_t reusable = slots->count - slots->live - slots->retired;
     if (count <= reusable || count - reusable <= room(slots) - slots->count)
         return NDM_OK;
     if (count - reusable > MOST_SLOTS - slots->count)
@@ -299,6 +299,10 @@ void ndm_i_slots_move_end(ndm_i_slots *slots, uint32_t slot, uint64_t offset, ui
 {
     ndm_i_record *record = &records_of(slots)[slot];
     const uint64_t moves = (ndm_i_word(&record->place) >> 48) + 1;
+    if (moves >> 16 != 0) { /* before the place, so that who sees a move of the new turn sees the turn */
+        ndm_i_header *header = ndm_i_slots_header(slots);
+        publish(&header->turns, ndm_i_word(&header->turns) + 1);
+    }
     publish(&record->place, offset | moves << 48);
     ndm_i_slots_set_extent(slots, slot, extent);
     ndm_i_slots_move_cancel(slots, slot);
@@ -312,19 +316,37 @@ void ndm_i_slots_move_cancel(ndm_i_slots *slots, uint32_t slot)
     publish(&ndm_i_slots_header(slots)->move_slot, 0);
 }
 
+static bool is_retired(const ndm_i_record *record)
+{
+    return ndm_i_record_state(record) == NDM_I_FREED && ndm_i_record_generation(record) == NDM_I_LAST_GENERATION;
+}
+
+/* A freed slot gets its next generation, and may be given out again unless that is the last one. */
+static void chain(ndm_i_slots *slots, uint32_t slot)
+{
+    ndm_i_record *record = &records_of(slots)[slot];
+    const uint32_t generation = ndm_i_record_generation(record);
+    if (generation >= NDM_I_LAST_GENERATION - 1) {
+        publish(&record->life, NDM_I_LAST_GENERATION | (uint64_t)NDM_I_NO_SLOT << 32);
+        slots->retired++;
+        return;
+    }
+    publish(&record->life, (generation + 1) | (uint64_t)slots->first_free << 32);
+    slots->first_free = slot;
+}
+
 void ndm_i_slots_remove(ndm_i_slots *slots, uint32_t slot)
 {
     ndm_i_record *record = &records_of(slots)[slot];
     assert(ndm_i_record_is_live(record));
     withdraw(record, NDM_I_FREED);
-    publish(&record->life, (uint32_t)(ndm_i_record_generation(record) + 1) | (uint64_t)slots->first_free << 32);
-    slots->first_free = slot;
+    chain(slots, slot);
     slots->live--;
 }
 
 void ndm_i_slots_rebuild(ndm_i_slots *slots)
 {
-    slots->live = 0;
+    slots->live = slots->retired = 0;
     slots->first_free = NDM_I_NO_SLOT;
     for (uint64_t i = slots->count; i-- > 0;) {
         ndm_i_record *record = &records_of(slots)[i];
@@ -334,27 +356,29 @@ void ndm_i_slots_rebuild(ndm_i_slots *slots)
         }
         /* A generation of its own in any case: the owner may have died between withdrawing the value and that. */
         publish(&record->shape, with_state(record, NDM_I_FREED));
-        publish(&record->life, (uint32_t)(ndm_i_record_generation(record) + 1) | (uint64_t)slots->first_free << 32);
-        slots->first_free = (uint32_t)i;
+        chain(slots, (uint32_t)i);
     }
 }
 
 uint64_t ndm_i_slots_check(const ndm_i_slots *slots)
 {
-    uint64_t broken = 0, live = 0, chained = 0;
+    uint64_t broken = 0, live = 0, retired = 0, chained = 0;
     for (uint64_t i = 0; i < slots->count; i++) {
         uint8_t state = ndm_i_record_state(&records_of(slots)[i]);
         const bool holds = ndm_i_record_is_live(&records_of(slots)[i]);
         live += holds;
+        retired += is_retired(&records_of(slots)[i]);
         broken += !holds && state != NDM_I_FREED;
     }
     for (uint32_t slot = slots->first_free; slot != NDM_I_NO_SLOT && chained <= slots->count; chained++) {
-        if (slot >= slots->count || ndm_i_record_state(&records_of(slots)[slot]) != NDM_I_FREED)
+        if (slot >= slots->count || ndm_i_record_state(&records_of(slots)[slot]) != NDM_I_FREED ||
+            is_retired(&records_of(slots)[slot]))
             return broken + 1;
         slot = ndm_i_record_link(&records_of(slots)[slot]);
     }
     broken += live != slots->live;
     broken += ndm_i_word(&ndm_i_slots_header(slots)->count) != slots->count;
-    broken += chained != slots->count - live;
+    broken += retired != slots->retired;
+    broken += chained != slots->count - live - retired;
     return broken + (slots->count > room(slots));
 }

@@ -8,6 +8,11 @@
  *   shape   size (48)  engine (8)  state (8)           what it is
  *   life    generation (32)  link (32)                 generation grows with each free
  *
+ * Neither counter shows an old value twice. A slot whose generation has come to NDM_I_LAST_GENERATION is retired: it stays
+ * FREED, and is never given out again. When the moves of a value begin anew at 0, the header's `turns` has grown before: a
+ * reader that finds another number of turns takes the value for moved. A value may be moved 65536 times while a reader
+ * looks at it; a slot is retired after 2^32 frees, which takes minutes.
+ *
  * `link` is the owner's own note: the slot's extent while live, the next free slot number after that.
  *
  * Memory order. The owner takes no lock. It publishes a value by storing place and life, then shape with the state LIVE
@@ -26,6 +31,7 @@
 #include <stdint.h>
 
 #define NDM_I_NO_SLOT UINT32_MAX
+#define NDM_I_LAST_GENERATION UINT32_MAX /* no value has it */
 #define NDM_I_SIZE_LIMIT ((uint64_t)1 << 48) /* offsets and sizes stay below */
 #define NDM_I_HEADER_ROOM ((uint64_t)4096)
 
@@ -58,12 +64,14 @@ typedef struct {
     _Atomic uint64_t move_slot; /* plus 1; 0: none */
     _Atomic uint64_t move_from, move_to, moved;
     _Atomic uint64_t pinned_bytes; /* of the region, as those above */
+    _Atomic uint64_t turns; /* how often a value's moves have begun anew; tables from before have 0 here */
 } ndm_i_header;
 
 typedef struct {
     ndm_i_file table;
     uint64_t count;      /* records ever used: slot numbers are below */
     uint64_t live;
+    uint64_t retired;
     uint32_t first_free; /* chain of freed slot numbers, last freed first */
     bool started;        /* its header may be stored to */
     bool ours;           /* the table that was found speaks of the data file */
@@ -137,7 +145,7 @@ void ndm_i_slots_move_begin(ndm_i_slots *slots, uint32_t slot, uint64_t offset);
 void ndm_i_slots_move_end(ndm_i_slots *slots, uint32_t slot, uint64_t offset, uint32_t extent);
 void ndm_i_slots_move_cancel(ndm_i_slots *slots, uint32_t slot);
 
-/* Mark a live slot as freed. */
+/* Mark a live slot as freed; or retire it, at its last generation. */
 void ndm_i_slots_remove(ndm_i_slots *slots, uint32_t slot);
 
 /* Set a live slot's extent. */

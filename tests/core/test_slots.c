@@ -98,12 +98,13 @@ static void test_reuse(void)
     ndm_i_slots_remove(&slots, 0); /* a draft can go as it is */
     CHECK(ndm_i_record_generation(at(&slots, 0)) == 2);
 
-    /* The last generation is followed by the first, and leaves the chain alone. */
+    /* After the last generation the slot is retired; the chain is as it was. */
     CHECK(add(&slots, 0, 3, NDM_I_LIVE) == 0);
     atomic_store(&at(&slots, 0)->life, UINT32_MAX | (uint64_t)3 << 32);
     ndm_i_slots_remove(&slots, 3);
     ndm_i_slots_remove(&slots, 0);
-    CHECK(ndm_i_record_generation(at(&slots, 0)) == 0 && ndm_i_record_link(at(&slots, 0)) == 3);
+    CHECK(ndm_i_record_generation(at(&slots, 0)) == UINT32_MAX && slots.retired == 1 && slots.first_free == 3);
+    CHECK(ndm_i_slots_check(&slots) == 0 && add(&slots, 0, 3, NDM_I_LIVE) == 3 && add(&slots, 0, 3, NDM_I_LIVE) == 6);
     stop(&slots);
 }
 
