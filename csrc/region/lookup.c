@@ -182,6 +182,21 @@ int ndm_i_reader_reach(ndm_reader *reader, const ndm_value *value)
     return reach(&reader->data, &reader->values, end, ceiling > end ? ceiling : end);
 }
 
+const char *ndm_i_reader_view(ndm_reader *reader, const ndm_value *value)
+{
+    if (value->size == 0)
+        return ndm_i_empty_view;
+    if (ndm_i_reader_reach(reader, value) != NDM_OK)
+        return NULL;
+    const char *view = (const char *)reader->values->base + value->offset;
+    /* The pages stay mapped after the view: a reader reads again; it is the owner who spills. */
+    if (!ndm_i_pins_add(&reader->home, (uint32_t)value->slot, reader->values, view, 0, false)) {
+        ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
+        return NULL;
+    }
+    return view;
+}
+
 /* By pread: a byte that the file has lost meanwhile, or that the disk cannot read, is an error, not SIGBUS. In pieces, because
  * some file systems let nobody write to a file while one piece is read. */
 static int load(const ndm_reader *reader, const ndm_value *value, char *buffer)

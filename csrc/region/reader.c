@@ -212,17 +212,9 @@ static void fetch(const ndm_reader *reader, const ndm_value *value)
 /* A view, with the lock held. */
 static const char *view_of(ndm_reader *reader, const ndm_value *value)
 {
-    if (value->size == 0)
-        return ndm_i_empty_view;
-    if (ndm_i_reader_reach(reader, value) != NDM_OK)
-        return NULL;
-    const char *view = (const char *)reader->values->base + value->offset;
-    /* The pages stay mapped after the view: a reader reads again; it is the owner who spills. */
-    if (!ndm_i_pins_add(&reader->home, (uint32_t)value->slot, reader->values, view, 0, false)) {
-        ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
-        return NULL;
-    }
-    fetch(reader, value);
+    const char *view = ndm_i_reader_view(reader, value);
+    if (view)
+        fetch(reader, value);
     return view;
 }
 
