@@ -1,9 +1,9 @@
 /* A reader's batches: many values in one call, each of them whole, while their owner works.
  *
  * The values are looked up first, and copied in pieces, so that other threads get their turns with the reader between them.
- * What has changed between its look-up and the end of its copy is copied once more by itself. As long as no copy takes so
- * long that the disk must have been in it, the copies are made in the order of the batch; the rest then in that of the file,
- * asked for ahead. */
+ * What has changed between its look-up and the end of its copy is copied once more by itself. The copies are made in the
+ * order of the batch, until one takes so long that the disk may have been in it, and others are found to be missing from RAM.
+ * The rest is then asked for and copied in the order of the file. */
 #include "region/lookup.h"
 
 #include "os/bits.h"
@@ -22,7 +22,7 @@ enum { LOOKS = 4096, COPIES = 256 };
 /* A copy from RAM takes no longer than this, in ns, and one more for each byte. */
 #define FROM_RAM ((uint64_t)20000)
 
-/* A batch of views is looked at before: an answer of the kernel takes 400 ns, a view 150. */
+/* How many places are looked at before a batch is asked for: an answer of the kernel takes 400 ns, a view 150. */
 enum { FEW = 4, A_LOOK_FOR = 64, MOST_LOOKS = 64 };
 
 typedef struct {
@@ -114,6 +114,19 @@ static void end(many *all)
 
 /* ---- asking --------------------------------------------------------------------------------------------- */
 
+/* Is some of the places from `from` on missing from RAM? A few are looked at, with the lock held. */
+static bool looks_cold(const many *all, uint64_t from)
+{
+    const uint64_t count = all->place_count - from;
+    const uint64_t looks = count < FEW ? 0 : ndm_i_min(count / A_LOOK_FOR + 1, MOST_LOOKS);
+    bool cold = false;
+    for (uint64_t i = 0; i < looks && !cold; i++) {
+        const ndm_i_wanted *place = &all->places[from + count / looks * i];
+        cold = ndm_i_is_missing(&all->reader->data, place->offset, place->offset + place->size);
+    }
+    return cold;
+}
+
 /* Ask for places in file order, with the lock held. Where the file does not reach so far, the copies find that out. */
 static void ask(ndm_reader *reader, const ndm_i_wanted *places, uint64_t count)
 {
@@ -187,9 +200,9 @@ static int load_places(const copies *copy, uint64_t *from, uint64_t to, bool *wa
                 break;
             ++*from;
             if (*warm) {
-                const uint64_t now = ndm_i_now();
-                slow = now - before > FROM_RAM + value->size;
-                before = now;
+                const uint64_t now = ndm_i_now(), took = now - before;
+                slow = took > FROM_RAM + value->size && looks_cold(&copy->all, *from);
+                before = took > FROM_RAM + value->size ? ndm_i_now() : now;
             }
         }
         pthread_mutex_unlock(&reader->lock);
@@ -261,25 +274,13 @@ int64_t ndm_reader_load_many(ndm_reader *reader, const int64_t *slots, const int
 
 /* ---- views ---------------------------------------------------------------------------------------------- */
 
-/* Is some of a few values missing from RAM? With the lock held. */
-static bool looks_cold(const many *all)
-{
-    const uint64_t looks = all->place_count < FEW ? 0 : ndm_i_min(all->place_count / A_LOOK_FOR + 1, MOST_LOOKS);
-    bool cold = false;
-    for (uint64_t i = 0; i < looks && !cold; i++) {
-        const ndm_i_wanted *place = &all->places[all->place_count / looks * i];
-        cold = ndm_i_is_missing(&all->reader->data, place->offset, place->offset + place->size);
-    }
-    return cold;
-}
-
 /* Ask for all that is about to be viewed, if some of it is missing. */
 static int ask_all(many *all)
 {
     const int status = ndm_i_reader_enter(all->reader);
     if (status != NDM_OK)
         return status;
-    const bool cold = looks_cold(all);
+    const bool cold = looks_cold(all, 0);
     pthread_mutex_unlock(&all->reader->lock);
     if (cold)
         ndm_i_ahead_sort(all->places, all->place_count);
