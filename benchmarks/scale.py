@@ -61,10 +61,10 @@ class Case:
         return statistics.median(self.rounds[step])
 
 
-def cases(quick: bool) -> dict[str, list[Case]]:
+def cases(quick: bool, only: str | None) -> dict[str, list[Case]]:
     """Small values without a limit, so that all stay in RAM, and large ones under the default limit."""
     share = 32 if quick else 1
-    return {
+    families = {
         "Values of 100 bytes, no cache limit": [
             Case(f"{millions / share:.3g} M", 100, millions * 1_000_000 // share, NO_LIMIT) for millions in (1, 8, 32)
         ],
@@ -72,6 +72,8 @@ def cases(quick: bool) -> dict[str, list[Case]]:
             Case(f"{1024 * gib // share} MiB", MIB, 1024 * gib // share, LIMIT) for gib in (1, 4, 16)
         ],
     }
+    wanted = {"small": 100, "large": MIB}.get(only or "")
+    return {title: family for title, family in families.items() if wanted in (None, family[0].size)}
 
 
 def rows(family: list[Case], goal: bool) -> list[list[str]]:
@@ -121,15 +123,17 @@ def plot(results: dict[str, list[Case]], stem: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure what each verb costs as the values grow many.")
     parser.add_argument("--native", type=Path, default=PROGRAM, help="the C program (default: %(default)s)")
+    parser.add_argument("--only", choices=("small", "large"), help="the small values alone, or the large ones")
     options = parse(parser, "scale", rounds=3, quick=1)
     if not options.native.exists():
         sys.exit(f"{options.native} is not there: run `make bench-scale`, which builds it")
-    results = cases(options.quick)
+    results = cases(options.quick, options.only)
     with empty_directory(options.directory) as directory:
         facts = environment(directory)
         for _ in range(options.rounds):
             for family in results.values():
                 for case in family:
+                    print(f"{case.count} values of {case.size} bytes", file=sys.stderr)
                     case.run(options.native, directory)
     figures: dict[str, Any] = {
         title: {case.label: {"bytes": case.size, "values": case.count} | case.rounds for case in family}

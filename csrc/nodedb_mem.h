@@ -120,8 +120,9 @@ int64_t ndm_abi_version(void);
 int ndm_check_abi(int64_t abi, int64_t version);
 
 typedef struct {
-    uint64_t initial_capacity; /* bytes of file at first; an existing file keeps its own size */
-    uint64_t max_capacity;     /* the ceiling; address space for all of it is reserved where the system allows */
+    uint64_t initial_capacity; /* bytes of a new file; nobody looks at it where a file is there that is not empty */
+    uint64_t max_capacity;     /* the ceiling; address space for all of it is reserved where the system allows. A file that
+                                  is larger opens, and does not grow */
     uint64_t alignment;        /* of every value: a power of two, 1 to 4096 */
     uint64_t cache_limit;      /* bytes of the file that may stay in RAM; at least 4 MiB is used. UINT64_MAX: no limit, and
                                   pages that were viewed stay mapped; otherwise those of values of 64 KiB and more leave the
@@ -132,10 +133,21 @@ typedef struct {
 /* Create or open the region at `path` (mode 0600), and lock it. The calling thread becomes its owner. The region
  * starts empty, but for bytes that a living reader leases (ndm_reader_lease), which are pinned. Beside it, `path` +
  * ".slots" holds the slot table. A path that is no regular file, or holds data that no region wrote, or has a slot
- * table of a newer version, is refused untouched. NULL on failure: NDM_ERR_ARGUMENT, NDM_ERR_CAPACITY (the file is
- * larger than max_capacity), NDM_ERR_BUSY (also: readers have the old file open, and it cannot be punched),
- * NDM_ERR_IO (EUCLEAN: the slot table is torn, or its values are gone; EPERM: one of the files belongs to another user; EMFILE and others: the
- * leases file cannot be read), NDM_ERR_MEMORY. */
+ * table of a newer version, is refused untouched. NULL on failure: NDM_ERR_ARGUMENT, NDM_ERR_BUSY (also: readers have the
+ * old file open, and it cannot be punched), NDM_ERR_IO, NDM_ERR_MEMORY. All that may be refused comes before the values of
+ * an earlier region are given up: where opening fails, they can still be recovered.
+ *
+ * The two files know each other by a random number, which the slot table notes and the data file bears as an extended
+ * attribute (user.nodedb_mem.identity); on a file system without attributes, by the data file's inode number and time of
+ * birth. So a closed region may be moved to another disk, or copied with attributes and times (`mv`, `cp -a`). With
+ * `recover`, NDM_ERR_IO has
+ *   EUCLEAN  the slot table is torn, its data file is gone, or a copy without its attribute, or both files are a copy that
+ *            was made while the region was open, or were moved after its owner was killed
+ *   EINVAL   the slot table is of another version, or of another region
+ *   ENOENT   the slot table is missing, or the leases file is, and readers may hold leases
+ *   EPERM    one of the files belongs to another user
+ *   EEXIST   the data file or the slot table is not a region's
+ * and others where the system refuses. */
 ndm_region *ndm_region_open(const char *path, const ndm_options *options);
 
 /* The same on an unnamed file in `directory`, whose blocks return to the file system when the region and its
@@ -333,9 +345,11 @@ int ndm_region_prefetch(ndm_region *region, const int64_t *slots, uint64_t count
 /* Wait until every value is written back to the disk (not for the disk's own cache). */
 int ndm_region_flush(ndm_region *region);
 
-/* Let readers lease values from now on: makes the leases file (`path` + ".leases"). Done already is fine. From now on the
- * space of freed values is free when 64 of them, or 256 KiB, have come, because it takes a system call to know that nobody
- * leases them. ndm_region_info(), _stats(), _trim(), _compact(), and a write that would make the file grow, ask before that. */
+/* Let readers lease values from now on: makes the leases file (`path` + ".leases"). Done already is fine. NDM_ERR_IO with
+ * EPERM if the process has another user than when it opened the region: the next owner would refuse the file.
+ * From now on the space of freed values is free when 64 of them, or 256 KiB, have come, because it takes a system call to
+ * know that nobody leases them. ndm_region_info(), _stats(), _trim(), _compact(), and a write that would make the file grow,
+ * ask before that. */
 int ndm_region_allow_leases(ndm_region *region);
 
 /* Descriptors of the data file, the slot table and the leases (-1: none), for readers of a temporary region, which open
@@ -346,6 +360,7 @@ typedef struct {
     uint64_t incarnation;
 } ndm_shared;
 
+/* NDM_ERR_IO with ENOENT if one of the files was removed: no reader would find it. */
 int ndm_region_share(ndm_region *region, int64_t slot, ndm_shared *out);
 
 /* Walk every invariant of the region's bookkeeping and return how many are broken: 0 in a sound region. Linear in
@@ -388,7 +403,8 @@ typedef struct {
 } ndm_value;
 
 /* Open the region whose data file, slot table and leases are at these paths. NULL on failure: NDM_ERR_IO (EINVAL: not a
- * region, of another version, or cut short), NDM_ERR_WAIT, NDM_ERR_MEMORY. The leases are opened to write with the first lease. */
+ * region, of another version or cut short; EUCLEAN: torn, or a copy, as ndm_region_open() says), NDM_ERR_WAIT,
+ * NDM_ERR_MEMORY. The leases are opened to write with the first lease. */
 ndm_reader *ndm_reader_open(const char *data_path, const char *slots_path, const char *leases_path);
 
 /* Close: views stay readable, and keep the region's file from being shortened. Leases end. Any thread; twice is fine. */

@@ -46,6 +46,10 @@ class InvalidSlotError(RegionError, LookupError):
         return f"{'the slot' if self.slot is None else f'slot {self.slot}'} {self.reason}"
 
 
+class RegionSizeError(RegionError, ValueError):
+    """A size, a capacity or an alignment is outside its range."""
+
+
 class RepeatedSlotError(RegionError, ValueError):
     """A slot is listed twice where each may be named once.
 
@@ -320,7 +324,7 @@ def error_of(details: bytes, where: Where = (), slot: int | None = None) -> Exce
     message = ffi.string(error.message).decode() if error.message else ""
     match error.status:
         case lib.NDM_ERR_ARGUMENT:
-            return ValueError(message) if slot is None else RepeatedSlotError(slot)
+            return RegionSizeError(message) if slot is None else RepeatedSlotError(slot)
         case lib.NDM_ERR_NO_SLOT:
             return InvalidSlotError(slot, "never existed")
         case lib.NDM_ERR_FREED_SLOT:

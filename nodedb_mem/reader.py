@@ -91,7 +91,9 @@ class OverflowReader:
     ValueError
         The path holds a null byte.
     RegionIOError
-        A file is missing (ENOENT) or may not be read, or is no region's, of another version or cut short (EINVAL).
+        A file is missing (ENOENT) or may not be read, or is no region's, of another version or cut short (EINVAL),
+        or torn (EUCLEAN), or the files are a copy that has lost its attribute or was made while the region was open
+        (EUCLEAN).
     RegionBusyError
         The slot table was locked against readers for ten seconds. An owner does that for moments, in `trim` and when it
         opens the file.

@@ -176,6 +176,7 @@ int main(int argc, char **arguments)
 {
     if (argc != 5)
         fail("usage: scale DIRECTORY SIZE COUNT CACHE_LIMIT");
+    setvbuf(stdout, NULL, _IOLBF, 0);
     size = strtoull(arguments[2], NULL, 10);
     count = strtoull(arguments[3], NULL, 10);
     check(size > 0 && count > 1, "SIZE and COUNT");

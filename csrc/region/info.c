@@ -156,7 +156,8 @@ static uint64_t check_figures(const ndm_region *region, uint64_t *empty)
     broken += memcmp(slots_of, region->engine_slots, sizeof slots_of) != 0;
     broken += furthest > region->used_bytes;
     broken += region->used_bytes > ndm_i_bytes(region, region->extents.mark);
-    broken += region->used_bytes > region->data.capacity || region->data.capacity > region->max_capacity;
+    broken += region->used_bytes > region->data.capacity ||
+              region->data.capacity > ndm_i_max(region->max_capacity, region->initial_capacity);
     return broken;
 }
 

@@ -29,8 +29,10 @@ static void come_home(ndm_i_limbo *limbo, uint32_t extent)
 
 static bool note(ndm_i_limbo *limbo, ndm_i_freed freed)
 {
-    struct ndm_i_leased *leased = malloc(sizeof *leased);
-    if (!leased)
+    struct ndm_i_leased *leased = limbo->spare;
+    if (leased)
+        limbo->spare = leased->next;
+    else if (!(leased = malloc(sizeof *leased)))
         return false;
     *leased = (struct ndm_i_leased){limbo->leased, freed};
     limbo->leased = leased;
@@ -53,6 +55,29 @@ bool ndm_i_limbo_add_leased(ndm_i_limbo *limbo, uint32_t extent)
     leave(limbo, extent);
     return true;
 }
+
+bool ndm_i_limbo_reserve(ndm_i_limbo *limbo, uint64_t count)
+{
+    while (count-- > 0) {
+        struct ndm_i_leased *spare = malloc(sizeof *spare);
+        if (!spare)
+            return false;
+        spare->next = limbo->spare;
+        limbo->spare = spare;
+    }
+    return true;
+}
+
+static void free_all(struct ndm_i_leased **list)
+{
+    while (*list) {
+        struct ndm_i_leased *leased = *list;
+        *list = leased->next;
+        free(leased);
+    }
+}
+
+void ndm_i_limbo_drop_spare(ndm_i_limbo *limbo) { free_all(&limbo->spare); }
 
 /* ---- at the door ---------------------------------------------------------------------------------------- */
 
@@ -151,10 +176,7 @@ void ndm_i_limbo_settle(ndm_i_limbo *limbo)
 
 void ndm_i_limbo_forget(ndm_i_limbo *limbo)
 {
-    while (limbo->leased) {
-        struct ndm_i_leased *leased = limbo->leased;
-        limbo->leased = leased->next;
-        free(leased);
-    }
+    free_all(&limbo->leased);
+    ndm_i_limbo_drop_spare(limbo);
     limbo->leased_count = limbo->waiting_count = limbo->waiting_units = 0;
 }

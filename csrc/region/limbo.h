@@ -28,6 +28,7 @@ typedef struct {
     ndm_i_leases *leases;
     const unsigned *unit_shift;  /* one unit is 1 << that many bytes */
     struct ndm_i_leased *leased; /* those that leases keep */
+    struct ndm_i_leased *spare;  /* memory for more */
     uint64_t leased_count;
     uint64_t rest;               /* so many verbs go by before the owner looks whether they still do */
     uint64_t units;              /* in limbo: freed, and kept */
@@ -54,6 +55,10 @@ static inline void ndm_i_limbo_add(ndm_i_limbo *limbo, uint32_t extent, uint32_t
 
 /* An extent that leases of an earlier owner's time keep: any lease of its bytes does. false: no memory. */
 bool ndm_i_limbo_add_leased(ndm_i_limbo *limbo, uint32_t extent);
+
+/* Make sure that the next `count` add_leased()s need no memory; what was reserved and is left over goes with drop_spare(). */
+bool ndm_i_limbo_reserve(ndm_i_limbo *limbo, uint64_t count);
+void ndm_i_limbo_drop_spare(ndm_i_limbo *limbo);
 
 /* What ended since comes home: views that were dropped; now and then, leases that were released. */
 bool ndm_i_limbo_collect_ended(ndm_i_limbo *limbo);

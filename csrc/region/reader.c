@@ -83,7 +83,7 @@ static int check_table(const ndm_reader *reader)
     if (ndm_i_file_size(&reader->slots) < NDM_I_HEADER_ROOM)
         return ndm_i_fail_io(EINVAL, "the slot table is cut short");
     const int status = ndm_i_file_load(&reader->slots, 0, &header, sizeof header);
-    return status == NDM_OK ? ndm_i_header_check(&header, reader->data.inode, reader->data.born) : status;
+    return status == NDM_OK ? ndm_i_header_check(&header, &reader->data) : status;
 }
 
 /* The lock comes after the check: a file that is none of ours is left alone. The owner may have changed the table meanwhile. */
@@ -104,6 +104,8 @@ static int open_slots(ndm_reader *reader, const char *path)
     if (reader->incarnation == 0 || count > NDM_I_NO_SLOT ||
         count > (reader->table->length - NDM_I_HEADER_ROOM) / sizeof(ndm_i_record))
         return ndm_i_fail_io(EINVAL, "the slot table is cut short, or being made");
+    if (!ndm_i_is_alignment(header->alignment))
+        return ndm_i_fail_io(EUCLEAN, "the slot table is torn: no values have its alignment");
     return NDM_OK;
 }
 
@@ -329,14 +331,17 @@ int ndm_reader_stats(ndm_reader *reader, ndm_reader_figures *out)
     uint64_t resident, unwritten;
     const int64_t leases = ndm_i_leases_look(reader->leases_path, NULL);
     reader->data.capacity = ndm_i_file_size(&reader->data);
-    if ((status = ndm_i_residency(&reader->data, &resident, &unwritten)) == NDM_OK)
+    const uint64_t alignment = header->alignment; /* whoever may write to the table may have changed it */
+    if (!ndm_i_is_alignment(alignment))
+        status = (int)ndm_i_of_file(NDM_FILE_SLOTS, ndm_i_fail_io(EUCLEAN, "the slot table is torn"));
+    else if ((status = ndm_i_residency(&reader->data, &resident, &unwritten)) == NDM_OK)
         *out = (ndm_reader_figures){.incarnation = reader->incarnation,
                                     .capacity = reader->data.capacity,
                                     .max_capacity = ndm_i_acquire(&header->max_capacity),
                                     .used_bytes = ndm_i_acquire(&header->used_bytes),
                                     .live_bytes = ndm_i_acquire(&header->live_bytes),
                                     .slot_count = ndm_i_acquire(&header->count),
-                                    .alignment = header->alignment,
+                                    .alignment = alignment,
                                     .owner = ndm_i_file_is_byte_locked(&reader->slots, 0) ? ndm_i_acquire(&header->owner) : 0,
                                     .pinned_bytes = ndm_i_acquire(&header->pinned_bytes),
                                     .leases = leases < 0 ? UINT64_MAX : (uint64_t)leases,

@@ -34,8 +34,8 @@ DAMAGES = {
 
 # The owner at work after that; prints "done" when it has survived, with all values as they were.
 _OWNER = """
-import os, sys
-from nodedb_mem import OverflowReader, OverflowRegion, RegionError
+import errno, os, sys
+from nodedb_mem import OverflowReader, OverflowRegion, RegionError, RegionIOError
 path, damage, verb, full = sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4])
 leases = path + ".leases"
 region = OverflowRegion(path, initial_capacity=1 << 16, max_capacity=1 << 24)
@@ -77,6 +77,15 @@ match verb:
                 print(error, file=sys.stderr)
     case "close" | "recover" | "anew":
         region.close()
+if verb in ("recover", "anew") and not os.path.exists(leases):
+    try:  # nobody can know what the reader leases: nothing may be overwritten
+        OverflowRegion(path, recover=verb == "recover")
+    except RegionIOError as error:
+        assert error.errno == errno.ENOENT and error.filename == leases
+    else:
+        raise AssertionError("opened over a reader's leases")
+    reader.close()
+    del held, gone  # the views of the leases keep the table locked
 if verb == "recover":
     region = OverflowRegion(path, initial_capacity=1 << 16, max_capacity=1 << 24, recover=True)
 if verb == "anew":

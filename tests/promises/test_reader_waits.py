@@ -248,7 +248,8 @@ def test_a_reference_whose_files_are_others_is_refused_at_once(new_region: NewRe
                 OverflowReader(ref._replace(slots_path=path))
             assert caught.value.filename == path
         for path in (ref.slots_path, ref.leases_path, foreign.path, str(tmp_path / "text")):
-            with pytest.raises(RegionIOError, match="another file"):
+            whose = "another region" if path == foreign.path else "another file"
+            with pytest.raises(RegionIOError, match=whose):
                 OverflowReader(ref._replace(path=path))
         for path in (*wrong[:1], *wrong[2:], ref.slots_path, foreign.path):
             with OverflowReader(ref._replace(leases_path=path)) as reader:
