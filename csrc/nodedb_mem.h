@@ -100,7 +100,8 @@ typedef struct {
     int32_t os_errno;    /* NDM_ERR_IO: errno; else 0 */
     uint64_t required;   /* NDM_ERR_CAPACITY: bytes of capacity the request needs; else 0 */
     uint64_t limit;      /* NDM_ERR_CAPACITY: the ceiling in force; else 0 */
-    int64_t slot;        /* NDM_ERR_NO_SLOT, NDM_ERR_FREED_SLOT, NDM_ERR_UNCOMMITTED: which, if slot_known; else 0 */
+    int64_t slot;        /* NDM_ERR_NO_SLOT, NDM_ERR_FREED_SLOT, NDM_ERR_UNCOMMITTED: which, if slot_known; else 0. Of
+                            batches of readers NDM_ERR_STALE, too */
     const char *message; /* what was wrong or what was tried, a static string */
     int32_t file;        /* NDM_ERR_IO and NDM_ERR_BUSY: which of the region's files, an ndm_file */
     int32_t slot_known;  /* 1: batch verbs, ndm_h_* and readers; 0: the call named just one, and `slot` is 0 */
@@ -391,7 +392,7 @@ int64_t ndm_region_check(ndm_region *region);
  * (ndm_reader_copy) or check afterwards (ndm_reader_is_unchanged), or lease.
  *
  * No function waits for the owner longer than some 20 ms, nor with a lock held that other threads of the reader want. While
- * the owner moves the value, ndm_reader_find(), ndm_reader_read(), ndm_reader_copy(), ndm_reader_lease() and
+ * the owner moves the value, ndm_reader_find(), ndm_reader_read(), ndm_reader_copy(), their batches, ndm_reader_lease() and
  * ndm_reader_next() end with NDM_ERR_WAIT after that time, and ndm_reader_open() does so while another process bars readers
  * from the slot table. Nothing has been done then: call again, as often as you like. An owner that died while it moved a
  * value is NDM_ERR_STALE.
@@ -430,6 +431,15 @@ const char *ndm_reader_read(ndm_reader *reader, int64_t slot, int64_t generation
 
 /* Copy a value, never torn. Returns its size; if that is more than `capacity`, nothing is copied. */
 int64_t ndm_reader_copy(ndm_reader *reader, int64_t slot, int64_t generation, void *buffer, uint64_t capacity);
+
+/* View or copy `count` values, all or none, as ndm_region_read_many() and ndm_region_load_many() do; `generations` NULL: any.
+ * What is not in RAM is asked for in the order of the file. Each copy is whole; all of them together are not of one moment.
+ * If one value is gone, the call fails with NDM_ERR_NO_SLOT, _FREED_SLOT, _UNCOMMITTED or _STALE, and ndm_error.slot names
+ * it; the contents of `buffer` are undefined then. */
+int ndm_reader_read_many(ndm_reader *reader, const int64_t *slots, const int64_t *generations, uint64_t count,
+                         const char **views, uint64_t *sizes);
+int64_t ndm_reader_load_many(ndm_reader *reader, const int64_t *slots, const int64_t *generations, uint64_t count,
+                             void *buffer, uint64_t capacity, int64_t *lengths);
 
 /* 1 if the value is live and its bytes are where and what they were when `value` was looked up, 0 if not. */
 int ndm_reader_is_unchanged(ndm_reader *reader, const ndm_value *value);

@@ -39,7 +39,8 @@ int ndm_i_fail_capacity(uint64_t required, uint64_t limit)
 
 int64_t ndm_i_of_slot(int64_t slot, int64_t result)
 {
-    if (result == NDM_ERR_NO_SLOT || result == NDM_ERR_FREED_SLOT || result == NDM_ERR_UNCOMMITTED) {
+    if (result == NDM_ERR_NO_SLOT || result == NDM_ERR_FREED_SLOT || result == NDM_ERR_UNCOMMITTED ||
+        result == NDM_ERR_STALE || result == NDM_ERR_WAIT) {
         last.slot_known = 1;
         last.slot = slot;
     }

@@ -9,6 +9,9 @@
 PyObject *ndm_i_viewed(View *view, const char *address, uint64_t size, PyObject *holder, PyObject *slot,
                        const ndm_error *refusal);
 
+/* Memoryviews of `count` views that the core has given; all are released where one cannot be had. */
+PyObject *ndm_i_list_of_views(const char **addresses, const uint64_t *sizes, Py_ssize_t count);
+
 /* A value that is to be copied: a region's, or a reader's. */
 typedef struct {
     ndm_region *region;

@@ -82,7 +82,7 @@ static int64_t lease_once(ndm_reader *reader, int64_t slot, int64_t generation, 
     if (!ndm_i_leases_are_open(&reader->leases))
         status = join_leases(reader);
     const int64_t entry = status == NDM_OK ? claim_in_place(reader, slot, generation, &value) : status;
-    const char *address = entry >= 0 ? ndm_i_reader_view(reader, &value) : NULL;
+    const char *address = entry >= 0 ? ndm_i_reader_fetch_view(reader, &value) : NULL;
     if (address) {
         *view = address;
         *out = value;

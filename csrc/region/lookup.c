@@ -225,14 +225,6 @@ int ndm_i_reader_load(ndm_reader *reader, const ndm_value *value, char *buffer)
 
 /* ---- views ---------------------------------------------------------------------------------------------- */
 
-/* The value is mapped, and about to be read. */
-static void fetch(const ndm_reader *reader, const ndm_value *value)
-{
-    if (value->size >= NDM_I_LARGE &&
-        !ndm_i_is_cached(&reader->data, value->offset, value->offset + value->size))
-        ndm_i_mapping_fetch(reader->values->base + value->offset, value->size);
-}
-
 const char *ndm_i_reader_view(ndm_reader *reader, const ndm_value *value)
 {
     if (value->size == 0)
@@ -245,6 +237,14 @@ const char *ndm_i_reader_view(ndm_reader *reader, const ndm_value *value)
         ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
         return NULL;
     }
-    fetch(reader, value);
+    return view;
+}
+
+const char *ndm_i_reader_fetch_view(ndm_reader *reader, const ndm_value *value)
+{
+    const char *view = ndm_i_reader_view(reader, value);
+    if (view && value->size >= NDM_I_LARGE &&
+        !ndm_i_is_cached(&reader->data, value->offset, value->offset + value->size))
+        ndm_i_mapping_fetch(reader->values->base + value->offset, value->size);
     return view;
 }

@@ -60,10 +60,13 @@ bool ndm_i_reader_is_unchanged(const ndm_reader *reader, const ndm_value *value)
 /* Have its bytes mapped. */
 int ndm_i_reader_reach(ndm_reader *reader, const ndm_value *value);
 
+/* A view of its bytes, which keeps their mapping; not fetched. NULL with the error set. */
+const char *ndm_i_reader_view(ndm_reader *reader, const ndm_value *value);
+
+/* The same, and what is not in RAM is fetched. */
+const char *ndm_i_reader_fetch_view(ndm_reader *reader, const ndm_value *value);
+
 /* Copy its bytes. The owner may be writing them: what is copied counts only if the record is unchanged afterwards. */
 int ndm_i_reader_load(ndm_reader *reader, const ndm_value *value, char *buffer);
-
-/* A view of a value that was looked up. NULL with the error set. */
-const char *ndm_i_reader_view(ndm_reader *reader, const ndm_value *value);
 
 #endif

@@ -228,7 +228,7 @@ static int read_once(ndm_reader *reader, int64_t slot, int64_t generation, const
     if (status != NDM_OK)
         return status;
     if ((status = ndm_i_reader_look_up(reader, slot, generation, &found)) == NDM_OK) {
-        if ((*view = ndm_i_reader_view(reader, &found)))
+        if ((*view = ndm_i_reader_fetch_view(reader, &found)))
             *out = found;
         else
             status = ndm_last_error()->status;

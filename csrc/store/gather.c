@@ -90,7 +90,7 @@ void ndm_i_store_gather(ndm_i_store *store, ndm_i_wanted *wanted, uint64_t count
     }
 }
 
-static int copy(const ndm_i_store *store, const ndm_i_wanted *wanted, uint64_t count, uint8_t *buffer)
+static int copy(ndm_i_store *store, const ndm_i_wanted *wanted, uint64_t count, uint8_t *buffer)
 {
     int status = NDM_OK;
     for (uint64_t i = 0; i < count && status == NDM_OK; i++)
