@@ -13,7 +13,7 @@ BUDGET ?= 16MiB
 SECONDS ?= 60
 JOBS   ?= 2
 
-CSOURCES := $(sort $(wildcard csrc/os/*.c csrc/store/*.c csrc/region/*.c csrc/native/*.c))
+CSOURCES := $(sort $(wildcard csrc/os/*.c csrc/store/*.c csrc/region/*.c csrc/governor/*.c csrc/native/*.c))
 CHEADERS := $(wildcard csrc/*.h csrc/*/*.h)
 BINDING  := $(sort $(wildcard csrc/python/*.c))
 BUILT_FROM := $(CSOURCES) $(CHEADERS) $(BINDING) $(wildcard native/*) setup.py pyproject.toml
@@ -199,7 +199,7 @@ coverage: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-coverage
 # The fixed layout of setarch is for kernels whose random layout ThreadSanitizer does not know. It knows no fences, and
 # says so with -Wtsan: those of the slot table are for other processes.
 tsan:
-	$(CTESTS) OUT=build/tsan PROGRAMS="test_readers test_writer" RUN="setarch -R" \
+	$(CTESTS) OUT=build/tsan PROGRAMS="test_readers test_writer test_governor_threads" RUN="setarch -R" \
 	    FLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=thread -Wno-tsan"
 
 # libFuzzer comes with clang. The core of fuzz_region makes its system calls through tests/fuzz/disk.c.

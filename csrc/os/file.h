@@ -45,6 +45,12 @@ enum { NDM_I_LOCK_FILE, NDM_I_LOCK_BYTE, NDM_I_LOCK_NONE };
 /* Lock, or unlock, one byte for this open file. false: another has it. */
 bool ndm_i_file_lock_byte(const ndm_i_file *file, uint64_t byte, bool lock);
 
+/* The same, but wait for the byte. 0 or errno. */
+int ndm_i_file_await_byte(const ndm_i_file *file, uint64_t byte);
+
+/* In a forked child: have an open file of one's own, with locks of one's own. false with errno: the file is closed, no more. */
+bool ndm_i_file_reopen(ndm_i_file *file);
+
 /* Has another open file that byte? */
 bool ndm_i_file_is_byte_locked(const ndm_i_file *file, uint64_t byte);
 
