@@ -526,6 +526,11 @@ int ndm_governor_set_ceiling(ndm_governor *governor, uint64_t ceiling, uint64_t 
 int ndm_governor_reserve(ndm_governor *governor, int64_t engine, uint64_t size);
 int ndm_governor_try_reserve(ndm_governor *governor, int64_t engine, uint64_t size);
 
+/* As ndm_governor_reserve(), but a refusal is not counted: for who asks others to give back, and tries again. Where it stays a
+ * refusal, ndm_governor_note_rejected() counts it. */
+int ndm_governor_attempt(ndm_governor *governor, int64_t engine, uint64_t size);
+int ndm_governor_note_rejected(ndm_governor *governor, int64_t engine);
+
 /* Bytes that are taken already, so never refused. What goes beyond a limit is over-commitment. Release them the same way. */
 int ndm_governor_charge(ndm_governor *governor, int64_t engine, uint64_t size);
 
@@ -566,6 +571,7 @@ typedef struct {
     uint64_t limit, allocated, peak;
     uint64_t rejections, waits; /* counted since the governor began */
     uint64_t reclaimed;         /* bytes that reclaimers have freed */
+    uint64_t pressure;          /* an ndm_pressure */
 } ndm_engine_figures;
 
 typedef struct {
@@ -581,6 +587,8 @@ typedef struct {
     uint64_t waiting;   /* who stands in line */
     uint64_t repairs;   /* deaths in the middle of a change, made good */
     uint64_t epoch;     /* 0; grows in forked children */
+    uint64_t pressure;  /* of all, an ndm_pressure */
+    uint64_t warning, critical, emergency, hysteresis; /* of pressure, in per cent */
     uint64_t engine_count;  /* entries of `engines` that are filled in */
     uint64_t process_count; /* and of `processes` */
     ndm_engine_figures engines[256];

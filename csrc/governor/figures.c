@@ -32,6 +32,55 @@ void ndm_i_note_peaks(ndm_governor *governor, uint32_t engine)
     ndm_i_raise(&governor->books->peak, ndm_i_used_by_all(governor));
 }
 
+/* ---- pressure ------------------------------------------------------------------------------------------- */
+
+static uint32_t percent(uint64_t used, uint64_t limit)
+{
+    if (limit == 0)
+        return used > 0 ? 100 : 0;
+    return (uint32_t)ndm_i_min((uint64_t)((double)used / (double)limit * 100.0), 1000);
+}
+
+/* Up at a threshold, down only when as far below it as the hysteresis says. */
+static uint32_t level_of(const ndm_i_books *books, uint32_t percent, uint32_t before)
+{
+    uint32_t level = 0;
+    while (level < 3 && percent >= books->thresholds[level])
+        level++;
+    if (level >= before)
+        return level;
+    while (before > level && percent + books->hysteresis < books->thresholds[before - 1])
+        before--;
+    return before;
+}
+
+/* The level of an engine, or with NDM_I_ENGINES that of all, from now on. */
+static uint32_t note_level(ndm_governor *governor, uint32_t which, uint64_t used)
+{
+    const ndm_i_books *books = governor->books;
+    uint32_t share;
+    if (which < NDM_I_ENGINES)
+        share = percent(used, books->engine[which].limit);
+    else
+        share = (uint32_t)ndm_i_max(percent(used, books->ceiling), governor->outer);
+    _Atomic uint32_t *level = &governor->levels[which];
+    const uint32_t found = level_of(books, share, ndm_i_is_process(governor->process) ? *level : 0);
+    atomic_store(level, found);
+    return found;
+}
+
+int ndm_governor_pressure(ndm_governor *governor, int64_t engine)
+{
+    const int status = ndm_i_check_call(governor, engine < 0 ? 0 : engine, 0);
+    if (status != NDM_OK)
+        return status;
+    if (engine >= 0 && !(governor->books->engine[engine].state & NDM_I_KNOWN))
+        return ndm_i_can_ever_fit(governor, (uint32_t)engine, 0);
+    if (engine >= 0)
+        return (int)note_level(governor, (uint32_t)engine, ndm_i_used(governor, (uint32_t)engine));
+    return (int)note_level(governor, NDM_I_ENGINES, ndm_i_used_by_all(governor));
+}
+
 /* ---- figures -------------------------------------------------------------------------------------------- */
 
 static void add_row(ndm_governor_figures *out, const ndm_i_row *row)
@@ -57,6 +106,10 @@ static void fill(ndm_governor *governor, ndm_governor_figures *out)
     out->ceiling = books->ceiling;
     out->headroom = books->headroom;
     out->granted = books->granted;
+    out->warning = books->thresholds[0];
+    out->critical = books->thresholds[1];
+    out->emergency = books->thresholds[2];
+    out->hysteresis = books->hysteresis;
     out->peak = books->peak;
     out->waiting = books->waiting;
     out->repairs = books->repairs;
@@ -94,7 +147,9 @@ int ndm_governor_snapshot(ndm_governor *governor, ndm_governor_figures *out)
         if (governor->shared)
             ndm_i_raise(&governor->books->engine[e].peak, out->engines[e].allocated);
         out->engines[e].peak = ndm_i_max(out->engines[e].peak, out->engines[e].allocated);
+        out->engines[e].pressure = note_level(governor, (uint32_t)e, out->engines[e].allocated);
     }
+    out->pressure = note_level(governor, NDM_I_ENGINES, out->allocated);
     ndm_i_books_unlock(governor);
     return NDM_OK;
 }
@@ -107,46 +162,7 @@ int64_t ndm_governor_allocated(ndm_governor *governor, int64_t engine)
     return (int64_t)(engine < 0 ? ndm_i_used_by_all(governor) : ndm_i_used(governor, (uint32_t)engine));
 }
 
-/* ---- pressure ------------------------------------------------------------------------------------------- */
-
-static uint32_t percent(uint64_t used, uint64_t limit)
-{
-    if (limit == 0)
-        return used > 0 ? 100 : 0;
-    return (uint32_t)ndm_i_min((uint64_t)((double)used / (double)limit * 100.0), 1000);
-}
-
-/* Up at a threshold, down only when as far below it as the hysteresis says. */
-static uint32_t level_of(const ndm_i_books *books, uint32_t percent, uint32_t before)
-{
-    uint32_t level = 0;
-    while (level < 3 && percent >= books->thresholds[level])
-        level++;
-    if (level >= before)
-        return level;
-    while (before > level && percent + books->hysteresis < books->thresholds[before - 1])
-        before--;
-    return before;
-}
-
-int ndm_governor_pressure(ndm_governor *governor, int64_t engine)
-{
-    const int status = ndm_i_check_call(governor, engine < 0 ? 0 : engine, 0);
-    if (status != NDM_OK)
-        return status;
-    if (engine >= 0 && !(governor->books->engine[engine].state & NDM_I_KNOWN))
-        return ndm_i_can_ever_fit(governor, (uint32_t)engine, 0);
-    const ndm_i_books *books = governor->books;
-    uint32_t used;
-    if (engine >= 0)
-        used = percent(ndm_i_used(governor, (uint32_t)engine), books->engine[engine].limit);
-    else
-        used = (uint32_t)ndm_i_max(percent(ndm_i_used_by_all(governor), books->ceiling), governor->outer);
-    _Atomic uint32_t *level = &governor->levels[engine >= 0 ? engine : NDM_I_ENGINES];
-    const uint32_t found = level_of(books, used, ndm_i_is_process(governor->process) ? *level : 0);
-    atomic_store(level, found);
-    return (int)found;
-}
+/* ---- what a watch finds ---------------------------------------------------------------------------------- */
 
 int ndm_governor_note_real(ndm_governor *governor, uint64_t bytes, uint32_t used)
 {

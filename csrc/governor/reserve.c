@@ -169,18 +169,31 @@ int ndm_i_budget_take(ndm_governor *governor, uint32_t engine, uint64_t size, ui
     return NDM_OK;
 }
 
-int ndm_governor_reserve(ndm_governor *governor, int64_t engine, uint64_t size)
+int ndm_governor_attempt(ndm_governor *governor, int64_t engine, uint64_t size)
 {
     int status = ndm_governor_try_reserve(governor, engine, size);
-    if (status != NDM_ERR_WAIT)
-        return status;
-    if ((status = ndm_i_books_lock(governor)) != NDM_OK)
+    if (status != NDM_ERR_WAIT || (status = ndm_i_books_lock(governor)) != NDM_OK)
         return status;
     status = ndm_i_budget_take(governor, (uint32_t)engine, size, NDM_I_NO_TICKET);
-    if (status == NDM_ERR_BUDGET || status == NDM_ERR_CEILING)
-        atomic_load(&governor->row)->cells[engine].rejections++;
     ndm_i_settle(governor);
     ndm_i_books_unlock(governor);
+    return status;
+}
+
+int ndm_governor_note_rejected(ndm_governor *governor, int64_t engine)
+{
+    const int status = ndm_i_check_call(governor, engine, 0);
+    ndm_i_row *row = status == NDM_OK ? atomic_load(&governor->row) : NULL;
+    if (row && ndm_i_is_process(governor->process))
+        row->cells[engine].rejections++;
+    return status;
+}
+
+int ndm_governor_reserve(ndm_governor *governor, int64_t engine, uint64_t size)
+{
+    const int status = ndm_governor_attempt(governor, engine, size);
+    if (status == NDM_ERR_BUDGET || status == NDM_ERR_CEILING)
+        ndm_governor_note_rejected(governor, engine);
     return status;
 }
 
