@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from operator import index
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nodedb_mem import _memory
+from nodedb_mem._core import lib
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -40,8 +41,8 @@ class Reclaimers:
     that.
     """
 
-    def __init__(self, allocated: Callable[[int], int], reclaimed: Callable[[int, int], None]) -> None:
-        self._allocated, self._reclaimed = allocated, reclaimed
+    def __init__(self, governor: Any) -> None:
+        self._governor = governor  # an `ndm_governor *`
         self._lock = threading.Lock()
         self._entries: list[Reclaimer] = []
         self._running: set[int] = set()
@@ -78,9 +79,11 @@ class Reclaimers:
         """
         with self._lock:
             entries = [entry for entry in self._entries if others or entry.engine == engine]
-        for entry in sorted(
-            entries, key=lambda entry: (entry.engine != engine, -entry.priority, -self._allocated(entry.engine))
-        ):
+
+        def place(entry: Reclaimer) -> tuple[bool, int, int]:
+            return entry.engine != engine, -entry.priority, -lib.ndm_governor_allocated(self._governor, entry.engine)
+
+        for entry in sorted(entries, key=place):
             if entry._thread not in (None, threading.get_ident()):
                 entry._wanted = max(entry._wanted, wanted)
                 self.posted = True
@@ -113,5 +116,5 @@ class Reclaimers:
         finally:
             with self._lock:
                 self._running.discard(entry.engine)
-        self._reclaimed(entry.engine, freed)
+        lib.ndm_governor_note_reclaimed(self._governor, entry.engine, freed)
         return freed

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Self
 from nodedb_mem import _memory
 from nodedb_mem._core import lib
 from nodedb_mem._system import Stall, control_groups, read_stall
-from nodedb_mem.pressure import PressureLevel
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -30,7 +29,7 @@ class Reading:
 
     `pss` divides what processes share among them. `working_set` is what the control group uses, less the page cache
     that the kernel can drop; `group_limit` the smallest limit above it. `percent` is how much is in use of what may
-    be used: the highest of all readings.
+    be used: the highest of all readings; `excess` how much of it reclaimers would be asked for.
     """
 
     rss: int
@@ -40,6 +39,7 @@ class Reading:
     group_limit: int | None
     stall: Stall | None
     percent: int
+    excess: int
 
 
 class Watch(threading.Thread):
@@ -109,24 +109,43 @@ class Watch(threading.Thread):
         lib.ndm_governor_note_real(governor._handle, reading.pss, reading.percent)
         governor.poll()
         governor._tell(-1, *governor._known())
-        if governor.pressure() >= PressureLevel.CRITICAL:
-            governor._relieve(reading.percent, reading.working_set or reading.pss)
+        if reading.percent >= governor.thresholds.critical and reading.excess > 0:
+            governor._relieve(reading.excess)
 
     def _read(self, governor: MemoryGovernor) -> Reading:
-        info = self._process.memory_full_info()
-        figures = governor._figures()
-        held = governor._held_here()
-        unmanaged = max(0, info.pss - self._before - held)
-        percents = [100 * (figures.allocated + unmanaged) // figures.ceiling]
+        info, figures, thresholds = self._process.memory_full_info(), governor._figures(), governor.thresholds
+        unmanaged = max(0, info.pss - self._before - governor._held_here())
+        use = _Use(figures.allocated + unmanaged, figures.ceiling, thresholds.warning)
+        # What engines have reserved is within their budgets: only what nobody reserved is asked back.
+        percent, excess = use.percent, min(unmanaged, use.excess)
         current = working = limit = stall = None
         for group in self._groups:
             size, most = group.working_set(), group.limit()
+            stall = stall or group.stall()
             if size is not None and most and (limit is None or most < limit):
                 current, working, limit = group.current(), size, most
-                percents.append(100 * size // most)
-            stall = stall or group.stall()
+                use = _Use(size, most, thresholds.warning)
+                percent, excess = max((percent, excess), (use.percent, use.excess))
         if limit is None:
             stall = stall or read_stall(Path("/proc/pressure/memory"))
         if stall is not None and stall.full >= _STALLING:
-            percents.append(governor.thresholds.critical)
-        return Reading(info.rss, info.pss, current, working, limit, stall, min(_MOST, max(percents)))
+            percent, excess = max((percent, excess), (thresholds.critical, figures.allocated // 10))
+        return Reading(info.rss, info.pss, current, working, limit, stall, min(_MOST, percent), excess)
+
+
+@dataclass(frozen=True)
+class _Use:
+    """Bytes that are used of a limit; `warning` is the first threshold."""
+
+    used: int
+    limit: int
+    warning: int
+
+    @property
+    def percent(self) -> int:
+        return 100 * self.used // self.limit
+
+    @property
+    def excess(self) -> int:
+        """Bytes above the first threshold."""
+        return max(0, self.used - self.limit * self.warning // 100)

@@ -36,11 +36,12 @@ class PressureSubscription:
     __slots__ = ("_governor", "callback")
 
     def __init__(self, governor: MemoryGovernor, callback: Callable[[int | None, PressureLevel], object]) -> None:
-        self._governor, self.callback = governor, callback
+        self._governor, self.callback = weakref.ref(governor), callback
 
     def remove(self) -> None:
         """Call it no more. Removing it again does nothing."""
-        self._governor._unsubscribe(self)
+        if (governor := self._governor()) is not None:
+            governor._unsubscribe(self)
 
 
 class MemoryGovernor(GovernorFigures):
@@ -141,7 +142,7 @@ class MemoryGovernor(GovernorFigures):
         self._holder = holder
         self._handle = ffi.from_buffer("ndm_governor *", holder)
         self._out = threading.local()
-        self._reclaimers = Reclaimers(self._allocated, self._note_reclaimed)
+        self._reclaimers = Reclaimers(self._handle)
         self._lock: Any = threading.RLock()
         self._subscriptions: list[PressureSubscription] = []
         self._seen: dict[int, PressureLevel] = {}  # by engine; -1: all
@@ -355,18 +356,12 @@ class MemoryGovernor(GovernorFigures):
                 break
         return freed
 
-    def _allocated(self, engine: int) -> int:
-        return int(lib.ndm_governor_allocated(self._handle, engine))
-
-    def _relieve(self, percent: int, used: int) -> None:
-        """Ask for what is above the first threshold; `used` bytes are so many per cent."""
-        above = percent - self.thresholds.warning
-        if above > 0 and percent > 0:
-            self._free(None, used * above // percent)
+    def _relieve(self, wanted: int) -> None:
+        """Ask reclaimers, here and in other processes, for what is used beyond what was reserved."""
+        freed = self._free(None, wanted)
+        if self._path is not None and freed < wanted:
+            lib.ndm_governor_ask(self._handle, -1, wanted - freed)
         self._note_attention()
-
-    def _note_reclaimed(self, engine: int, size: int) -> None:
-        lib.ndm_governor_note_reclaimed(self._handle, engine, size)
 
     # ---- pressure ----
 
@@ -424,8 +419,8 @@ class MemoryGovernor(GovernorFigures):
 
         The watch reads this process's RSS and PSS, the memory and the working set of its control group, and the
         kernel's pressure stall information. What the process has grown by without a reservation counts as use of the
-        ceiling; so does use of the control group's limit. From `CRITICAL` on, reclaimers are asked until the level is
-        below `WARNING`. It also takes up requests of other processes.
+        ceiling; so does use of the control group's limit. From `CRITICAL` on, reclaimers are asked for what
+        is above the first threshold. It also takes up requests of other processes.
 
         Raises
         ------

@@ -153,6 +153,7 @@ void ndm_i_governor_renew(ndm_governor *governor)
     }
     memset(governor->rows, 0, sizeof *governor->rows);
     forget_counts(governor->books);
+    ndm_i_row_claim(governor);
 }
 
 static ndm_governor *governor_new(void)

@@ -177,12 +177,17 @@ static PyObject *report(PyObject *Py_UNUSED(module), PyObject *const *arguments,
 static PyObject *open_governor(PyObject *Py_UNUSED(module), PyObject *arguments)
 {
     const char *path, *given;
-    Py_ssize_t length;
+    Py_ssize_t path_length, length;
     PyObject *where, *names;
     ndm_governor_options options;
     ndm_error refusal;
-    if (!PyArg_ParseTuple(arguments, "zz#O!O!", &path, &given, &length, &PyTuple_Type, &where, &PyDict_Type, &names))
+    if (!PyArg_ParseTuple(arguments, "z#z#O!O!", &path, &path_length, &given, &length, &PyTuple_Type, &where, &PyDict_Type,
+                          &names))
         return NULL;
+    if (path && strlen(path) != (size_t)path_length) {
+        PyErr_SetString(PyExc_ValueError, "embedded null byte in the path");
+        return NULL;
+    }
     if (given && length != (Py_ssize_t)sizeof options) {
         PyErr_SetString(PyExc_TypeError, "an ndm_governor_options is needed");
         return NULL;

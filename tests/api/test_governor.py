@@ -409,7 +409,7 @@ def test_waiters_are_served_in_order_and_the_large_is_not_starved() -> None:
             time.sleep(0.001)
         return thread
 
-    threads = [start("large", 30 * MIB, 1), start("small", MIB, 2), start("smaller", 1, 3)]
+    threads = [start("large", 30 * MIB, 1), start("small", 3 * MIB, 2), start("other", 3 * MIB, 3)]
     held.pop().release()
     time.sleep(0.02)
     assert order == [] and governor.try_reserve(V, 1) is None  # it would fit, and keep the large one waiting
@@ -418,7 +418,7 @@ def test_waiters_are_served_in_order_and_the_large_is_not_starved() -> None:
         each.release()
     for thread in threads:
         thread.join()
-    assert order[0] == "large" and sorted(order) == ["large", "small", "smaller"]
+    assert order[0] == "large" and sorted(order) == ["large", "other", "small"]
     sound(governor)
 
 
