@@ -334,14 +334,20 @@ ndm_governor *ndm_governor_open(const char *path, const ndm_governor_options *op
     }
     const int status = begin_shared(governor, options);
     ndm_i_file_lock_byte(&governor->file, 0, false);
-    if (status != NDM_OK || join(governor, options) != NDM_OK)
+    if (status != NDM_OK)
+        goto fail;
+    /* A mapping keeps its open file, with the locks of that, also in a forked child. So the claim is another open file's. */
+    if (!ndm_i_file_reopen(&governor->file)) {
+        ndm_i_fail_io(errno, "cannot open the file again");
+        goto fail;
+    }
+    if (join(governor, options) != NDM_OK)
         goto fail;
     listed(governor);
     return governor;
 
 fail:
-    if (governor->file.fd >= 0)
-        ndm_i_file_close(&governor->file, NULL);
+    ndm_i_file_close(&governor->file, NULL);
     free(governor);
     return NULL;
 }

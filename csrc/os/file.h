@@ -48,7 +48,8 @@ bool ndm_i_file_lock_byte(const ndm_i_file *file, uint64_t byte, bool lock);
 /* The same, but wait for the byte. 0 or errno. */
 int ndm_i_file_await_byte(const ndm_i_file *file, uint64_t byte);
 
-/* In a forked child: have an open file of one's own, with locks of one's own. false with errno: the file is closed, no more. */
+/* Exchange the open file for another of the same file, with locks of its own: a forked child's copy shares its parent's.
+ * false with errno: the file is closed, no more. */
 bool ndm_i_file_reopen(ndm_i_file *file);
 
 /* Has another open file that byte? */
