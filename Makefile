@@ -28,7 +28,7 @@ PYTEST    = $(BIN)/pytest --numprocesses $(JOBS) --dist loadgroup
 SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),1767225600)
 
 .PHONY: help run test test-native test-python test-system test-aarch64 stress bench bench-quick bench-paths bench-write
-.PHONY: bench-ram bench-fragmentation bench-native bench-readers lint coverage sanitize tsan fuzz valgrind wheel wheel-smoke clean
+.PHONY: bench-ram bench-fragmentation bench-native bench-readers bench-governor lint coverage sanitize tsan fuzz valgrind wheel wheel-smoke clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would race
 
@@ -46,6 +46,7 @@ help:
 	@echo 'make bench-paths  what the thresholds of the C core rest on'
 	@echo 'make bench-fragmentation  space needed beyond the live values, against malloc and jemalloc (ARGS=--quick)'
 	@echo 'make bench-native what a call costs from C, C++, numba, cffi and Python (ARGS=--quick)'
+	@echo 'make bench-governor what a reservation costs, beside counters behind a lock (ARGS=--quick)'
 	@echo 'make lint         ruff, mypy --strict, C warnings as errors'
 	@echo 'make sanitize     the pytest suite on a build with ASan and UBSan'
 	@echo 'make tsan         the threads of the C core under ThreadSanitizer'
@@ -111,11 +112,12 @@ stress:
 
 # --- benchmarks ------------------------------------------------------------------------------------------------
 
-# ARGS go to all three: --quick, --directory DIR.
+# ARGS go to all four: --quick, --directory DIR.
 bench: $(VENV)/.installed $(VENV)/.extra-bench
 	$(BIN)/pytest benchmarks --confcutdir=benchmarks -o python_files='bench_*.py' -o timeout=0 -W default $(if $(QUICK),--quick) $(ARGS)
 	$(BIN)/python benchmarks/report.py $(if $(QUICK),--quick) $(ARGS)
 	$(BIN)/python benchmarks/league.py $(if $(QUICK),--quick) $(ARGS)
+	$(BIN)/python benchmarks/governor.py $(if $(QUICK),--quick) $(ARGS)
 
 bench-quick:
 	$(MAKE) bench QUICK=1
@@ -139,6 +141,9 @@ bench-paths: build/bench/write_paths
 
 bench-fragmentation: $(VENV)/.extra-bench
 	$(BIN)/python benchmarks/fragmentation.py $(if $(QUICK),--quick) $(ARGS)
+
+bench-governor: $(VENV)/.installed $(VENV)/.extra-bench
+	$(BIN)/python benchmarks/governor.py $(if $(QUICK),--quick) $(ARGS)
 
 bench-native: $(VENV)/.installed $(VENV)/.extra-bench $(VENV)/.extra-native-test
 	$(BIN)/python benchmarks/native_calls.py $(ARGS)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 _LEVELS = tuple(PressureLevel)
 _ENGINE_FIELDS = len(ffi.typeof("ndm_engine_figures").fields)
+_PLAIN_FIELDS = ffi.offsetof("ndm_governor_figures", "engines") // 8
 _PROCESS_FIELDS = len(ffi.typeof("ndm_process_figures").fields)
 
 
@@ -63,39 +64,36 @@ class GovernorFigures(_memory.Governor):
     def snapshot(self) -> GovernorSnapshot:
         """Return the figures of this moment."""
         figures = self._figures()
-        names, fields = self._names, _ENGINE_FIELDS
-        count = figures.engine_count
-        values = ffi.unpack(ffi.cast("uint64_t *", figures.engines), count * fields)
+        names, fields, count = self._names, _ENGINE_FIELDS, figures.engine_count
+        values = ffi.unpack(ffi.cast("uint64_t *", figures), _PLAIN_FIELDS + count * fields)
+        ceiling, headroom, allocated, _, peak, waiting, _, epoch, pressure, *_ = values[:_PLAIN_FIELDS]
         engines: dict[int, EngineBudget] = {}
-        for engine in range(count):
-            known, spillable, limit, allocated, peak, rejections, waits, reclaimed, level = values[
-                engine * fields : (engine + 1) * fields
-            ]
+        for engine, start in enumerate(range(_PLAIN_FIELDS, len(values), fields)):
+            known, spillable, limit, held, most, rejections, waits, reclaimed, level = values[start : start + fields]
             if known:
                 engines[names.get(engine, engine)] = EngineBudget(
-                    limit, bool(spillable), allocated, peak, rejections, waits, reclaimed, _LEVELS[level]
+                    bool(spillable), limit, held, most, rejections, waits, reclaimed, _LEVELS[level]
                 )
-        processes, rss = self._processes(figures), resident_bytes()
-        here = os.getpid()
-        unmanaged = sum(
-            max(0, (process.real_bytes or (rss if process.pid == here else 0)) - process.allocated)
-            for process in processes
-        )
+        processes, rss, here = self._processes(figures), resident_bytes(), os.getpid()
+        unmanaged = 0
+        for process in processes:
+            real = process.real_bytes or (rss if process.pid == here else 0)
+            unmanaged += max(0, real - process.allocated)
         return GovernorSnapshot(
             self._path,
-            figures.ceiling,
-            figures.headroom,
-            figures.allocated,
-            figures.peak,
-            max(0, figures.allocated - figures.ceiling),
+            ceiling,
+            headroom,
+            allocated,
+            peak,
+            max(0, allocated - ceiling),
             unmanaged,
             rss,
-            figures.waiting,
-            _LEVELS[figures.pressure],
+            waiting,
+            _LEVELS[pressure],
             engines,
             processes,
             *_memory.counts(self._holder),
-            figures.epoch > 0,
+            epoch > 0,
         )
 
     @property
@@ -137,10 +135,11 @@ class GovernorFigures(_memory.Governor):
     def _processes(self, figures: Any) -> tuple[ProcessUsage, ...]:
         count, fields = figures.process_count, _PROCESS_FIELDS
         values = ffi.unpack(ffi.cast("uint64_t *", figures.processes), count * fields)
-        return tuple(
-            ProcessUsage(pid, allocated, peak, real or None)
-            for pid, allocated, peak, real in zip(*(values[field::fields] for field in range(fields)), strict=True)
-        )
+        found = []
+        for start in range(0, len(values), fields):
+            pid, allocated, peak, real = values[start : start + fields]
+            found.append(ProcessUsage(pid, allocated, peak, real or None))
+        return tuple(found)
 
     def _held_here(self) -> int:
         """Bytes that this process has reserved."""

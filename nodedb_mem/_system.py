@@ -13,9 +13,9 @@ _UNLIMITED = 1 << 62  # v1 says "no limit" by a number near 2**63
 
 def resident_bytes() -> int:
     """Return this process's resident set, in bytes."""
-    fd = os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open("/proc/self/statm", os.O_RDONLY)
     try:
-        return int(os.read(fd, 256).split()[1]) * _PAGE
+        return int(os.read(fd, 256).split(b" ", 2)[1]) * _PAGE
     finally:
         os.close(fd)
 

@@ -16,8 +16,8 @@ class EngineBudget:
     is what its reclaimers have freed.
     """
 
-    limit: int
     spillable: bool
+    limit: int
     allocated: int
     peak: int
     rejections: int
