@@ -87,7 +87,8 @@ class Reclaimers:
             if entry._thread not in (None, threading.get_ident()):
                 entry._wanted = max(entry._wanted, wanted)
                 self.posted = True
-            elif freed := self._call(entry, wanted):
+            else:
+                freed = self._call(entry, wanted)
                 wanted = max(1, wanted - freed)
                 yield freed
 

@@ -85,7 +85,7 @@ class MemoryGovernor(GovernorFigures):
     ) -> None:
         size = default_ceiling() if ceiling is None else index(ceiling)
         self._begin(None, _options(size, headroom, thresholds or PressureThresholds()))
-        self._add_engines(size, limits or {})
+        self._add_engines(limits or {})
 
     @classmethod
     def shared(
@@ -120,7 +120,7 @@ class MemoryGovernor(GovernorFigures):
         size = default_ceiling() if ceiling is None else index(ceiling)
         options = _options(size, headroom, thresholds or PressureThresholds(), adopt=ceiling is None)
         self._begin(os.fspath(path), options)
-        self._add_engines(None, limits or {})
+        self._add_engines(limits or {})
         return self
 
     @classmethod
@@ -134,6 +134,8 @@ class MemoryGovernor(GovernorFigures):
         return self
 
     def _begin(self, path: str | None, options: bytes | None) -> None:
+        if hasattr(self, "_holder"):
+            raise RuntimeError("a governor is initialised once: make another")
         self._path = path if path is None else os.fsdecode(os.fsencode(path))
         self._where = ("governor", self._path or "")
         self._names: dict[int, int] = dict(KNOWN_ENGINES)
@@ -151,9 +153,18 @@ class MemoryGovernor(GovernorFigures):
         self._note_attention()
         _governors.add(self)
 
-    def _add_engines(self, ceiling: int | None, limits: Mapping[int, int]) -> None:
-        if ceiling is not None and sum(limits.values()) > ceiling:
-            raise ValueError(f"the limits add up to {sum(limits.values())} bytes, the ceiling is {ceiling}")
+    def _add_engines(self, limits: Mapping[int, int]) -> None:
+        """Add engines; what would be refused is refused before any is added."""
+        wanted = {engine_number(engine): size_of(limit) for engine, limit in limits.items()}
+        figures = self._figures()
+        known = {engine: figures.engines[engine].limit for engine in self._known()}
+        total = sum((known | wanted).values())
+        if not known.keys() >= wanted.keys() and total > figures.ceiling:
+            raise ValueError(f"the limits of all engines add up to {total} bytes, the ceiling is {figures.ceiling}")
+        for engine, limit in wanted.items():
+            if known.get(engine, limit) != limit:
+                name = self._names.get(engine, engine)
+                raise ValueError(f"the limit of {name} is {known[engine]}, not {limit}: use set_limit to change it")
         for engine, limit in limits.items():
             self.add_engine(engine, limit)
 

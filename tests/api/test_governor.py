@@ -167,6 +167,8 @@ def test_wrong_types() -> None:
     with pytest.raises(RuntimeError, match="once"):
         governor.__init__(10)  # type: ignore[misc]
     assert governor.snapshot().ceiling == 64 * MIB
+    with governor.reserve(200, 1) as reservation:
+        assert reservation.engine is Mine.INDEX
 
 
 def test_a_lowered_limit_takes_nothing_away() -> None:

@@ -170,9 +170,12 @@ def test_the_first_decides_and_the_others_agree(path: Path) -> None:
         lambda: MemoryGovernor.shared(path, 64 * MIB, thresholds=PressureThresholds(1, 2, 3)),
         lambda: MemoryGovernor.shared(path, limits={V: 41 * MIB}),
         lambda: MemoryGovernor.shared(path, limits={3: 5 * MIB}),
+        lambda: MemoryGovernor.shared(path, limits={3: MIB, V: MIB}),
+        lambda: MemoryGovernor.shared(path, limits={3: MIB, 256: MIB}),
     ):
         with pytest.raises(ValueError):
             wrong()
+    assert governor.snapshot().engines.keys() == {V, Q}  # nothing of them was done
     MemoryGovernor.shared(path, limits={3: 4 * MIB})
     assert governor.snapshot().engines[3].limit == 4 * MIB
     assert len(governor.snapshot().processes) == 2  # this one and `again`: the others are gone
