@@ -207,10 +207,10 @@ tsan:
 	$(CTESTS) OUT=build/tsan PROGRAMS="test_readers test_writer test_governor_threads" RUN="setarch -R" \
 	    FLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=thread -Wno-tsan"
 
-# libFuzzer comes with clang. The core of fuzz_region makes its system calls through tests/fuzz/disk.c.
+# libFuzzer comes with clang. The core of fuzz_region and fuzz_table makes its system calls through tests/fuzz/disk.c.
 CLANG    ?= clang
 FUZZ     := build/fuzz
-FUZZERS  := fuzz_extents fuzz_region
+FUZZERS  := fuzz_extents fuzz_region fuzz_table
 CFUZZ    := $(CWARN) -O1 -g -fno-omit-frame-pointer -fsanitize=$(SANITIZE),fuzzer-no-link -fno-sanitize-recover=all \
 	-Icsrc -Itests/fuzz
 FUZZCORE := $(patsubst csrc/%.c,$(FUZZ)/%.o,$(CSOURCES))
@@ -223,7 +223,7 @@ $(FUZZ)/fuzz_extents: tests/fuzz/fuzz_extents.c $(wildcard csrc/store/extents*.c
 	@mkdir -p $(@D)
 	$(CLANG) $(CFUZZ) -fsanitize=fuzzer -o $@ $(filter %.c,$^)
 
-$(FUZZ)/fuzz_region: tests/fuzz/fuzz_region.c tests/fuzz/disk.c $(FUZZCORE) tests/fuzz/disk.h
+$(FUZZ)/fuzz_region $(FUZZ)/fuzz_table: $(FUZZ)/%: tests/fuzz/%.c tests/fuzz/disk.c $(FUZZCORE) tests/fuzz/disk.h
 	$(CLANG) $(CFUZZ) -fsanitize=fuzzer -o $@ $(filter %.c %.o,$^)
 
 # First what is known, then what chance finds; new inputs go to build/fuzz/corpus, an input that fails to build/fuzz.

@@ -85,7 +85,7 @@ enum ndm_status {
     NDM_ERR_MEMORY = -9,       /* malloc failed */
     NDM_ERR_STALE = -10,       /* reader: the value is gone, or another has its slot, or the region was opened anew */
     NDM_ERR_UNCOMMITTED = -11, /* reader: the slot is allocated, and not committed yet */
-    NDM_ERR_WAIT = -12,        /* ..._try_...(): not at once; nothing was done */
+    NDM_ERR_WAIT = -12,        /* ..._try_...(): not at once; nothing was done. Readers: not yet, call again */
     NDM_ERR_BUDGET = -13,      /* governor: more than the engine's limit: ndm_error.required, .limit, .allocated, .waiting */
     NDM_ERR_CEILING = -14,     /* governor: more than the ceiling, or what the headroom leaves of it; fields as above */
     NDM_ERR_ENGINE = -15,      /* governor: the engine is not known: ndm_error.engine */
@@ -126,8 +126,9 @@ int64_t ndm_abi_version(void);
 int ndm_check_abi(int64_t abi, int64_t version);
 
 typedef struct {
-    uint64_t initial_capacity; /* bytes of file at first; an existing file keeps its own size */
-    uint64_t max_capacity;     /* the ceiling; address space for all of it is reserved where the system allows */
+    uint64_t initial_capacity; /* bytes of a new file; nobody looks at it where a file is there that is not empty */
+    uint64_t max_capacity;     /* the ceiling; address space for all of it is reserved where the system allows. A file that
+                                  is larger opens, and does not grow */
     uint64_t alignment;        /* of every value: a power of two, 1 to 4096 */
     uint64_t cache_limit;      /* bytes of the file that may stay in RAM; at least 4 MiB is used. UINT64_MAX: no limit, and
                                   pages that were viewed stay mapped; otherwise those of values of 64 KiB and more leave the
@@ -138,10 +139,21 @@ typedef struct {
 /* Create or open the region at `path` (mode 0600), and lock it. The calling thread becomes its owner. The region
  * starts empty, but for bytes that a living reader leases (ndm_reader_lease), which are pinned. Beside it, `path` +
  * ".slots" holds the slot table. A path that is no regular file, or holds data that no region wrote, or has a slot
- * table of a newer version, is refused untouched. NULL on failure: NDM_ERR_ARGUMENT, NDM_ERR_CAPACITY (the file is
- * larger than max_capacity), NDM_ERR_BUSY (also: readers have the old file open, and it cannot be punched),
- * NDM_ERR_IO (EUCLEAN: the slot table is torn, or its values are gone; EPERM: one of the files belongs to another user; EMFILE and others: the
- * leases file cannot be read), NDM_ERR_MEMORY. */
+ * table of a newer version, is refused untouched. NULL on failure: NDM_ERR_ARGUMENT, NDM_ERR_BUSY (also: readers have the
+ * old file open, and it cannot be punched), NDM_ERR_IO, NDM_ERR_MEMORY. All that may be refused comes before the values of
+ * an earlier region are given up: where opening fails, they can still be recovered.
+ *
+ * The two files know each other by a random number, which the slot table notes and the data file bears as an extended
+ * attribute (user.nodedb_mem.identity); on a file system without attributes, by the data file's inode number and time of
+ * birth. So a closed region may be moved to another disk, or copied with attributes and times (`mv`, `cp -a`). With
+ * `recover`, NDM_ERR_IO has
+ *   EUCLEAN  the slot table is torn, its data file is gone, or a copy without its attribute, or both files are a copy that
+ *            was made while the region was open, or were moved after its owner was killed
+ *   EINVAL   the slot table is of another version, or of another region
+ *   ENOENT   the slot table is missing, or the leases file is, and readers may hold leases
+ *   EPERM    one of the files belongs to another user
+ *   EEXIST   the data file or the slot table is not a region's
+ * and others where the system refuses. */
 ndm_region *ndm_region_open(const char *path, const ndm_options *options);
 
 /* The same on an unnamed file in `directory`, whose blocks return to the file system when the region and its
@@ -302,7 +314,9 @@ int ndm_region_set_max_capacity(ndm_region *region, uint64_t max_capacity);
 /* Lower the high-water mark past free space at its end, shrink the file to it (not below its size at open), and give
  * the blocks of free extents of 64 KiB and more back to the file system. Returns the bytes of disk given back. Space
  * given back gets blocks again before it is touched. While a view of ndm_region_allocate() lives, only whole, aligned
- * 512 KiB of a free extent are given back. Linear in the number of extents. */
+ * 512 KiB of a free extent are given back. While readers are there, the file keeps its size and its end becomes a hole; on
+ * tmpfs and on overlays nothing is given back then, because a reader's look at a hole may be SIGBUS there. Linear in the
+ * number of extents. */
 int64_t ndm_region_trim(ndm_region *region);
 
 typedef struct {
@@ -329,7 +343,11 @@ int ndm_region_evict(ndm_region *region, const int64_t *slots, uint64_t count);
 /* Wait until every value is written back to the disk (not for the disk's own cache). */
 int ndm_region_flush(ndm_region *region);
 
-/* Let readers lease values from now on: makes the leases file (`path` + ".leases"). Done already is fine. */
+/* Let readers lease values from now on: makes the leases file (`path` + ".leases"). Done already is fine. NDM_ERR_IO with
+ * EPERM if the process has another user than when it opened the region: the next owner would refuse the file.
+ * From now on the space of freed values is free when 64 of them, or 256 KiB, have come, because it takes a system call to
+ * know that nobody leases them. ndm_region_info(), _stats(), _trim(), _compact(), and a write that would make the file grow,
+ * ask before that. */
 int ndm_region_allow_leases(ndm_region *region);
 
 /* Descriptors of the data file, the slot table and the leases (-1: none), for readers of a temporary region, which open
@@ -340,6 +358,7 @@ typedef struct {
     uint64_t incarnation;
 } ndm_shared;
 
+/* NDM_ERR_IO with ENOENT if one of the files was removed: no reader would find it. */
 int ndm_region_share(ndm_region *region, int64_t slot, ndm_shared *out);
 
 /* Walk every invariant of the region's bookkeeping and return how many are broken: 0 in a sound region. Linear in
@@ -357,7 +376,17 @@ int64_t ndm_region_check(ndm_region *region);
  * This is a sequence lock per record, in C11 atomics; it holds on aarch64 as on x86-64.
  *
  * A view from a reader pins nothing: the owner may free, move and overwrite the value meanwhile. Copy
- * (ndm_reader_copy) or check afterwards (ndm_reader_is_unchanged), or lease. */
+ * (ndm_reader_copy) or check afterwards (ndm_reader_is_unchanged), or lease.
+ *
+ * No function waits for the owner longer than some 20 ms, nor with a lock held that other threads of the reader want. While
+ * the owner moves the value, ndm_reader_find(), ndm_reader_read(), ndm_reader_copy(), ndm_reader_lease() and
+ * ndm_reader_next() end with NDM_ERR_WAIT after that time, and ndm_reader_open() does so while another process bars readers
+ * from the slot table. Nothing has been done then: call again, as often as you like. An owner that died while it moved a
+ * value is NDM_ERR_STALE.
+ *
+ * If somebody cut a file short under a reader, the functions return NDM_ERR_IO with EIO. The reader asks for the lengths of its
+ * files, but not twice within two microseconds: what is cut off in that time, and touched, is SIGBUS. So is what is missing
+ * under a view. */
 
 typedef struct ndm_reader ndm_reader;
 
@@ -365,13 +394,15 @@ typedef struct {
     int64_t slot;
     uint64_t offset, size;
     uint64_t place;      /* changes when the value is moved */
+    uint64_t turns;      /* changes before a `place` can come again */
     uint32_t generation; /* changes when the slot is freed */
     uint8_t engine;
     uint8_t state;
 } ndm_value;
 
 /* Open the region whose data file, slot table and leases are at these paths. NULL on failure: NDM_ERR_IO (EINVAL: not a
- * region, of another version, or cut short), NDM_ERR_MEMORY. The leases are opened to write with the first lease. */
+ * region, of another version or cut short; EUCLEAN: torn, or a copy, as ndm_region_open() says), NDM_ERR_WAIT,
+ * NDM_ERR_MEMORY. The leases are opened to write with the first lease. */
 ndm_reader *ndm_reader_open(const char *data_path, const char *slots_path, const char *leases_path);
 
 /* Close: views stay readable, and keep the region's file from being shortened. Leases end. Any thread; twice is fine. */
@@ -391,14 +422,17 @@ int64_t ndm_reader_copy(ndm_reader *reader, int64_t slot, int64_t generation, vo
 /* 1 if the value is live and its bytes are where and what they were when `value` was looked up, 0 if not. */
 int ndm_reader_is_unchanged(ndm_reader *reader, const ndm_value *value);
 
-/* The first live slot that is `from` or more; NDM_ERR_NO_SLOT if no live slot follows. */
+/* The first live slot that is `from` or more; NDM_ERR_NO_SLOT if no live slot follows. Slots that are freed or not committed
+ * are passed over; for any other reason why a slot gives no value the call fails (EUCLEAN: the table is torn). NDM_ERR_WAIT
+ * also after many slots that are not live: in this one case of a failure *out is written, and its `slot` is where to go
+ * on. */
 int ndm_reader_next(ndm_reader *reader, int64_t from, ndm_value *out);
 
 typedef struct {
     uint64_t incarnation;
     uint64_t capacity, max_capacity, used_bytes, live_bytes, slot_count, alignment;
     uint64_t resident_bytes; /* NDM_BYTES_UNKNOWN: the kernel hides it from a user who neither owns the file nor may write to it */
-    uint64_t pinned_bytes; /* freed, but waiting for a view of the owner's or a lease to end */
+    uint64_t pinned_bytes; /* freed, but waiting for a view of the owner's or a lease to end, or for the owner to ask for leases */
     uint64_t leases; /* held by living processes; UINT64_MAX: the leases file may not be read, or is not one */
     uint64_t owner; /* process id of the owner; 0 if no owner lives */
 } ndm_reader_figures;

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NoReturn, Self
 from nodedb_mem._core import ffi, lib
 from nodedb_mem._opening import UNLIMITED, open_region, warn_of_locking
 from nodedb_mem.engine import KNOWN_ENGINES
-from nodedb_mem.errors import WrongThreadError, control, error_of
+from nodedb_mem.errors import RegionSizeError, WrongThreadError, control, error_of
 from nodedb_mem.stats import Compaction, EngineUsage, RegionStats
 
 if TYPE_CHECKING:
@@ -67,11 +67,11 @@ class RegionControl:
         where = ("region", shown) if path is None else ("region", shown, shown + ".slots", shown + ".leases")
         if hasattr(self, "_holder"):
             raise RuntimeError(f"{shown}: a region is initialised once: make another")
+        out = ffi.new("control_figures *")  # before the file is opened: there may be no memory
         holder = open_region(place, options, where, temporary=path is None)
         try:
             # The holder owns the region, and each use of the handle keeps the holder.
             handle = ffi.from_buffer("ndm_region *", holder)
-            out = ffi.new("control_figures *")
             if _info(handle, out) < 0:
                 raise error_of(ffi.buffer(ffi.addressof(out.refusal))[:], where)
             if hasattr(self, "_holder"):
@@ -111,8 +111,9 @@ class RegionControl:
         """Give unused space back to the file system.
 
         Lowers `used_bytes` past free space at the end, shrinks the file to it (not below its size when opened; while
-        readers are there the end becomes a hole instead), and punches holes into free extents of 64 KiB and more.
-        Linear in the number of values. If the system refuses half-way, what was given back stays so.
+        readers are there the end becomes a hole instead), and punches holes into free extents of 64 KiB and more. On
+        tmpfs and on overlays nothing is given back while readers are there. Linear in the number of values. If the
+        system refuses half-way, what was given back stays so.
 
         Returns
         -------
@@ -134,15 +135,15 @@ class RegionControl:
 
         Raises
         ------
-        ValueError
-            `budget` is negative.
+        RegionSizeError
+            `budget` is negative (a `ValueError`).
         RegionIOError
             A hole that `trim` had punched cannot get its blocks back (ENOSPC). Every value is intact, and values that
             were moved so far stay where they are.
         """
         limit = _NO_LIMIT if budget is None else index(budget)
         if limit < 0:
-            raise ValueError("budget must not be negative")
+            raise RegionSizeError("budget must not be negative")
         out = ffi.new("ndm_compaction *")
         control(lib.control_compact, self._where, self._handle, min(limit, _NO_LIMIT), out)
         return Compaction(out.moved_bytes, out.remaining_bytes)
@@ -204,14 +205,17 @@ class RegionControl:
 
     @property
     def max_capacity(self) -> int:
-        """The most the file may grow to, in bytes. It may be raised, not lowered (`ValueError`)."""
+        """The most the file may grow to, in bytes. It may be raised, not lowered (`RegionSizeError`).
+
+        The file is larger than that if it was when it was opened; then it does not grow.
+        """
         return self._figures().max_capacity
 
     @max_capacity.setter
     def max_capacity(self, value: int) -> None:
         size = index(value)
         if not 0 <= size < 1 << 63:
-            raise ValueError("max_capacity must be positive and below 2**63")
+            raise RegionSizeError("max_capacity must be positive and below 2**63")
         control(lib.control_max_capacity, self._where, self._handle, size)
 
     @property

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import warnings
 from operator import index
 from typing import TYPE_CHECKING
 
 from nodedb_mem import _memory
 from nodedb_mem._core import ffi, lib
+from nodedb_mem.errors import RegionIOError, RegionSizeError
 
 if TYPE_CHECKING:
     from nodedb_mem._memory import Holder
     from nodedb_mem.errors import Where
 
 UNLIMITED = (1 << 64) - 1
+_PATH_MAX = 4096  # of a system call, with its null byte
+_LONGEST_ENDING = ".leases"
 _IN_RAM = {
     lib.NDM_MEDIUM_TMPFS: "tmpfs",
     lib.NDM_MEDIUM_RAMFS: "ramfs",
@@ -31,16 +35,46 @@ def region_options(
 
     Raises
     ------
-    ValueError
+    RegionSizeError
         A size is negative, or 2**63 and more.
     """
     sizes = [index(initial_capacity), index(max_capacity), index(alignment)]
     if not all(0 <= size < 1 << 63 for size in sizes):
-        raise ValueError("capacities and alignment must be positive and below 2**63")
+        raise RegionSizeError("capacities and alignment must be positive and below 2**63")
     limit = UNLIMITED if cache_limit is None else index(cache_limit)
     if limit < 0:
-        raise ValueError("cache_limit must not be negative")
+        raise RegionSizeError("cache_limit must not be negative")
     return memoryview(ffi.buffer(ffi.new("ndm_options *", [*sizes, min(limit, UNLIMITED), bool(recover)])))
+
+
+def absolute(name: str) -> str:
+    """Where a path leads, whatever becomes of the current directory.
+
+    A path stays relative where the current directory was removed, is deeper than a path may be, or may not be asked
+    for: the system may still find the file.
+    """
+    if not name or os.path.isabs(name):
+        return name
+    try:
+        place = os.path.join(os.getcwd(), name)
+    except OSError:
+        return name
+    return place if len(os.fsencode(place + _LONGEST_ENDING)) < _PATH_MAX else name
+
+
+def temporary_folder() -> str:
+    """Find the folder for temporary files.
+
+    Raises
+    ------
+    RegionIOError
+        None can be written to.
+    """
+    try:
+        return tempfile.gettempdir()
+    except OSError as error:
+        message = f"no folder for temporary files can be written to: {error.strerror}"
+        raise RegionIOError(error.errno, message) from error
 
 
 def open_region(place: str, options: memoryview, where: Where, *, temporary: bool) -> Holder:

@@ -46,6 +46,10 @@ class InvalidSlotError(RegionError, LookupError):
         return f"{'the slot' if self.slot is None else f'slot {self.slot}'} {self.reason}"
 
 
+class RegionSizeError(RegionError, ValueError):
+    """A size, a capacity or an alignment is outside its range."""
+
+
 class RepeatedSlotError(RegionError, ValueError):
     """A slot is listed twice where each may be named once.
 
@@ -127,15 +131,17 @@ class RegionClosedError(RegionError):
 
 
 class RegionBusyError(RegionError):
-    """Another region holds the file, or views of a closed one do.
+    """Another region holds the file, or views of a closed one do; or readers are kept out of the slot table.
 
     Attributes
     ----------
     path : str
     holders : tuple of int
-        Process ids that hold the file as regions do, as far as they may be seen.
+        Process ids that hold the file as regions do, as far as they may be seen. From a reader: those that keep readers
+        out.
     readers : tuple of int
-        Process ids that only read it. They keep a new region off just where the file system punches no holes.
+        Process ids that only read it. They keep a new region off where the file system punches no holes, or where they
+        have locked a file, which an `OverflowReader` never does in a way that keeps a region off.
     children : tuple of int
         Those of the holders that have no descriptor of the file: forked children of an owner, by views that they
         inherited. Such a child lets go when its last view of the region is gone, or when it ends.
@@ -302,6 +308,19 @@ def _maps_for_writing(process: Path, wanted: os.stat_result) -> bool:
         return False
 
 
+def _flock_holders(path: str) -> tuple[int, ...]:
+    """Process ids that hold the file at `path` locked as a whole, as far as they may be seen."""
+    try:
+        facts = os.stat(path)
+        locks = Path("/proc/locks").read_text().split("\n")
+    except OSError:
+        return ()
+    device = f"{os.major(facts.st_dev):02x}:{os.minor(facts.st_dev):02x}:{facts.st_ino}"
+    fields = [line.split() for line in locks]  # number, FLOCK, ADVISORY, WRITE, pid, device and inode, ...
+    found = {int(line[4]) for line in fields if line[1:4:2] == ["FLOCK", "WRITE"] and line[5] == device}
+    return tuple(sorted(pid for pid in found if pid > 0))
+
+
 def _may_write(descriptor: Path) -> bool:
     try:
         facts = (descriptor.parents[1] / "fdinfo" / descriptor.name).read_text()
@@ -345,7 +364,7 @@ def error_of(details: bytes, where: Where = (), slot: int | None = None) -> Exce
     message = ffi.string(error.message).decode() if error.message else ""
     match error.status:
         case lib.NDM_ERR_ARGUMENT:
-            return ValueError(message) if slot is None else RepeatedSlotError(slot)
+            return RegionSizeError(message) if slot is None else RepeatedSlotError(slot)
         case lib.NDM_ERR_NO_SLOT:
             return InvalidSlotError(slot, "never existed")
         case lib.NDM_ERR_FREED_SLOT:
@@ -360,6 +379,8 @@ def error_of(details: bytes, where: Where = (), slot: int | None = None) -> Exce
             return WrongThreadError(f"{path}: {message}" if kind == "reader" else message)
         case lib.NDM_ERR_CLOSED:
             return RegionClosedError(f"{path}: {message}" if kind == "reader" else message)
+        case lib.NDM_ERR_BUSY if kind == "reader" and file:
+            return RegionBusyError(file, _flock_holders(file))
         case lib.NDM_ERR_BUSY:
             writers, readers, children = users_of(file) if file else ((), (), ())
             if beside:  # a closed reader whose views live has the slot table open, no more

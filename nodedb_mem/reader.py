@@ -73,6 +73,10 @@ class OverflowReader:
     leaving whether the view was true all along. `lease` keeps the value in place. A plain `read` is for values that the
     owner is known to keep.
 
+    While the owner moves a value, a reader that wants it waits, for ten seconds at most, then raises `StaleSlotError`.
+    Signals are heard meanwhile, and other threads may use the reader. If the owner died while it moved the value,
+    `StaleSlotError` comes at once.
+
     Parameters
     ----------
     source
@@ -83,7 +87,12 @@ class OverflowReader:
     ValueError
         The path holds a null byte.
     RegionIOError
-        A file is missing (ENOENT) or may not be read, or is no region's, of another version or cut short (EINVAL).
+        A file is missing (ENOENT) or may not be read, or is no region's, of another version or cut short (EINVAL),
+        or torn (EUCLEAN), or the files are a copy that has lost its attribute or was made while the region was open
+        (EUCLEAN).
+    RegionBusyError
+        The slot table was locked against readers for ten seconds. An owner does that for moments, in `trim` and when it
+        opens the file.
     StaleSlotError
         `source` is a reference into a region that has been opened anew since. The verbs check whether its value is
         still there. A named region may be read after it was closed. The files of a temporary one are gone then (ENOENT,
@@ -130,7 +139,10 @@ class OverflowReader:
         InvalidSlotError
             The slot never existed, has been freed, or is not committed yet.
         StaleSlotError
-            A reference's value is gone or not committed yet, or the region has been opened anew.
+            A reference's value is gone or not committed yet, or the region has been opened anew, or the value is on the
+            move for more than ten seconds.
+        RegionIOError
+            The slot table was cut short (EIO) or is torn (EUCLEAN), or the data file is shorter than that says (EIO).
         """
         number, generation = self._name(slot)
         return _read(self._holder, number, generation)
@@ -189,7 +201,15 @@ class OverflowReader:
         return True
 
     def slots(self) -> list[ReaderSlot]:
-        """List the live slots. Linear in the slot table."""
+        """List the live slots: all of them. Linear in the slot table.
+
+        Raises
+        ------
+        StaleSlotError
+            A value is on the move for more than ten seconds, or its owner died while it moved the value.
+        RegionIOError
+            The slot table is torn (EUCLEAN) or was cut short (EIO), or there is no room to map it (ENOMEM).
+        """
         found: list[ReaderSlot] = []
         while value := _memory.next_slot(self._holder, found[-1].slot + 1 if found else 0):
             slot, offset, size, engine, generation = value

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import tempfile
 from contextlib import suppress
 from operator import index
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from nodedb_mem import _memory
 from nodedb_mem._arrays import int64_copy, int64_room, slot_numbers
 from nodedb_mem._control import RegionControl
-from nodedb_mem._opening import region_options
+from nodedb_mem._opening import absolute, region_options, temporary_folder
 from nodedb_mem.engine import KNOWN_ENGINES, EngineId
-from nodedb_mem.errors import InvalidSlotError, RegionError
+from nodedb_mem.errors import InvalidSlotError, RegionError, RegionIOError, RegionSizeError
 from nodedb_mem.refs import SlotParts, SlotRef
 from nodedb_mem.stats import OverflowSlot
 from nodedb_mem.tuning import (
@@ -54,9 +54,9 @@ class OverflowRegion(RegionControl):
     directory
         Where an unnamed file takes its blocks.
     initial_capacity
-        Size of a new file, in bytes.
+        Size of a new file, in bytes. Where the file is there and is not empty, nobody looks at it.
     max_capacity
-        The most the file may grow to, in bytes.
+        The most the file may grow to, in bytes. A file that is larger opens, and does not grow.
     alignment
         Every value starts at a multiple of it, in bytes. It is a power of two from 1 to 4096. 1 packs values without
         gaps.
@@ -80,17 +80,20 @@ class OverflowRegion(RegionControl):
 
     Raises
     ------
-    ValueError
-        A size or the alignment is outside its range.
+    RegionSizeError
+        A size or the alignment is outside its range (a `ValueError`).
     RegionBusyError
         The file is held by another region, in this process or another.
-    CapacityExceededError
-        The file is already larger than `max_capacity`.
     RegionIOError
         The system refused, or the path is not a regular file (EINVAL), or holds data that no region wrote (EEXIST), or
         the slot table is cut off or, to be recovered, torn (EUCLEAN), or is of a newer version or, to be recovered, of
-        another one (EINVAL).
+        another one (EINVAL). Or the files do not belong together: they are of two regions (EINVAL); the data file is a
+        copy without its attributes, or, to be recovered, of a region that was open (EUCLEAN); one of them is missing
+        (ENOENT). Whenever opening is refused, the values of an earlier region are still there.
     """
+
+    DEFAULT_INITIAL_CAPACITY: ClassVar[int] = DEFAULT_INITIAL_CAPACITY
+    DEFAULT_MAX_CAPACITY: ClassVar[int] = DEFAULT_MAX_CAPACITY
 
     def __init__(
         self,
@@ -117,10 +120,8 @@ class OverflowRegion(RegionControl):
         if directory is not None:
             raise ValueError("directory is for an unnamed file: path must be None")
         name = os.fsdecode(path)
-        # A later chdir() must not lead share() elsewhere.
-        absolute = os.path.join(os.getcwd(), name) if name else ""
         options = region_options(initial_capacity, max_capacity, alignment, cache_limit, recover)
-        self._open(name, absolute, options)
+        self._open(name, absolute(name), options)  # a later chdir() must not lead share() elsewhere
 
     @classmethod
     def open(
@@ -144,22 +145,66 @@ class OverflowRegion(RegionControl):
         )
 
     @classmethod
-    def open_with_capacity(cls, path: str | os.PathLike[str], initial: int) -> Self:
+    def open_with_capacity(
+        cls,
+        path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
+        initial: int,
+        *,
+        alignment: int = DEFAULT_ALIGNMENT,
+        cache_limit: int | None = DEFAULT_CACHE_LIMIT,
+        recover: bool = False,
+    ) -> Self:
         """Open with an initial capacity in bytes. The ceiling is the default, or `initial` where that is more."""
-        return cls(os.fspath(path), initial_capacity=initial, max_capacity=max(index(initial), DEFAULT_MAX_CAPACITY))
+        return cls(
+            os.fspath(path),
+            initial_capacity=initial,
+            max_capacity=max(index(initial), DEFAULT_MAX_CAPACITY),
+            alignment=alignment,
+            cache_limit=cache_limit,
+            recover=recover,
+        )
 
     @classmethod
-    def open_with_config(cls, path: str | os.PathLike[str], initial: int, maximum: int) -> Self:
+    def open_with_config(
+        cls,
+        path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
+        initial: int,
+        maximum: int,
+        *,
+        alignment: int = DEFAULT_ALIGNMENT,
+        cache_limit: int | None = DEFAULT_CACHE_LIMIT,
+        recover: bool = False,
+    ) -> Self:
         """Open with an initial capacity and a ceiling, both in bytes."""
-        return cls(os.fspath(path), initial_capacity=initial, max_capacity=maximum)
+        return cls(
+            os.fspath(path),
+            initial_capacity=initial,
+            max_capacity=maximum,
+            alignment=alignment,
+            cache_limit=cache_limit,
+            recover=recover,
+        )
 
     @classmethod
-    def open_with_tuning(cls, path: str | os.PathLike[str], tuning: MemoryTuning) -> Self:
+    def open_with_tuning(
+        cls,
+        path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
+        tuning: MemoryTuning,
+        *,
+        alignment: int = DEFAULT_ALIGNMENT,
+        cache_limit: int | None = DEFAULT_CACHE_LIMIT,
+        recover: bool = False,
+    ) -> Self:
         """Open with the sizes of a `MemoryTuning`."""
         if not isinstance(tuning, MemoryTuning):
             raise TypeError(f"a MemoryTuning is needed, not {type(tuning).__name__!r}")
         return cls(
-            os.fspath(path), initial_capacity=tuning.overflow_initial_bytes, max_capacity=tuning.overflow_max_bytes
+            os.fspath(path),
+            initial_capacity=tuning.overflow_initial_bytes,
+            max_capacity=tuning.overflow_max_bytes,
+            alignment=alignment,
+            cache_limit=cache_limit,
+            recover=recover,
         )
 
     @classmethod
@@ -184,10 +229,15 @@ class OverflowRegion(RegionControl):
             a tmpfs, which keeps them in RAM.
         initial_capacity, max_capacity, alignment, cache_limit
             As for the class.
+
+        Raises
+        ------
+        RegionIOError
+            The folder, or any folder for temporary files, cannot be written to.
         """
         return cls(
             None,
-            directory=tempfile.gettempdir() if directory is None else directory,
+            directory=temporary_folder() if directory is None else directory,
             initial_capacity=initial_capacity,
             max_capacity=max_capacity,
             alignment=alignment,
@@ -333,8 +383,10 @@ class OverflowRegion(RegionControl):
 
         Raises
         ------
+        RegionSizeError
+            `size` is negative, or 2**63 and more (a `ValueError`).
         ValueError
-            `size` is negative, or `engine` is not 0 to 255.
+            `engine` is not 0 to 255.
         CapacityExceededError, RegionIOError
             As for `write`; EOPNOTSUPP on a file system (btrfs) where a store might find no block.
         """
@@ -342,7 +394,7 @@ class OverflowRegion(RegionControl):
             self._learn_engine(engine)
         length = index(size)
         if not 0 <= length < 1 << 63:
-            raise ValueError("size must not be negative, and below 2**63")
+            raise RegionSizeError("size must not be negative, and below 2**63")
         return _memory.allocate(self._holder, length, engine)
 
     def commit(self, slot: int) -> None:
@@ -487,10 +539,15 @@ class OverflowRegion(RegionControl):
         InvalidSlotError
             The slot never existed, or has been freed.
         RegionIOError
-            The leases file cannot be made.
+            The leases file cannot be made; or the process has changed its user since it opened the region, and made
+            none before (EPERM); or one of the files was removed (ENOENT); or the region was opened by a relative path
+            in a folder whose own path is too long (ENAMETOOLONG).
         """
         slot = index(slot)
         _, size, *_ = _memory.slot(self._holder, slot)
+        if self._path is not None and not os.path.isabs(self._place):
+            message = f"no reader can be led to a file by its relative path: {os.strerror(errno.ENAMETOOLONG)}"
+            raise RegionIOError(errno.ENAMETOOLONG, message, self._where[1])
         self._allow_leases()
         *files, generation, incarnation = _memory.share(self._holder, slot)
         if self._path is None:

@@ -117,9 +117,9 @@ class ReaderStats:
     """Figures of a region as its owner last published them; sizes in bytes.
 
     `owner` is the process id of the owner, None if no owner lives. `pinned_bytes` are freed, but wait for a view of
-    the owner's or a lease to end. `resident_bytes` counts the file's bytes in RAM; None where the kernel hides it,
-    to users who neither own the file nor may write to it. `leases` counts those that living processes hold, this one
-    and others; None where the leases file may not be read.
+    the owner's or a lease to end, or for the owner to ask whether they are leased. `resident_bytes` counts the file's
+    bytes in RAM; None where the kernel hides it, to users who neither own the file nor may write to it. `leases` counts
+    those that living processes hold, this one and others; None where the leases file may not be read.
     """
 
     incarnation: int

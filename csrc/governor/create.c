@@ -41,7 +41,7 @@ static int set_limit(ndm_governor *governor, uint32_t engine, uint64_t limit)
         return ndm_i_fail(NDM_ERR_ARGUMENT, "the limits of all engines add up to more than the ceiling");
     e->limit = limit;
     set_keeps(governor);
-    ndm_i_settle(governor);
+    ndm_i_books_settle(governor);
     ndm_i_notify(governor);
     return NDM_OK;
 }
@@ -91,7 +91,7 @@ int ndm_governor_set_ceiling(ndm_governor *governor, uint64_t ceiling, uint64_t 
     governor->books->ceiling = ceiling;
     governor->books->headroom = headroom;
     set_keeps(governor);
-    ndm_i_settle(governor);
+    ndm_i_books_settle(governor);
     ndm_i_notify(governor);
     ndm_i_books_unlock(governor);
     return NDM_OK;
@@ -223,16 +223,14 @@ static int check_file(const ndm_i_file *file)
     return file->capacity == FILE_SIZE ? NDM_OK : ndm_i_fail_io(EUCLEAN, "the governor's file was cut short");
 }
 
-/* Map the file; where it is new, get its blocks first: a store then meets no full disk. */
+/* Map the file, and get its blocks: a store then meets no full disk. */
 static int map(ndm_governor *governor, bool fresh)
 {
     ndm_i_file *file = &governor->file;
-    int status = ndm_i_file_start(file, FILE_SIZE, FILE_SIZE, true);
+    const int status = ndm_i_file_start(file, FILE_SIZE, FILE_SIZE);
     if (status != NDM_OK)
         return status;
-    int refused = fresh ? ndm_i_file_allocate(file, 0, FILE_SIZE) : 0;
-    if (fresh && !refused && !file->can_allocate)
-        refused = ndm_i_file_write(file, NULL, FILE_SIZE, 0);
+    const int refused = fresh ? ndm_i_file_get_blocks(file) : ndm_i_file_allocate(file, 0, FILE_SIZE); /* others use it */
     if (refused)
         return ndm_i_fail_io(refused, "no room for the governor's file");
     governor->books = (ndm_i_books *)file->mapping->base;

@@ -5,6 +5,7 @@
 #include "governor/rows.h"
 #include "os/bits.h"
 #include "os/futex.h"
+#include "os/patience.h"
 #include "os/status.h"
 
 #include <errno.h>
@@ -26,7 +27,7 @@ static void remove_entry(ndm_governor *governor, ndm_i_waiter *waiter)
 {
     waiter->ticket = 0;
     governor->books->waiting--;
-    ndm_i_settle(governor);
+    ndm_i_books_settle(governor);
     ndm_i_notify(governor); /* those behind it may fit now */
 }
 
@@ -53,7 +54,7 @@ int64_t ndm_governor_queue(ndm_governor *governor, int64_t engine, uint64_t size
     } else if (status == NDM_OK) {
         status = ndm_i_fail_io(EAGAIN, "as many wait as the governor has room for");
     }
-    ndm_i_settle(governor);
+    ndm_i_books_settle(governor);
     ndm_i_books_unlock(governor);
     return status == NDM_OK ? ticket : status;
 }

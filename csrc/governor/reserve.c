@@ -175,7 +175,7 @@ int ndm_governor_attempt(ndm_governor *governor, int64_t engine, uint64_t size)
     if (status != NDM_ERR_WAIT || (status = ndm_i_books_lock(governor)) != NDM_OK)
         return status;
     status = ndm_i_budget_take(governor, (uint32_t)engine, size, NDM_I_NO_TICKET);
-    ndm_i_settle(governor);
+    ndm_i_books_settle(governor);
     ndm_i_books_unlock(governor);
     return status;
 }
@@ -214,7 +214,7 @@ int ndm_governor_charge(ndm_governor *governor, int64_t engine, uint64_t size)
         ndm_i_grant(governor, row, (uint32_t)engine, size);
         enter(row, (uint32_t)engine, size);
         ndm_i_note_peaks(governor, (uint32_t)engine);
-        ndm_i_settle(governor);
+        ndm_i_books_settle(governor);
     }
     ndm_i_books_unlock(governor);
     return status;
@@ -233,7 +233,7 @@ static int give(ndm_governor *governor, uint32_t engine, uint64_t size)
         ndm_i_ungrant(governor, row, engine, size);
         const ndm_i_books *books = governor->books;
         ndm_i_sweep(governor, row, engine, books->strict ? 0 : books->engine[engine].keep / 2);
-        ndm_i_settle(governor);
+        ndm_i_books_settle(governor);
         ndm_i_notify(governor);
     }
     ndm_i_books_unlock(governor);

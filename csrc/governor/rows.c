@@ -90,7 +90,7 @@ static bool is_over(const ndm_i_books *books)
     return false;
 }
 
-void ndm_i_settle(ndm_governor *governor)
+void ndm_i_books_settle(ndm_governor *governor)
 {
     ndm_i_books *books = governor->books;
     const uint32_t waiting = books->waiting ? NDM_I_WAITING : 0;
@@ -166,7 +166,7 @@ uint32_t ndm_i_rows_reap(ndm_governor *governor)
         found++;
     }
     if (found > 0) {
-        ndm_i_settle(governor);
+        ndm_i_books_settle(governor);
         ndm_i_notify(governor);
     }
     return found;
@@ -181,6 +181,6 @@ void ndm_i_row_leave(ndm_governor *governor)
     vacate(governor, row);
     if (governor->shared)
         ndm_i_file_lock_byte(&governor->file, ndm_i_claim_byte((uint32_t)(row - governor->rows)), false);
-    ndm_i_settle(governor);
+    ndm_i_books_settle(governor);
     ndm_i_notify(governor);
 }

@@ -28,7 +28,7 @@ uint64_t ndm_i_sweep(ndm_governor *governor, ndm_i_row *row, uint32_t engine, ui
 uint64_t ndm_i_sweep_all(ndm_governor *governor, uint32_t engine);
 
 /* After a change of totals or limits: is anything over its limit? Where something is, no slack of it stays. */
-void ndm_i_settle(ndm_governor *governor);
+void ndm_i_books_settle(ndm_governor *governor);
 
 /* Have the waiters look again. */
 void ndm_i_notify(ndm_governor *governor);

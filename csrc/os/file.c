@@ -24,6 +24,9 @@
 #include <unistd.h>
 
 #define XFS_MAGIC 0x58465342 /* not in linux/magic.h of older headers */
+#ifndef OVERLAYFS_SUPER_MAGIC
+#define OVERLAYFS_SUPER_MAGIC 0x794c7630
+#endif
 
 /* ---- opening -------------------------------------------------------------------------------------------- */
 
@@ -53,18 +56,28 @@ static int examine(ndm_i_file *file)
     file->process = ndm_i_process();
     file->capacity = facts.stx_size;
     file->linked = facts.stx_nlink > 0;
-    file->own = facts.stx_uid == geteuid();
+    file->user = facts.stx_uid;
     file->inode = facts.stx_ino;
     if (facts.stx_mask & STATX_BTIME)
         file->born = (uint64_t)facts.stx_btime.tv_sec * 1000000000u + facts.stx_btime.tv_nsec;
+    file->modified = (uint64_t)facts.stx_mtime.tv_sec * 1000000000u + facts.stx_mtime.tv_nsec;
     const int medium = ndm_i_medium(file->fd);
     file->in_memory = medium != NDM_MEDIUM_DISK;
+    file->holes_need_room = file->in_memory || system.f_type == OVERLAYFS_SUPER_MAGIC; /* which may lie on a tmpfs */
     /* ext2, ext3 and ext4 share their number. */
     file->keeps_blocks = medium == NDM_MEDIUM_TMPFS || system.f_type == EXT4_SUPER_MAGIC || system.f_type == XFS_MAGIC;
     file->can_allocate = file->can_punch = true;
     file->large_folios = has_large_folios(file->fd, (uint64_t)system.f_type);
     posix_fadvise(file->fd, 0, 0, POSIX_FADV_RANDOM); /* no readahead into neighbours */
     return NDM_OK;
+}
+
+bool ndm_i_file_is_own(const ndm_i_file *file) { return file->user == geteuid(); }
+
+bool ndm_i_file_is_linked(const ndm_i_file *file)
+{
+    struct stat facts;
+    return fstat(file->fd, &facts) == 0 && facts.st_nlink > 0;
 }
 
 bool ndm_i_file_lock_byte(const ndm_i_file *file, uint64_t byte, bool lock)
@@ -95,10 +108,26 @@ bool ndm_i_file_reopen(ndm_i_file *file)
     return fd >= 0;
 }
 
+bool ndm_i_file_find_lock(const ndm_i_file *file, uint64_t *start, uint64_t *end)
+{
+    /* What a read lock would meet is a write lock. */
+    struct flock range = {
+        .l_type = F_RDLCK, .l_whence = SEEK_SET, .l_start = (off_t)*start, .l_len = (off_t)(*end - *start)};
+    if (fcntl(file->fd, F_OFD_GETLK, &range) != 0)
+        return true;
+    if (range.l_type == F_UNLCK)
+        return false;
+    const uint64_t first = (uint64_t)range.l_start;
+    if (range.l_len > 0) /* 0: to the end of all files */
+        *end = ndm_i_min(*end, first + (uint64_t)range.l_len);
+    *start = ndm_i_max(*start, first);
+    return true;
+}
+
 bool ndm_i_file_is_byte_locked(const ndm_i_file *file, uint64_t byte)
 {
-    struct flock range = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = (off_t)byte, .l_len = 1};
-    return fcntl(file->fd, F_OFD_GETLK, &range) == 0 && range.l_type != F_UNLCK;
+    uint64_t end = byte + 1;
+    return ndm_i_file_find_lock(file, &byte, &end);
 }
 
 uint64_t ndm_i_file_size(const ndm_i_file *file)
@@ -123,14 +152,15 @@ int ndm_i_file_open(ndm_i_file *file, const char *path, bool create, int lock)
     /* O_EXCL tells whether the file is ours to remove if something fails later. */
     if (create)
         file->fd = open(path, flags | O_CREAT | O_EXCL, 0600);
-    file->created = file->fd >= 0;
+    if ((file->created = file->fd >= 0))
+        fchmod(file->fd, 0600); /* whatever the umask takes; a refusal is no failure: not every file system has modes */
     if (!create || (file->fd < 0 && errno == EEXIST))
         file->fd = open(path, flags);
     if (file->fd < 0)
         return ndm_i_fail_io(errno, "cannot open the file");
     if ((status = examine(file)) != NDM_OK)
         goto fail;
-    if (!file->own) { /* who made it may read it, or cut it short */
+    if (!ndm_i_file_is_own(file)) { /* who made it may read it, or cut it short */
         status = ndm_i_fail_io(EPERM, "the file belongs to another user");
         goto fail;
     }
@@ -177,15 +207,17 @@ bool ndm_i_file_flock(const ndm_i_file *file, bool whole)
 
 int ndm_i_file_flock_to_read(const ndm_i_file *file)
 {
-    while (flock(file->fd, LOCK_SH) != 0)
-        if (errno != EINTR)
-            return ndm_i_fail_io(errno, "cannot lock the file for reading");
-    return NDM_OK;
+    if (flock(file->fd, LOCK_SH | LOCK_NB) == 0)
+        return NDM_OK;
+    return errno == EWOULDBLOCK ? ndm_i_fail(NDM_ERR_WAIT, "another process keeps readers out of the slot table")
+                                : ndm_i_fail_io(errno, "cannot lock the file for reading");
 }
 
 static int unnamed_file(const char *directory)
 {
     int fd = open(directory, O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    if (fd >= 0)
+        fchmod(fd, 0600); /* readers open it by its number */
     if (fd >= 0 || (errno != EOPNOTSUPP && errno != EISDIR))
         return fd;
     size_t room = strlen(directory) + sizeof "/nodedb-mem-XXXXXX";
@@ -261,18 +293,29 @@ void ndm_i_file_overwrite_in_place(const ndm_i_file *file)
     ioctl(file->fd, FS_IOC_SETFLAGS, &flags); /* a refusal is no failure: not every file system copies on write */
 }
 
-int ndm_i_file_start(ndm_i_file *file, uint64_t capacity, uint64_t ceiling, bool keep)
+int ndm_i_file_start(ndm_i_file *file, uint64_t capacity, uint64_t ceiling)
 {
-    if (!keep && file->capacity > 0 && ftruncate(file->fd, 0) != 0)
-        return ndm_i_fail_io(errno, "cannot empty the file");
-    int refused = keep && file->capacity == capacity ? 0 : set_size(file->fd, capacity);
+    const uint64_t before = file->capacity;
+    const int refused = before >= capacity ? 0 : set_size(file->fd, capacity);
     if (refused)
         return ndm_i_fail_io(refused, "cannot size the file");
-    file->capacity = capacity;
-    file->mapping = ndm_i_mapping_new(file->fd, ceiling);
-    if (!file->mapping && ceiling > capacity)
-        file->mapping = ndm_i_mapping_new(file->fd, capacity); /* RLIMIT_AS: growth will remap */
-    return file->mapping ? NDM_OK : ndm_last_error()->status;
+    file->capacity = ndm_i_max(before, capacity);
+    file->mapping = ndm_i_mapping_new(file->fd, ndm_i_max(ceiling, file->capacity));
+    if (!file->mapping && ceiling > file->capacity)
+        file->mapping = ndm_i_mapping_new(file->fd, file->capacity); /* RLIMIT_AS: growth will remap */
+    if (file->mapping)
+        return NDM_OK;
+    if (before < capacity)
+        ndm_i_file_shrink(file, before);
+    return ndm_last_error()->status;
+}
+
+int ndm_i_file_empty(const ndm_i_file *file)
+{
+    if (ftruncate(file->fd, 0) != 0)
+        return ndm_i_fail_io(errno, "cannot empty the file");
+    const int refused = set_size(file->fd, file->capacity);
+    return refused ? ndm_i_fail_io(refused, "cannot size the file") : NDM_OK;
 }
 
 int ndm_i_file_grow(ndm_i_file *file, uint64_t needed, uint64_t wanted, uint64_t ceiling)
@@ -329,19 +372,28 @@ int ndm_i_file_write(const ndm_i_file *file, const uint8_t *data, uint64_t size,
     return 0;
 }
 
-int ndm_i_file_load(const ndm_i_file *file, uint64_t offset, void *buffer, uint64_t size)
+int64_t ndm_i_file_load_some(const ndm_i_file *file, uint64_t offset, void *buffer, uint64_t size)
 {
-    for (uint8_t *next = buffer; size > 0;) {
-        const ssize_t done = pread(file->fd, next, size, (off_t)offset);
+    uint64_t loaded = 0;
+    while (loaded < size) {
+        const ssize_t done = pread(file->fd, (uint8_t *)buffer + loaded, size - loaded, (off_t)(offset + loaded));
         if (done < 0 && errno == EINTR)
             continue;
-        if (done <= 0)
-            return ndm_i_fail_io(done < 0 ? errno : EIO, "cannot read the file");
-        next += done;
-        size -= (uint64_t)done;
-        offset += (uint64_t)done;
+        if (done < 0)
+            return -1;
+        if (done == 0)
+            break;
+        loaded += (uint64_t)done;
     }
-    return NDM_OK;
+    return (int64_t)loaded;
+}
+
+int ndm_i_file_load(const ndm_i_file *file, uint64_t offset, void *buffer, uint64_t size)
+{
+    const int64_t loaded = ndm_i_file_load_some(file, offset, buffer, size);
+    if (loaded >= 0 && (uint64_t)loaded == size)
+        return NDM_OK;
+    return ndm_i_fail_io(loaded < 0 ? errno : EIO, "cannot read the file");
 }
 
 int ndm_i_file_allocate(ndm_i_file *file, uint64_t start, uint64_t end)
@@ -353,6 +405,32 @@ int ndm_i_file_allocate(ndm_i_file *file, uint64_t start, uint64_t end)
             return errno;
     }
     return 0;
+}
+
+/* Each piece is written as it is. */
+static int rewrite(const ndm_i_file *file)
+{
+    uint8_t piece[4096];
+    int refused = 0;
+    for (uint64_t start = 0; start < file->capacity && !refused; start += sizeof piece) {
+        const uint64_t size = ndm_i_min(sizeof piece, file->capacity - start);
+        refused = ndm_i_file_load(file, start, piece, size) == NDM_OK ? ndm_i_file_write(file, piece, size, start)
+                                                                      : ndm_last_error()->os_errno;
+    }
+    return refused;
+}
+
+int ndm_i_file_get_blocks(ndm_i_file *file)
+{
+    const int refused = ndm_i_file_allocate(file, 0, file->capacity);
+    return refused || file->can_allocate ? refused : rewrite(file);
+}
+
+bool ndm_i_file_can_punch(ndm_i_file *file)
+{
+    const uint64_t end = ndm_i_round_up(ndm_i_max(file->capacity, 1), NDM_I_GRAIN); /* nothing is there */
+    ndm_i_file_punch(file, end, end + NDM_I_GRAIN);
+    return file->can_punch;
 }
 
 bool ndm_i_file_punch(ndm_i_file *file, uint64_t start, uint64_t end)

@@ -20,6 +20,8 @@ typedef struct {
     uint64_t capacity;   /* the file's size */
     uint64_t inode;      /* which file this is: number and time of birth (0 where unknown) */
     uint64_t born;
+    uint64_t modified;   /* time of the last change when it was examined, in nanoseconds */
+    uint32_t user;       /* whose file it is */
     uint64_t process;    /* that opened it: its locks are that process's */
     int fd;
     bool in_memory;      /* tmpfs or ramfs */
@@ -27,20 +29,24 @@ typedef struct {
     bool keeps_blocks;   /* a block once given stays good for stores through the mapping (not so on btrfs and its kin) */
     bool can_allocate;   /* the file system knows fallocate() */
     bool can_punch;      /* and holes */
+    bool holes_need_room; /* to look at a hole takes a page of the file system: on a full one that is SIGBUS */
     bool created;        /* by this open, not found */
-    bool own;            /* its owner is this process's user */
     bool linked;         /* it had a name when it was examined */
 } ndm_i_file;
 
 /* Functions that return int give a status with the error set, unless they say "0 or errno". */
 
-/* Open `path` (not through a symlink; regular files of our own user only), create it (0600) if it is missing and `create` is set, and
- * lock it. The file's size becomes the capacity. Nothing is mapped or changed yet. */
+/* Open `path` (not through a symlink; regular files of our own user only), create it (0600, whatever the umask) if it is
+ * missing and `create` is set, and lock it. The file's size becomes the capacity. Nothing is mapped or changed yet. */
 int ndm_i_file_open(ndm_i_file *file, const char *path, bool create, int lock);
 
 /* How a file is locked: as a whole (flock), or by its first byte (a lock of the open file, F_OFD_SETLK), which leaves
  * flock to say who reads. */
 enum { NDM_I_LOCK_FILE, NDM_I_LOCK_BYTE, NDM_I_LOCK_NONE };
+
+/* Is it a file of the user that this process runs as now? Has it still a name? */
+bool ndm_i_file_is_own(const ndm_i_file *file);
+bool ndm_i_file_is_linked(const ndm_i_file *file);
 
 /* Lock, or unlock, one byte for this open file. false: another has it. */
 bool ndm_i_file_lock_byte(const ndm_i_file *file, uint64_t byte, bool lock);
@@ -51,6 +57,11 @@ int ndm_i_file_await_byte(const ndm_i_file *file, uint64_t byte);
 /* Exchange the open file for another of the same file, with locks of its own: a forked child's copy shares its parent's.
  * false with errno: the file is closed, no more. */
 bool ndm_i_file_reopen(ndm_i_file *file);
+
+/* Has another open file a byte of [*start, *end)? Then a range that it has is given, cut at those ends. A lock that reading is
+ * enough for (F_RDLCK) does not count: what is asked for is a lock that only who may write to the file can hold. Where the
+ * system cannot tell, all of the range is. */
+bool ndm_i_file_find_lock(const ndm_i_file *file, uint64_t *start, uint64_t *end);
 
 /* Has another open file that byte? */
 bool ndm_i_file_is_byte_locked(const ndm_i_file *file, uint64_t byte);
@@ -66,7 +77,7 @@ int ndm_i_file_open_to_lease(ndm_i_file *file, const char *path);
 /* `whole`: lock the file against readers, false if there are some. Otherwise let them in again. */
 bool ndm_i_file_flock(const ndm_i_file *file, bool whole);
 
-/* Say that a reader is there, until the file is closed. Waits while the owner bars readers. */
+/* Say that a reader is there, until the file is closed. NDM_ERR_WAIT while somebody bars readers. */
 int ndm_i_file_flock_to_read(const ndm_i_file *file);
 
 /* An unnamed file in `directory`, or in memory if it is NULL. */
@@ -79,8 +90,12 @@ int ndm_i_file_has_data(const ndm_i_file *file);
  * blocks in place. On btrfs a store then needs no new block (seen on Linux 6.18; older kernels may want one). */
 void ndm_i_file_overwrite_in_place(const ndm_i_file *file);
 
-/* Give the file `capacity` bytes and map it with room for `ceiling`. `keep` what is there, or make it all holes. */
-int ndm_i_file_start(ndm_i_file *file, uint64_t capacity, uint64_t ceiling, bool keep);
+/* Give the file at least `capacity` bytes and map it with room for `ceiling`. What is there stays as it is. A status means
+ * that the file is as it was. */
+int ndm_i_file_start(ndm_i_file *file, uint64_t capacity, uint64_t ceiling);
+
+/* Make all of a file that was started holes. Nobody else may have it mapped. */
+int ndm_i_file_empty(const ndm_i_file *file);
 
 /* Extend the file to `wanted` bytes or, if the system refuses that, to `needed`. The mapping is replaced only
  * when its address space ends below; the new one has room for `ceiling` if it can be had. */
@@ -100,9 +115,18 @@ int ndm_i_file_write(const ndm_i_file *file, const uint8_t *data, uint64_t size,
 /* pread all of it; a file that ends before is EIO. */
 int ndm_i_file_load(const ndm_i_file *file, uint64_t offset, void *buffer, uint64_t size);
 
+/* pread, up to the file's end: how many bytes came. Negative, and no more than that, where the system cannot read them. */
+int64_t ndm_i_file_load_some(const ndm_i_file *file, uint64_t offset, void *buffer, uint64_t size);
+
 /* Get blocks for [start, end); what is there stays. Does nothing where the file system knows no fallocate(): writing
  * gets them there. 0 or errno. */
 int ndm_i_file_allocate(ndm_i_file *file, uint64_t start, uint64_t end);
+
+/* Get blocks for all of the file, whatever the file system knows; its bytes stay. 0 or errno. */
+int ndm_i_file_get_blocks(ndm_i_file *file);
+
+/* Does the file system punch holes? Asks it, past the end of the file. */
+bool ndm_i_file_can_punch(ndm_i_file *file);
 
 /* Give the blocks of [start, end) back. false: the file system would not (can_punch tells if it never will). */
 bool ndm_i_file_punch(ndm_i_file *file, uint64_t start, uint64_t end);

@@ -18,10 +18,3 @@ bool ndm_i_futex_wait(const _Atomic uint32_t *word, uint32_t seen, uint64_t nano
 }
 
 void ndm_i_futex_wake(const _Atomic uint32_t *word) { syscall(SYS_futex, word, FUTEX_WAKE, INT_MAX, NULL, NULL, 0); }
-
-uint64_t ndm_i_now(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * SECOND + (uint64_t)now.tv_nsec;
-}

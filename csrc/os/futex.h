@@ -12,7 +12,4 @@ bool ndm_i_futex_wait(const _Atomic uint32_t *word, uint32_t seen, uint64_t nano
 /* Wake all that sleep on the word. */
 void ndm_i_futex_wake(const _Atomic uint32_t *word);
 
-/* Nanoseconds of a clock that only goes forward. */
-uint64_t ndm_i_now(void);
-
 #endif

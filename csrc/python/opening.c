@@ -3,6 +3,7 @@
 
 #include "objects.h"
 #include "refusals.h"
+#include "waiting.h"
 
 #include <string.h>
 
@@ -54,14 +55,17 @@ static PyObject *open_reader(PyObject *Py_UNUSED(module), PyObject *arguments)
     const char *data, *slots, *leases;
     PyObject *where;
     ndm_error refusal;
+    ndm_i_wait wait = {0};
     Holder *holder;
     if (!PyArg_ParseTuple(arguments, "yyyO!", &data, &slots, &leases, &PyTuple_Type, &where) ||
         !(holder = ndm_i_holder_new(where)))
         return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    holder->reader = ndm_reader_open(data, slots, leases);
-    ndm_i_noted(holder->reader ? NDM_OK : -1, &refusal);
-    Py_END_ALLOW_THREADS
+    do {
+        Py_BEGIN_ALLOW_THREADS
+        holder->reader = ndm_reader_open(data, slots, leases);
+        ndm_i_noted(holder->reader ? NDM_OK : -1, &refusal);
+        Py_END_ALLOW_THREADS
+    } while (!holder->reader && refusal.status == NDM_ERR_WAIT && ndm_i_go_on(&wait, &refusal, NDM_ERR_BUSY));
     return opened(holder, holder->reader != NULL, &refusal);
 }
 

@@ -32,6 +32,8 @@ static PyObject *translated(PyObject *holder, PyObject *number, const ndm_error 
 
 PyObject *ndm_i_refuse(PyObject *holder, PyObject *slot, const ndm_error *refusal)
 {
+    if (PyErr_Occurred()) /* a signal handler's, while the verb waited */
+        return NULL;
     PyObject *number = slot ? PyNumber_Index(slot) : Py_NewRef(Py_None);
     if (!number)
         return NULL;

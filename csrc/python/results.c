@@ -2,6 +2,7 @@
 #include "results.h"
 
 #include "refusals.h"
+#include "waiting.h"
 
 PyObject *ndm_i_viewed(View *view, const char *address, uint64_t size, PyObject *holder, PyObject *slot,
                        const ndm_error *refusal)
@@ -18,22 +19,29 @@ PyObject *ndm_i_viewed(View *view, const char *address, uint64_t size, PyObject 
 int64_t ndm_i_copy(const ndm_i_source *from, void *buffer, int64_t room, ndm_error *refusal)
 {
     int64_t size;
-    Py_BEGIN_ALLOW_THREADS
-    size = from->region ? ndm_region_read_into(from->region, from->slot, buffer, (uint64_t)room)
-                        : ndm_reader_copy(from->reader, from->slot, from->generation, buffer, (uint64_t)room);
-    ndm_i_noted(size, refusal);
-    Py_END_ALLOW_THREADS
+    ndm_i_wait wait = {0};
+    do {
+        Py_BEGIN_ALLOW_THREADS
+        size = from->region ? ndm_region_read_into(from->region, from->slot, buffer, (uint64_t)room)
+                            : ndm_reader_copy(from->reader, from->slot, from->generation, buffer, (uint64_t)room);
+        ndm_i_noted(size, refusal);
+        Py_END_ALLOW_THREADS
+    } while (size == NDM_ERR_WAIT && ndm_i_go_on(&wait, refusal, NDM_ERR_STALE));
     return size;
 }
 
 PyObject *ndm_i_bytes_of(const ndm_i_source *from, PyObject *holder, PyObject *slot)
 {
-    char small[512];
+    char small[4096];
     ndm_error refusal;
-    int64_t size = ndm_i_copy(from, small, sizeof small, &refusal), room = sizeof small;
+    int64_t room = from->region ? 512 : (int64_t)sizeof small; /* a second look costs a reader more than a second copy */
+    int64_t size = ndm_i_copy(from, small, room, &refusal);
     PyObject *bytes = NULL, *result = NULL;
     while (size > room) { /* again where a larger value has come meanwhile */
         Py_XDECREF(bytes);
+        bytes = NULL;
+        if (PyErr_CheckSignals() != 0)
+            return NULL;
         if (!(bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)size)))
             return NULL;
         room = size;

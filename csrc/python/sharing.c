@@ -5,6 +5,7 @@
 #include "objects.h"
 #include "refusals.h"
 #include "results.h"
+#include "waiting.h"
 
 #include <stdlib.h>
 
@@ -38,13 +39,16 @@ static PyObject *view_shared(PyObject *const *arguments, Py_ssize_t count, ndm_v
     ndm_i_source from;
     const char *address;
     ndm_error refusal;
+    ndm_i_wait wait = {0};
     View *view;
     if (!get_shared(arguments, count, &from) || !(view = ndm_i_view_new(false)))
         return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    address = ndm_reader_read(from.reader, from.slot, from.generation, value);
-    ndm_i_noted(address ? NDM_OK : -1, &refusal);
-    Py_END_ALLOW_THREADS
+    do {
+        Py_BEGIN_ALLOW_THREADS
+        address = ndm_reader_read(from.reader, from.slot, from.generation, value);
+        ndm_i_noted(address ? NDM_OK : -1, &refusal);
+        Py_END_ALLOW_THREADS
+    } while (!address && refusal.status == NDM_ERR_WAIT && ndm_i_go_on(&wait, &refusal, NDM_ERR_STALE));
     return ndm_i_viewed(view, address, value->size, arguments[0], arguments[1], &refusal);
 }
 
@@ -113,13 +117,16 @@ static PyObject *lease(PyObject *Py_UNUSED(module), PyObject *const *arguments, 
     const char *address = NULL;
     int64_t number;
     ndm_error refusal;
+    ndm_i_wait wait = {0};
     View *view;
     if (!get_shared(arguments, count, &from) || !(view = ndm_i_view_new(false)))
         return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    number = ndm_reader_lease(from.reader, from.slot, from.generation, &address, &value);
-    ndm_i_noted(number, &refusal);
-    Py_END_ALLOW_THREADS
+    do {
+        Py_BEGIN_ALLOW_THREADS
+        number = ndm_reader_lease(from.reader, from.slot, from.generation, &address, &value);
+        ndm_i_noted(number, &refusal);
+        Py_END_ALLOW_THREADS
+    } while (number == NDM_ERR_WAIT && ndm_i_go_on(&wait, &refusal, NDM_ERR_STALE));
     if (number >= 0) {
         view->leased_by = (Holder *)Py_NewRef(arguments[0]);
         view->lease = number;
@@ -157,11 +164,14 @@ static PyObject *find(PyObject *Py_UNUSED(module), PyObject *const *arguments, P
     ndm_value value;
     int64_t status;
     ndm_error refusal;
+    ndm_i_wait wait = {0};
     if (!get_shared(arguments, count, &from))
         return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    status = ndm_i_noted(ndm_reader_find(from.reader, from.slot, from.generation, &value), &refusal);
-    Py_END_ALLOW_THREADS
+    do {
+        Py_BEGIN_ALLOW_THREADS
+        status = ndm_i_noted(ndm_reader_find(from.reader, from.slot, from.generation, &value), &refusal);
+        Py_END_ALLOW_THREADS
+    } while (status == NDM_ERR_WAIT && ndm_i_go_on(&wait, &refusal, NDM_ERR_STALE));
     if (status < 0)
         return ndm_i_refuse(arguments[0], arguments[1], &refusal);
     Py_RETURN_NONE;
@@ -173,13 +183,20 @@ static PyObject *next_slot(PyObject *Py_UNUSED(module), PyObject *const *argumen
     int64_t from, status;
     ndm_value value;
     ndm_error refusal;
+    ndm_i_wait wait = {0};
     ndm_reader *reader;
     if (!ndm_i_has_count(count, 2) || !(reader = ndm_i_held_reader(arguments[0])) ||
         !ndm_i_get_number(arguments[1], &from))
         return NULL;
-    Py_BEGIN_ALLOW_THREADS
-    status = ndm_i_noted(ndm_reader_next(reader, from, &value), &refusal);
-    Py_END_ALLOW_THREADS
+    do {
+        Py_BEGIN_ALLOW_THREADS
+        status = ndm_i_noted(ndm_reader_next(reader, from, &value), &refusal);
+        Py_END_ALLOW_THREADS
+        if (status == NDM_ERR_WAIT && value.slot > from) { /* a long table, which ends */
+            from = value.slot;
+            wait = (ndm_i_wait){0};
+        }
+    } while (status == NDM_ERR_WAIT && ndm_i_go_on(&wait, &refusal, NDM_ERR_STALE));
     if (status == NDM_ERR_NO_SLOT)
         Py_RETURN_NONE;
     if (status < 0)

@@ -5,14 +5,14 @@
 
 #define WASTE_SHARE 100 /* compaction is done when the holes are under 1/100 of the live bytes */
 
-/* Size of the value in a used extent if it may be moved, 0 if not. */
+/* Size of the value in a used extent if it may be moved, 0 if not; as far as leases have been noted. */
 static uint64_t movable(ndm_region *region, uint32_t extent, uint64_t budget)
 {
     const uint32_t slot = ndm_i_extents_tag(&region->extents, extent);
     if (slot == NDM_I_NONE || ndm_i_pins_pinned(&region->home, extent))
         return 0;
     const ndm_i_record *record = ndm_i_slots_record(&region->slots, slot);
-    if (ndm_i_leases_has(&region->leases, slot, ndm_i_record_generation(record)))
+    if (ndm_i_leases_noted(&region->leases, slot, ndm_i_record_generation(record)))
         return 0;
     const uint64_t size = ndm_i_record_size(record);
     return size <= budget ? size : 0;
@@ -173,7 +173,8 @@ int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out)
     int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
-    ndm_i_limbo_reap(&region->limbo);
+    ndm_i_settle(region);
+    ndm_i_leases_look_round(&region->leases);
     uint64_t left = budget;
     int64_t moved = 1;
     uint32_t hole = NDM_I_NONE;
@@ -181,7 +182,7 @@ int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out)
     while (budget > 0 && !stopped && moved != 0) {
         moved = compact_step(region, budget, left, &hole, &stopped);
         if (moved == NDM_ERR_STALE)
-            continue; /* the next step sees the lease */
+            continue; /* the lease has been noted: the next step sees it */
         if (moved < 0)
             break;
         left -= (uint64_t)moved;

@@ -37,6 +37,8 @@ int ndm_region_stats(ndm_region *region, ndm_stats *out)
     int status = ndm_i_enter_to_look(region);
     if (status != NDM_OK)
         return status;
+    if (ndm_i_limbo_is_unsettled(&region->limbo))
+        ndm_i_settle(region);
     uint64_t disk_bytes;
     if ((status = ndm_i_file_disk_bytes(&region->data, &disk_bytes)) != NDM_OK)
         return status;
@@ -69,6 +71,8 @@ int ndm_region_stats(ndm_region *region, ndm_stats *out)
 int ndm_region_info(ndm_region *region, ndm_info *out)
 {
     int status = ndm_i_enter(region);
+    if (status == NDM_OK && ndm_i_limbo_is_unsettled(&region->limbo))
+        ndm_i_settle(region); /* for readers, who see what is published */
     if (status == NDM_OK)
         *out = (ndm_info){.capacity = region->data.capacity,
                           .max_capacity = region->max_capacity,
@@ -152,7 +156,8 @@ static uint64_t check_figures(const ndm_region *region, uint64_t *empty)
     broken += memcmp(slots_of, region->engine_slots, sizeof slots_of) != 0;
     broken += furthest > region->used_bytes;
     broken += region->used_bytes > ndm_i_bytes(region, region->extents.mark);
-    broken += region->used_bytes > region->data.capacity || region->data.capacity > region->max_capacity;
+    broken += region->used_bytes > region->data.capacity ||
+              region->data.capacity > ndm_i_max(region->max_capacity, region->initial_capacity);
     return broken;
 }
 
@@ -168,7 +173,7 @@ int64_t ndm_region_check(ndm_region *region)
     broken += check_extents(region, &with_extent, &limbo_units);
     broken += check_figures(region, &empty);
     broken += with_extent + empty != region->slots.live;
-    broken += limbo_units != region->limbo.units;
+    broken += limbo_units != region->limbo.units + region->limbo.waiting_units;
     broken += ndm_i_store_check(&region->store) + check_grains(region);
     broken += ndm_i_pins_check(&region->home, is_pin_sound, region);
     return (int64_t)broken;

@@ -56,7 +56,14 @@ void ndm_i_publish(ndm_region *region)
     atomic_store_explicit(&header->max_capacity, region->max_capacity, memory_order_relaxed);
     atomic_store_explicit(&header->used_bytes, region->used_bytes, memory_order_relaxed);
     atomic_store_explicit(&header->live_bytes, region->live_bytes, memory_order_relaxed);
-    atomic_store_explicit(&header->pinned_bytes, ndm_i_bytes(region, region->limbo.units), memory_order_relaxed);
+    atomic_store_explicit(&header->pinned_bytes, ndm_i_bytes(region, region->limbo.units + region->limbo.waiting_units),
+                          memory_order_relaxed);
+}
+
+void ndm_i_settle(ndm_region *region)
+{
+    ndm_i_limbo_settle(&region->limbo);
+    ndm_i_publish(region);
 }
 
 /* ---- room ----------------------------------------------------------------------------------------------- */
@@ -79,6 +86,8 @@ int ndm_i_explained(ndm_region *region, int status)
     const bool disk_is_full = status == NDM_ERR_IO && (code == ENOSPC || code == EDQUOT);
     if (status != NDM_ERR_CAPACITY && !disk_is_full)
         return status;
+    if (ndm_i_limbo_is_unsettled(&region->limbo))
+        ndm_i_settle(region);
     ndm_error space = {.disk_free = ndm_i_file_disk_free(&region->data)};
     space.free_bytes = ndm_i_free_bytes(region, &space.largest_free_bytes);
     space.pinned_bytes = ndm_i_bytes(region, region->limbo.units);
@@ -151,11 +160,10 @@ int ndm_i_take(ndm_region *region, ndm_i_room *rooms, uint64_t count, ndm_i_befo
         return ndm_i_explained(region, status);
     *before = (ndm_i_before){region->extents.mark, region->data.capacity};
     status = take_extents(region, rooms, count, &taken, &furthest);
-    if (status == NDM_OK && furthest > region->data.capacity && region->limbo.leased) {
-        /* Growing is when space is short: what dead processes have leased comes home, once. */
+    if (status == NDM_OK && furthest > region->data.capacity && ndm_i_limbo_is_unsettled(&region->limbo)) {
+        /* Growing is when space is short: what nobody leases comes home, once. */
         ndm_i_undo(region, rooms, taken, *before);
-        if (ndm_i_limbo_reap(&region->limbo))
-            ndm_i_publish(region);
+        ndm_i_settle(region);
         before->mark = region->extents.mark;
         status = take_extents(region, rooms, count, &taken, &furthest);
     }
@@ -202,7 +210,7 @@ void ndm_i_remove_value(ndm_region *region, uint32_t slot)
     region->live_bytes -= size;
     region->engine_bytes[engine] -= size;
     region->engine_slots[engine]--;
-    ndm_i_slots_remove(&region->slots, slot); /* before the leases are looked at: see leases.h */
+    ndm_i_slots_remove(&region->slots, slot); /* before anybody asks whether it is leased: see leases.h */
     if (extent != NDM_I_NONE)
         ndm_i_limbo_add(&region->limbo, extent, slot, generation);
     ndm_i_publish(region);
@@ -270,7 +278,7 @@ int ndm_i_adopt(ndm_region *region, uint64_t offset, uint64_t size, uint32_t slo
     }
     if (slot == NDM_I_NO_SLOT) {
         region->used_bytes = ndm_i_min(ndm_i_max(region->used_bytes, offset + size), region->data.capacity);
-        return ndm_i_limbo_add_leased(&region->limbo, extent, region->unit_shift)
+        return ndm_i_limbo_add_leased(&region->limbo, extent)
                    ? NDM_OK
                    : ndm_i_fail(NDM_ERR_MEMORY, "no memory to note a leased extent");
     }

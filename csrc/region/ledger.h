@@ -70,6 +70,9 @@ int ndm_i_check_engine(int64_t engine);
 /* Show readers the figures that they may see. */
 void ndm_i_publish(ndm_region *region);
 
+/* Bring home what nothing keeps: before space is gathered, and before figures are told. */
+void ndm_i_settle(ndm_region *region);
+
 /* ---- room ---- */
 
 /* Room for one value. The caller fills in `size`; one of 0 bytes takes none. */
@@ -92,8 +95,8 @@ uint64_t ndm_i_free_bytes(const ndm_region *region, uint64_t *largest);
  * and what is pinned. */
 int ndm_i_explained(ndm_region *region, int status);
 
-/* Take room for `count` values, and make sure of their slots. Where the file would have to grow, what dead processes have
- * leased comes home first. On failure nothing has been taken. */
+/* Take room for `count` values, and make sure of their slots. Where the file would have to grow, limbo is settled first. On
+ * failure nothing has been taken. */
 int ndm_i_take(ndm_region *region, ndm_i_room *rooms, uint64_t count, ndm_i_before *before);
 
 /* The bytes could not be stored: all goes back. */

@@ -6,11 +6,11 @@
 #include <assert.h>
 #include <stdlib.h>
 
-/* An extent that a lease keeps: that of a slot and generation; or, from before this owner, any lease of its bytes. */
+/* An extent that a lease keeps: that of a slot and generation; or, where that is NDM_I_NO_SLOT, any lease of
+ * its bytes: it is from before this owner. */
 struct ndm_i_leased {
     struct ndm_i_leased *next;
-    uint32_t extent, slot, generation;
-    unsigned unit_shift; /* where `slot` is NDM_I_NO_SLOT */
+    ndm_i_freed freed;
 };
 
 static void leave(ndm_i_limbo *limbo, uint32_t extent)
@@ -27,59 +27,114 @@ static void come_home(ndm_i_limbo *limbo, uint32_t extent)
     ndm_i_extents_release(limbo->extents, extent);
 }
 
-static bool note(ndm_i_limbo *limbo, uint32_t extent, uint32_t slot, uint32_t generation, unsigned unit_shift)
+static bool note(ndm_i_limbo *limbo, ndm_i_freed freed)
 {
-    struct ndm_i_leased *leased = malloc(sizeof *leased);
-    if (!leased)
+    struct ndm_i_leased *leased = limbo->spare;
+    if (leased)
+        limbo->spare = leased->next;
+    else if (!(leased = malloc(sizeof *leased)))
         return false;
-    *leased = (struct ndm_i_leased){limbo->leased, extent, slot, generation, unit_shift};
+    *leased = (struct ndm_i_leased){limbo->leased, freed};
     limbo->leased = leased;
+    limbo->leased_count++;
     return true;
 }
 
-void ndm_i_limbo_add_kept(ndm_i_limbo *limbo, uint32_t extent, uint32_t slot, uint32_t generation)
+void ndm_i_limbo_add_viewed(ndm_i_limbo *limbo, uint32_t extent)
 {
-    if (ndm_i_leases_has(limbo->leases, slot, generation)) {
-        /* Without memory to note it, nobody gives the extent back until the region is closed: better to lose its space
-         * than to let a reader see other bytes. */
-        note(limbo, extent, slot, generation, 0);
+    if (ndm_i_pins_orphan(limbo->home, extent))
         leave(limbo, extent);
-    } else if (ndm_i_pins_orphan(limbo->home, extent)) {
-        leave(limbo, extent);
-    } else {
+    else
         ndm_i_extents_release(limbo->extents, extent);
-    }
 }
 
-bool ndm_i_limbo_add_leased(ndm_i_limbo *limbo, uint32_t extent, unsigned unit_shift)
+bool ndm_i_limbo_add_leased(ndm_i_limbo *limbo, uint32_t extent)
 {
-    if (!note(limbo, extent, NDM_I_NO_SLOT, 0, unit_shift))
+    if (!note(limbo, (ndm_i_freed){extent, NDM_I_NO_SLOT, 0}))
         return false;
     leave(limbo, extent);
     return true;
 }
 
-static bool is_leased(const ndm_i_limbo *limbo, const struct ndm_i_leased *leased)
+bool ndm_i_limbo_reserve(ndm_i_limbo *limbo, uint64_t count)
 {
-    if (leased->slot != NDM_I_NO_SLOT)
-        return ndm_i_leases_has(limbo->leases, leased->slot, leased->generation);
-    const ndm_i_span bytes = {ndm_i_extents_offset(limbo->extents, leased->extent) << leased->unit_shift,
-                              ndm_i_extents_length(limbo->extents, leased->extent) << leased->unit_shift};
-    return ndm_i_leases_touch(limbo->leases, bytes);
+    while (count-- > 0) {
+        struct ndm_i_leased *spare = malloc(sizeof *spare);
+        if (!spare)
+            return false;
+        spare->next = limbo->spare;
+        limbo->spare = spare;
+    }
+    return true;
 }
 
+static void free_all(struct ndm_i_leased **list)
+{
+    while (*list) {
+        struct ndm_i_leased *leased = *list;
+        *list = leased->next;
+        free(leased);
+    }
+}
+
+void ndm_i_limbo_drop_spare(ndm_i_limbo *limbo) { free_all(&limbo->spare); }
+
+/* ---- at the door ---------------------------------------------------------------------------------------- */
+
+/* All who wait go on, by what the owner noted when it looked round: they were freed before. */
+static void let_in(ndm_i_limbo *limbo)
+{
+    for (uint64_t i = 0; i < limbo->waiting_count; i++) {
+        const ndm_i_freed freed = limbo->waiting[i];
+        if (!ndm_i_leases_noted(limbo->leases, freed.slot, freed.generation)) {
+            ndm_i_limbo_add_viewed(limbo, freed.extent);
+            continue;
+        }
+        /* Without memory to note it, nobody gives the extent back until the region is closed: better to lose its space
+         * than to let a reader see other bytes. */
+        note(limbo, freed);
+        leave(limbo, freed.extent);
+    }
+    limbo->waiting_count = limbo->waiting_units = 0;
+}
+
+void ndm_i_limbo_wait(ndm_i_limbo *limbo, ndm_i_freed freed)
+{
+    limbo->waiting[limbo->waiting_count++] = freed;
+    limbo->waiting_units += ndm_i_extents_length(limbo->extents, freed.extent);
+    ndm_i_extents_set_tag(limbo->extents, freed.extent, NDM_I_NONE);
+    if (limbo->waiting_count == NDM_I_WAITING || limbo->waiting_units << *limbo->unit_shift >= NDM_I_WAITING_BYTES) {
+        ndm_i_leases_look_round(limbo->leases);
+        let_in(limbo);
+    }
+}
+
+/* ---- what leases keep ----------------------------------------------------------------------------------- */
+
+static bool is_leased(const ndm_i_limbo *limbo, ndm_i_freed freed)
+{
+    if (freed.slot != NDM_I_NO_SLOT)
+        return ndm_i_leases_noted(limbo->leases, freed.slot, freed.generation);
+    const unsigned shift = *limbo->unit_shift;
+    const ndm_i_span bytes = {ndm_i_extents_offset(limbo->extents, freed.extent) << shift,
+                              ndm_i_extents_length(limbo->extents, freed.extent) << shift};
+    return ndm_i_leases_touched(limbo->leases, bytes);
+}
+
+/* The leases that have ended, by what the owner noted when it looked round. */
 static bool collect_leased(ndm_i_limbo *limbo)
 {
     bool came = false;
     for (struct ndm_i_leased **link = &limbo->leased; *link;) {
         struct ndm_i_leased *leased = *link;
-        if (is_leased(limbo, leased)) {
+        if (is_leased(limbo, leased->freed)) {
             link = &leased->next;
             continue;
         }
         *link = leased->next;
-        if (!ndm_i_pins_orphan(limbo->home, leased->extent)) { /* the owner's own views keep it, too */
-            come_home(limbo, leased->extent);
+        limbo->leased_count--;
+        if (!ndm_i_pins_orphan(limbo->home, leased->freed.extent)) { /* the owner's own views keep it, too */
+            come_home(limbo, leased->freed.extent);
             came = true;
         }
         free(leased);
@@ -87,7 +142,7 @@ static bool collect_leased(ndm_i_limbo *limbo)
     return came;
 }
 
-bool ndm_i_limbo_collect_ended(ndm_i_limbo *limbo)
+static bool collect_viewed(ndm_i_limbo *limbo)
 {
     uint32_t extent;
     bool came = false;
@@ -95,22 +150,33 @@ bool ndm_i_limbo_collect_ended(ndm_i_limbo *limbo)
         come_home(limbo, extent);
         came = true;
     }
-    if (limbo->leased && ndm_i_leases_news(limbo->leases) && collect_leased(limbo))
-        came = true;
     return came;
 }
 
-bool ndm_i_limbo_reap(ndm_i_limbo *limbo)
+bool ndm_i_limbo_collect_ended(ndm_i_limbo *limbo)
 {
-    ndm_i_leases_reap(limbo->leases);
-    return ndm_i_limbo_collect(limbo);
+    const bool came = collect_viewed(limbo);
+    if (!limbo->leased || limbo->rest-- > 0)
+        return came;
+    /* The more extents are kept, the longer it takes to go through them: the price of a verb stays the same. */
+    limbo->rest = NDM_I_WAITING + limbo->leased_count;
+    ndm_i_leases_look_round(limbo->leases);
+    return collect_leased(limbo) || came;
+}
+
+void ndm_i_limbo_settle(ndm_i_limbo *limbo)
+{
+    collect_viewed(limbo);
+    if (!ndm_i_limbo_is_unsettled(limbo))
+        return;
+    ndm_i_leases_look_round(limbo->leases);
+    collect_leased(limbo);
+    let_in(limbo);
 }
 
 void ndm_i_limbo_forget(ndm_i_limbo *limbo)
 {
-    while (limbo->leased) {
-        struct ndm_i_leased *leased = limbo->leased;
-        limbo->leased = leased->next;
-        free(leased);
-    }
+    free_all(&limbo->leased);
+    ndm_i_limbo_drop_spare(limbo);
+    limbo->leased_count = limbo->waiting_count = limbo->waiting_units = 0;
 }

@@ -2,21 +2,42 @@
 #define _GNU_SOURCE
 #include "region/lookup.h"
 
+#include "os/bits.h"
 #include "os/owner.h"
+#include "os/patience.h"
 #include "os/status.h"
 
 #include <errno.h>
-#include <time.h>
+#include <string.h>
 
-/* A value that is being moved is looked at again after a pause; an owner that died in the middle never ends it, so after
- * a round of pauses it must be alive. A large value takes many rounds. */
-enum { PAUSES = 200, PAUSE_NS = 50000, ROUNDS = 2000 };
+/* How often a record that changes under the eyes is read again at once. */
+enum { GLANCES = 100 };
+
+/* So long a file's size is taken to be what it was, in nanoseconds. Nobody cuts a file short and comes back sooner; and who
+ * reads in a loop pays for one system call in many look-ups. */
+#define FRESH ((uint64_t)2000)
+
+/* Copies of this size and more are made by system calls. */
+#define LOAD_FROM ((uint64_t)16 << 10)
 
 int ndm_i_reader_check(const ndm_reader *reader)
 {
     if (atomic_load(&ndm_i_reader_header(reader)->incarnation) == reader->incarnation)
         return NDM_OK;
     return ndm_i_fail(NDM_ERR_STALE, "the region has been opened anew: its values are gone");
+}
+
+/* Is the file that long? */
+static bool reaches(const ndm_i_file *file, ndm_i_length *length, uint64_t needed, uint64_t moment)
+{
+    if (moment >= length->until || length->bytes < needed)
+        *length = (ndm_i_length){.bytes = ndm_i_file_size(file), .until = moment + FRESH};
+    return length->bytes >= needed;
+}
+
+static int cut_short(void)
+{
+    return (int)ndm_i_of_file(NDM_FILE_SLOTS, ndm_i_fail_io(EIO, "the slot table is cut short"));
 }
 
 int ndm_i_reader_enter(ndm_reader *reader)
@@ -30,7 +51,11 @@ int ndm_i_reader_enter(ndm_reader *reader)
         pthread_mutex_unlock(&reader->lock);
         return ndm_i_fail(NDM_ERR_CLOSED, "the reader is closed");
     }
-    const int status = ndm_i_reader_check(reader);
+    /* Who may write to the table may have cut it short: to touch what is missing would be SIGBUS. */
+    reader->moment = ndm_i_now();
+    const int status = reaches(&reader->slots, &reader->slots_length, NDM_I_HEADER_ROOM, reader->moment)
+                           ? ndm_i_reader_check(reader)
+                           : cut_short();
     if (status != NDM_OK)
         pthread_mutex_unlock(&reader->lock);
     return status;
@@ -72,9 +97,16 @@ static bool read_record(const ndm_i_record *record, ndm_value *out)
 }
 
 /* Why a slot that was seen as a whole, and neither live nor being moved, gives no value. */
-static int refuse(const ndm_value *found, int64_t slot, int64_t generation)
+static int refuse(const ndm_reader *reader, const ndm_value *found, int64_t slot, int64_t generation)
 {
     const bool draft = found->state == NDM_I_DRAFT;
+    if (!draft && found->state != NDM_I_FREED) {
+        atomic_thread_fence(memory_order_acquire);
+        const int status = ndm_i_reader_check(reader); /* an owner that starts afresh empties the table */
+        return status != NDM_OK ? status
+                                : (int)ndm_i_of_file(NDM_FILE_SLOTS, ndm_i_fail_io(EUCLEAN, "the slot table is torn: a "
+                                                                                    "record has no known state"));
+    }
     if (generation >= 0)
         return ndm_i_fail(NDM_ERR_STALE, draft && found->generation == (uint32_t)generation
                                              ? "the value is not committed yet"
@@ -82,36 +114,51 @@ static int refuse(const ndm_value *found, int64_t slot, int64_t generation)
     return ndm_i_fail_slot(draft ? NDM_ERR_UNCOMMITTED : NDM_ERR_FREED_SLOT, slot);
 }
 
+static uint64_t end_of(int64_t slot) { return NDM_I_HEADER_ROOM + ((uint64_t)slot + 1) * sizeof(ndm_i_record); }
+
+/* Have a slot's record mapped, of a table that may have grown. */
+static int reach_record(ndm_reader *reader, int64_t slot)
+{
+    const uint64_t needed = end_of(slot);
+    if (!reaches(&reader->slots, &reader->slots_length, needed, reader->moment))
+        return cut_short();
+    return (int)ndm_i_of_file(NDM_FILE_SLOTS, reach(&reader->slots, &reader->table, needed, reader->slots_length.bytes));
+}
+
+/* The value is being moved: by an owner that lives? Who died meanwhile, or had ended the move before, is found out by
+ * looking again. */
+static int await_move(const ndm_reader *reader, int64_t slot, const ndm_value *found)
+{
+    ndm_value again;
+    if (ndm_i_file_is_byte_locked(&reader->slots, 0) || !read_record(record_of(reader, slot), &again) ||
+        again.state != NDM_I_MOVING || again.generation != found->generation)
+        return ndm_i_fail(NDM_ERR_WAIT, "the value is being moved");
+    return ndm_i_fail(NDM_ERR_STALE, "the owner died while it moved the value; recovery ends the move");
+}
+
 int ndm_i_reader_look_up(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out)
 {
-    const uint64_t count = ndm_i_acquire(&ndm_i_reader_header(reader)->count);
-    if (slot < 0 || (uint64_t)slot >= count)
+    const ndm_i_header *header = ndm_i_reader_header(reader);
+    if (slot < 0 || (uint64_t)slot >= ndm_i_acquire(&header->count))
         return ndm_i_fail_slot(NDM_ERR_NO_SLOT, slot);
-    const uint64_t needed = NDM_I_HEADER_ROOM + ((uint64_t)slot + 1) * sizeof(ndm_i_record);
-    if (reader->table->length < needed) {
-        const uint64_t size = ndm_i_file_size(&reader->slots);
-        if (size < needed)
-            return (int)ndm_i_of_file(NDM_FILE_SLOTS, ndm_i_fail_io(EIO, "the slot table is cut short"));
-        int status = reach(&reader->slots, &reader->table, needed, size);
-        if (status != NDM_OK)
-            return (int)ndm_i_of_file(NDM_FILE_SLOTS, status);
+    const int status = reach_record(reader, slot);
+    if (status != NDM_OK)
+        return status;
+    const uint64_t turns = ndm_i_acquire(&ndm_i_reader_header(reader)->turns); /* before the place */
+    for (int glances = 0; glances < GLANCES; glances++) {
+        if (!read_record(record_of(reader, slot), out))
+            continue;
+        if (out->state == NDM_I_MOVING)
+            return await_move(reader, slot, out);
+        if (out->state != NDM_I_LIVE)
+            return refuse(reader, out, slot, generation);
+        if (generation >= 0 && out->generation != (uint32_t)generation)
+            return ndm_i_fail(NDM_ERR_STALE, "the slot holds another value now");
+        out->slot = slot;
+        out->turns = turns;
+        return NDM_OK;
     }
-    for (int pauses = 0; pauses < PAUSES * ROUNDS; pauses++) {
-        if (pauses > 0 && pauses % PAUSES == 0 && !ndm_i_file_is_byte_locked(&reader->slots, 0))
-            break;
-        const bool whole = read_record(record_of(reader, slot), out);
-        if (whole && out->state == NDM_I_LIVE) {
-            out->slot = slot;
-            if (generation >= 0 && out->generation != (uint32_t)generation)
-                return ndm_i_fail(NDM_ERR_STALE, "the slot holds another value now");
-            return NDM_OK;
-        }
-        if (whole && out->state != NDM_I_MOVING)
-            return refuse(out, slot, generation);
-        if (whole)
-            nanosleep(&(struct timespec){.tv_nsec = PAUSE_NS}, NULL);
-    }
-    return ndm_i_fail(NDM_ERR_STALE, "the value is being moved");
+    return ndm_i_fail(NDM_ERR_WAIT, "the value keeps changing");
 }
 
 bool ndm_i_reader_is_unchanged(const ndm_reader *reader, const ndm_value *value)
@@ -120,14 +167,53 @@ bool ndm_i_reader_is_unchanged(const ndm_reader *reader, const ndm_value *value)
     atomic_thread_fence(memory_order_acquire);
     if (ndm_i_reader_check(reader) != NDM_OK) /* the bytes go before the records do */
         return false;
+    if (reader->slots_length.bytes < end_of(value->slot))
+        return false;
     return read_record(record_of(reader, value->slot), &now) && now.state == NDM_I_LIVE &&
-           now.generation == value->generation && now.place == value->place;
+           now.generation == value->generation && now.place == value->place &&
+           ndm_i_acquire(&ndm_i_reader_header(reader)->turns) == value->turns;
 }
 
 int ndm_i_reader_reach(ndm_reader *reader, const ndm_value *value)
 {
     const uint64_t end = value->offset + value->size, ceiling = ndm_i_acquire(&ndm_i_reader_header(reader)->max_capacity);
-    if (end > ndm_i_file_size(&reader->data))
+    if (!reaches(&reader->data, &reader->data_length, end, reader->moment))
         return ndm_i_fail_io(EIO, "the file is shorter than its table says");
     return reach(&reader->data, &reader->values, end, ceiling > end ? ceiling : end);
+}
+
+/* By pread: a byte that the file has lost meanwhile, or that the disk cannot read, is an error, not SIGBUS. In pieces, because
+ * some file systems let nobody write to a file while one piece is read. */
+static int load(const ndm_reader *reader, const ndm_value *value, char *buffer)
+{
+    for (uint64_t done = 0; done < value->size;) {
+        const uint64_t piece = ndm_i_min(value->size - done, NDM_I_GRAIN);
+        const int64_t loaded = ndm_i_file_load_some(&reader->data, value->offset + done, buffer + done, piece);
+        if (loaded < 0)
+            return ndm_i_fail_io(errno, "cannot read the file");
+        if ((uint64_t)loaded < piece)
+            return ndm_i_fail_io(EIO, "the file is shorter than its table says");
+        done += piece;
+    }
+    return NDM_OK;
+}
+
+__attribute__((no_sanitize("thread"))) static void copy_racing(char *to, const char *from, uint64_t size)
+{
+#if defined(__SANITIZE_THREAD__)
+    for (uint64_t i = 0; i < size; i++)
+        to[i] = ((const volatile char *)from)[i];
+#else
+    memcpy(to, from, size);
+#endif
+}
+
+int ndm_i_reader_load(ndm_reader *reader, const ndm_value *value, char *buffer)
+{
+    if (value->size >= LOAD_FROM)
+        return load(reader, value, buffer);
+    const int status = value->size > 0 ? ndm_i_reader_reach(reader, value) : NDM_OK;
+    if (status == NDM_OK && value->size > 0)
+        copy_racing(buffer, (const char *)reader->values->base + value->offset, value->size);
+    return status;
 }

@@ -3,8 +3,10 @@
 #include "region/ledger.h"
 
 #include "os/status.h"
+#include "region/anew.h"
 #include "region/recover.h"
 #include "store/handles.h"
+#include "store/kinship.h"
 
 #include <errno.h>
 #include <stddef.h>
@@ -40,102 +42,124 @@ static void last_use(ndm_i_home *home)
 
 static int check_options(const ndm_options *options)
 {
-    if (options->initial_capacity == 0 || options->max_capacity == 0)
-        return ndm_i_fail(NDM_ERR_ARGUMENT, "a capacity must be positive");
+    if (options->max_capacity == 0)
+        return ndm_i_fail(NDM_ERR_ARGUMENT, "max_capacity must be positive");
     if (options->max_capacity > INT64_MAX)
         return ndm_i_fail(NDM_ERR_ARGUMENT, "max_capacity must be below 2^63");
-    if (options->initial_capacity > options->max_capacity)
-        return ndm_i_fail(NDM_ERR_ARGUMENT, "initial_capacity must not exceed max_capacity");
-    if (options->alignment == 0 || options->alignment > 4096 || (options->alignment & (options->alignment - 1)) != 0)
+    if (!ndm_i_is_alignment(options->alignment))
         return ndm_i_fail(NDM_ERR_ARGUMENT, "alignment must be a power of two, 1 to 4096");
     return NDM_OK;
 }
 
-/* Empty the data file. Where readers have it mapped it keeps its size, and becomes one hole but for what they lease: a
- * page that is cut off under a view would be SIGBUS. */
-static int empty_data(ndm_region *region, uint64_t capacity, uint64_t ceiling, const ndm_i_span *leased,
-                      uint64_t *leased_count)
+static int of_table(int os_errno, const char *message)
 {
-    const bool alone = ndm_i_slots_bar_readers(&region->slots);
-    int status = ndm_i_file_start(&region->data, capacity, ceiling, !alone);
-    if (alone)
-        *leased_count = 0; /* nobody is there who could hold a lease */
-    for (uint64_t i = 0, start = 0; i <= *leased_count && status == NDM_OK && !alone; i++) {
-        const uint64_t end = i < *leased_count ? leased[i].offset : capacity;
-        if (end > start && !ndm_i_file_punch(&region->data, start, end))
-            status = ndm_i_fail(NDM_ERR_BUSY, "readers have the old file open, and the file system punches no holes");
-        start = i < *leased_count ? end + leased[i].size : end;
-    }
-    return status;
+    return (int)ndm_i_of_file(NDM_FILE_SLOTS, ndm_i_fail_io(os_errno, message));
 }
 
-static int start_store(ndm_region *region, const ndm_options *options)
+/* The data file has data, or the table values. What may be done with them? */
+static int refuse_strangers(const ndm_region *region, bool has_data, bool recover)
 {
-    return ndm_i_store_init(&region->store, &region->data, &region->home.writable, options->cache_limit);
+    const ndm_i_slots *slots = &region->slots;
+    const bool marked = ndm_i_identity_is_set(ndm_i_identity_of(&region->data));
+    if (slots->found == NDM_I_NO_TABLE || slots->found == NDM_I_VACANT_TABLE) {
+        if (!has_data || ndm_i_kinship_of(&slots->before, &region->data) == NDM_I_SAME)
+            return NDM_OK;
+        if (!marked)
+            return ndm_i_fail_io(EEXIST, "the file holds data that no overflow region wrote, or its slot table was "
+                                         "removed: put path.slots back, or remove the file");
+        if (recover && slots->found == NDM_I_NO_TABLE)
+            return of_table(ENOENT, "the slot table of the region is missing: put it back, or open without recover to "
+                                    "start empty");
+        return NDM_OK;
+    }
+    const ndm_i_kinship kinship = ndm_i_kinship_of(&slots->before, &region->data);
+    const bool live = slots->found == NDM_I_TABLE && ndm_i_word(&slots->before.live_bytes) > 0;
+    if (!has_data && (kinship == NDM_I_LOST || kinship == NDM_I_STRANGERS)) /* the file that it speaks of is gone */
+        return recover && live ? of_table(EUCLEAN, "the data file that the slot table describes is gone") : NDM_OK;
+    if (kinship == NDM_I_LIVE_COPY && !recover)
+        return NDM_OK;
+    return (int)ndm_i_of_file(NDM_FILE_SLOTS, ndm_i_kinship_check(kinship));
 }
 
-static int start_anew(ndm_region *region, const ndm_options *options)
+/* Are there values to be taken over? */
+static bool has_values(const ndm_region *region)
 {
-    const uint64_t found = region->data.capacity;
-    ndm_i_span *leased = malloc(NDM_I_LEASES * sizeof *leased);
-    if (!leased)
-        return ndm_i_fail(NDM_ERR_MEMORY, "no memory to look at the leases");
-    /* In this order: readers learn that the values are gone, then they go. A file with data and without its mark would be
-     * taken for somebody else's, so the table is emptied last. */
-    uint64_t count = 0;
-    int status = ndm_i_slots_invalidate(&region->slots);
-    if (status == NDM_OK) {
-        count = ndm_i_leased_before(region, leased);
-        status = empty_data(region, found ? found : options->initial_capacity, ndm_i_ceiling(options->max_capacity),
-                            leased, &count);
-    }
-    if (status == NDM_OK)
-        status = ndm_i_slots_start(&region->slots, &region->data, options->alignment);
-    if (status == NDM_OK)
-        status = start_store(region, options);
-    if (status == NDM_OK && count > 0)
-        status = ndm_i_keep_places(region, leased, count);
-    if (status == NDM_OK)
-        region->leases.incarnation = ndm_i_word(&ndm_i_slots_header(&region->slots)->incarnation);
-    ndm_i_slots_let_readers(&region->slots);
-    free(leased);
-    return status;
+    if (region->slots.found != NDM_I_TABLE && region->slots.found != NDM_I_OLDER_TABLE)
+        return false;
+    const ndm_i_kinship kinship = ndm_i_kinship_of(&region->slots.before, &region->data);
+    return kinship != NDM_I_LOST && kinship != NDM_I_STRANGERS;
 }
 
 static int take_over(ndm_region *region, const ndm_options *options)
 {
     int status = ndm_i_slots_adopt(&region->slots, &region->data);
     if (status == NDM_OK)
-        status = ndm_i_file_start(&region->data, region->data.capacity, ndm_i_ceiling(options->max_capacity), true);
+        status = ndm_i_file_start(&region->data, region->data.capacity, ndm_i_ceiling(options->max_capacity));
     if (status == NDM_OK)
-        status = start_store(region, options);
+        status = ndm_i_start_store(region, options);
     if (status != NDM_OK)
         return status;
     region->unit_shift = (unsigned)__builtin_ctzll(ndm_i_slots_header(&region->slots)->alignment);
     return ndm_i_recover(region);
 }
 
+/* The initial capacity counts where there is no file yet, or an empty one. */
+static int check_initial(const ndm_options *options)
+{
+    if (options->initial_capacity == 0)
+        return ndm_i_fail(NDM_ERR_ARGUMENT, "initial_capacity must be positive");
+    if (options->initial_capacity > options->max_capacity)
+        return ndm_i_fail(NDM_ERR_ARGUMENT, "initial_capacity must not exceed max_capacity");
+    return NDM_OK;
+}
+
+static int open_data(ndm_region *region, const char *path, const char *directory, const ndm_options *options)
+{
+    const int refused = check_initial(options);
+    if (!path)
+        return refused ? refused : ndm_i_file_open_unnamed(&region->data, directory);
+    int status = ndm_i_file_open(&region->data, path, !refused, NDM_I_LOCK_FILE);
+    if (refused && status == NDM_ERR_IO && ndm_last_error()->os_errno == ENOENT)
+        return check_initial(options);
+    if (refused && status == NDM_OK && region->data.capacity == 0) {
+        ndm_i_file_close(&region->data, NULL);
+        return check_initial(options);
+    }
+    return status;
+}
+
+static int open_slots(ndm_region *region, const char *slots_path, bool recover)
+{
+    const int has_data = slots_path ? ndm_i_file_has_data(&region->data) : 0;
+    if (has_data < 0)
+        return has_data;
+    const bool marked = has_data && ndm_i_identity_is_set(ndm_i_identity_of(&region->data));
+    int status = ndm_i_slots_open(&region->slots, slots_path, !has_data || (marked && !recover));
+    const bool missing = has_data && status == NDM_ERR_IO && ndm_last_error()->os_errno == ENOENT;
+    if (status == NDM_OK || missing) {
+        status = slots_path ? refuse_strangers(region, has_data, recover) : NDM_OK;
+        if (status != NDM_OK)
+            ndm_i_slots_close(&region->slots, region->slots.table.created ? slots_path : NULL);
+    }
+    return status;
+}
+
 /* Open both files and, once nothing can be refused any more, empty or adopt them. */
 static int open_files(ndm_region *region, const char *path, const char *slots_path, const char *directory,
                       const ndm_options *options)
 {
-    int status = path ? ndm_i_file_open(&region->data, path, true, NDM_I_LOCK_FILE)
-                      : ndm_i_file_open_unnamed(&region->data, directory);
+    int status = open_data(region, path, directory, options);
     if (status != NDM_OK)
         return status;
-    if (region->data.capacity > options->max_capacity)
-        status = ndm_i_fail_capacity(region->data.capacity, options->max_capacity);
-    else
-        status = ndm_i_slots_open(&region->slots, slots_path, &region->data);
-    if (status != NDM_OK)
+    if ((status = open_slots(region, slots_path, options->recover)) != NDM_OK)
         goto fail;
     status = ndm_i_join_leases(region);
-    if (status == NDM_OK && options->recover && region->slots.orphaned)
-        status = (int)ndm_i_of_file(NDM_FILE_SLOTS, ndm_i_fail_io(EUCLEAN, "the data file that the slot table describes is gone"));
     if (status == NDM_OK)
-        status = options->recover && region->slots.ours ? take_over(region, options) : start_anew(region, options);
-    if (status == NDM_OK)
+        status = options->recover && has_values(region) ? take_over(region, options) : ndm_i_start_anew(region, options);
+    if (status == NDM_OK) {
+        atomic_store(&ndm_i_slots_header(&region->slots)->has_leases, region->leases.file.fd >= 0);
         return NDM_OK;
+    }
 
     ndm_i_limbo_forget(&region->limbo);
     ndm_i_leases_close(&region->leases);
@@ -152,6 +176,7 @@ static void shut(ndm_region *region)
 {
     ndm_i_limbo_forget(&region->limbo);
     ndm_i_leases_close(&region->leases);
+    ndm_i_slots_seal(&region->slots, &region->data);
     ndm_i_slots_close(&region->slots, NULL);
     ndm_i_extents_fini(&region->extents);
     ndm_i_store_fini(&region->store);
@@ -194,7 +219,8 @@ static void prepare(ndm_region *region, const ndm_options *options)
     region->leases.file.fd = -1;
     atomic_init(&region->holders, 2);
     ndm_i_extents_init(&region->extents);
-    region->limbo = (ndm_i_limbo){.extents = &region->extents, .home = &region->home, .leases = &region->leases};
+    region->limbo = (ndm_i_limbo){.extents = &region->extents, .home = &region->home, .leases = &region->leases,
+                                  .unit_shift = &region->unit_shift};
 }
 
 static ndm_region *region_new(const char *path, const char *directory, const ndm_options *options)

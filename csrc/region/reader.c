@@ -3,7 +3,9 @@
 #define _GNU_SOURCE
 #include "region/lookup.h"
 
+#include "os/bits.h"
 #include "os/owner.h"
+#include "os/patience.h"
 #include "os/residency.h"
 #include "os/status.h"
 
@@ -13,8 +15,8 @@
 #include <string.h>
 #include <unistd.h>
 
-/* How often a value that keeps changing is tried again. */
-enum { RETRIES = 1000 };
+/* How often a value that moves while it is leased is leased again; how many slots are looked at in one call. */
+enum { RETRIES = 1000, LOOKS = 100000 };
 
 /* Larger values that are not in RAM are fetched in one go. */
 #define FETCH_FROM ((uint64_t)64 << 10)
@@ -74,25 +76,36 @@ static void leave_in_child(void *context)
     reader->left = true;
 }
 
-static int open_slots(ndm_reader *reader, const char *path)
+/* Is it the table of our data file? Read, not mapped: nothing has been locked yet. */
+static int check_table(const ndm_reader *reader)
 {
-    if (ndm_i_file_open_to_read(&reader->slots, path) != NDM_OK)
-        return ndm_i_fail_io(ndm_last_error()->os_errno, "cannot open the slot table");
-    int status = ndm_i_file_flock_to_read(&reader->slots);
-    if (status != NDM_OK)
-        return status;
+    ndm_i_header header;
     if (ndm_i_file_size(&reader->slots) < NDM_I_HEADER_ROOM)
         return ndm_i_fail_io(EINVAL, "the slot table is cut short");
+    const int status = ndm_i_file_load(&reader->slots, 0, &header, sizeof header);
+    return status == NDM_OK ? ndm_i_header_check(&header, &reader->data) : status;
+}
+
+/* The lock comes after the check: a file that is none of ours is left alone. The owner may have changed the table meanwhile. */
+static int open_slots(ndm_reader *reader, const char *path)
+{
+    int status = ndm_i_file_open_to_read(&reader->slots, path);
+    if (status != NDM_OK)
+        return ndm_i_fail_io(ndm_last_error()->os_errno, "cannot open the slot table");
+    if ((status = check_table(reader)) != NDM_OK || (status = ndm_i_file_flock_to_read(&reader->slots)) != NDM_OK ||
+        (status = check_table(reader)) != NDM_OK)
+        return status;
     reader->table = ndm_i_mapping_new_to_read(reader->slots.fd, ndm_i_file_size(&reader->slots));
     if (!reader->table)
         return ndm_last_error()->status;
     const ndm_i_header *header = ndm_i_reader_header(reader);
-    if ((status = ndm_i_header_check(header, reader->data.inode, reader->data.born)) != NDM_OK)
-        return status;
     const uint64_t count = atomic_load(&header->count);
     reader->incarnation = atomic_load(&header->incarnation);
-    if (reader->incarnation == 0 || count > (reader->table->length - NDM_I_HEADER_ROOM) / sizeof(ndm_i_record))
+    if (reader->incarnation == 0 || count > NDM_I_NO_SLOT ||
+        count > (reader->table->length - NDM_I_HEADER_ROOM) / sizeof(ndm_i_record))
         return ndm_i_fail_io(EINVAL, "the slot table is cut short, or being made");
+    if (!ndm_i_is_alignment(header->alignment))
+        return ndm_i_fail_io(EUCLEAN, "the slot table is torn: no values have its alignment");
     return NDM_OK;
 }
 
@@ -102,7 +115,7 @@ static int open_files(ndm_reader *reader, const char *data_path, const char *slo
     return status == NDM_OK ? (int)ndm_i_of_file(NDM_FILE_SLOTS, open_slots(reader, slots_path)) : status;
 }
 
-ndm_reader *ndm_reader_open(const char *data_path, const char *slots_path, const char *leases_path)
+static ndm_reader *open_once(const char *data_path, const char *slots_path, const char *leases_path)
 {
     ndm_reader *reader = calloc(1, sizeof *reader);
     if (!reader || !(reader->data_path = strdup(data_path)) || !(reader->leases_path = strdup(leases_path))) {
@@ -131,6 +144,16 @@ ndm_reader *ndm_reader_open(const char *data_path, const char *slots_path, const
     return NULL;
 }
 
+ndm_reader *ndm_reader_open(const char *data_path, const char *slots_path, const char *leases_path)
+{
+    ndm_i_patience patience = {0};
+    ndm_reader *reader;
+    while (!(reader = open_once(data_path, slots_path, leases_path)) && ndm_last_error()->status == NDM_ERR_WAIT &&
+           ndm_i_pause(&patience))
+        ;
+    return reader;
+}
+
 void ndm_reader_close(ndm_reader *reader)
 {
     if (!reader || !ndm_i_is_process(reader->process))
@@ -157,7 +180,9 @@ void ndm_reader_destroy(ndm_reader *reader)
 
 /* ---- the verbs ------------------------------------------------------------------------------------------ */
 
-int ndm_reader_find(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out)
+/* A verb enters, looks, and leaves; while the owner moves the value it does so again after a pause. */
+
+static int find_once(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out)
 {
     ndm_value found;
     int status = ndm_i_reader_enter(reader);
@@ -166,6 +191,15 @@ int ndm_reader_find(ndm_reader *reader, int64_t slot, int64_t generation, ndm_va
     if ((status = ndm_i_reader_look_up(reader, slot, generation, &found)) == NDM_OK)
         *out = found;
     pthread_mutex_unlock(&reader->lock);
+    return status;
+}
+
+int ndm_reader_find(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out)
+{
+    ndm_i_patience patience = {0};
+    int status;
+    while ((status = find_once(reader, slot, generation, out)) == NDM_ERR_WAIT && ndm_i_pause(&patience))
+        ;
     return status;
 }
 
@@ -194,57 +228,59 @@ static const char *view_of(ndm_reader *reader, const ndm_value *value)
     return view;
 }
 
-const char *ndm_reader_read(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out)
+static int read_once(ndm_reader *reader, int64_t slot, int64_t generation, const char **view, ndm_value *out)
 {
     ndm_value found;
-    if (ndm_i_reader_enter(reader) != NDM_OK)
-        return NULL;
-    const char *view = NULL;
-    if (ndm_i_reader_look_up(reader, slot, generation, &found) == NDM_OK && (view = view_of(reader, &found)))
-        *out = found;
+    int status = ndm_i_reader_enter(reader);
+    if (status != NDM_OK)
+        return status;
+    if ((status = ndm_i_reader_look_up(reader, slot, generation, &found)) == NDM_OK) {
+        if ((*view = view_of(reader, &found)))
+            *out = found;
+        else
+            status = ndm_last_error()->status;
+    }
     pthread_mutex_unlock(&reader->lock);
+    return status;
+}
+
+const char *ndm_reader_read(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out)
+{
+    ndm_i_patience patience = {0};
+    const char *view = NULL;
+    while (read_once(reader, slot, generation, &view, out) == NDM_ERR_WAIT && ndm_i_pause(&patience))
+        ;
     return view;
 }
 
-/* The owner may be writing these bytes: what is copied counts only if the record is unchanged afterwards. */
-__attribute__((no_sanitize("thread"))) static void copy_racing(char *to, const char *from, uint64_t size)
+/* Of a value that is larger than the buffer: a torn table may tell any size, and the caller makes room for it. */
+static int check_size(const ndm_reader *reader, const ndm_value *value)
 {
-#if defined(__SANITIZE_THREAD__)
-    for (uint64_t i = 0; i < size; i++)
-        to[i] = ((const volatile char *)from)[i];
-#else
-    memcpy(to, from, size);
-#endif
+    return value->size < FETCH_FROM || value->offset + value->size <= ndm_i_file_size(&reader->data)
+               ? NDM_OK
+               : ndm_i_fail_io(EIO, "the file is shorter than its table says");
+}
+
+static int64_t copy_once(ndm_reader *reader, int64_t slot, int64_t generation, void *buffer, uint64_t capacity)
+{
+    ndm_value value;
+    int status = ndm_i_reader_enter(reader);
+    if (status != NDM_OK)
+        return status;
+    if ((status = ndm_i_reader_look_up(reader, slot, generation, &value)) == NDM_OK)
+        status = value.size <= capacity ? ndm_i_reader_load(reader, &value, buffer) : check_size(reader, &value);
+    if (status == NDM_OK && !ndm_i_reader_is_unchanged(reader, &value) && (status = ndm_i_reader_check(reader)) == NDM_OK)
+        status = ndm_i_fail(NDM_ERR_WAIT, "the value keeps changing");
+    pthread_mutex_unlock(&reader->lock);
+    return status == NDM_OK ? (int64_t)value.size : status;
 }
 
 int64_t ndm_reader_copy(ndm_reader *reader, int64_t slot, int64_t generation, void *buffer, uint64_t capacity)
 {
-    ndm_value value;
-    int64_t status = ndm_i_reader_enter(reader);
-    if (status != NDM_OK)
-        return status;
-    status = ndm_i_fail(NDM_ERR_STALE, "the value keeps changing");
-    for (int tries = 0; tries < RETRIES; tries++) {
-        int found = ndm_i_reader_look_up(reader, slot, generation, &value);
-        const bool copies = found == NDM_OK && value.size > 0 && value.size <= capacity;
-        if (copies || (found == NDM_OK && value.size >= FETCH_FROM)) /* a torn table may tell any size */
-            found = ndm_i_reader_reach(reader, &value);
-        if (found != NDM_OK) {
-            status = found;
-            break;
-        }
-        if (copies) {
-            fetch(reader, &value);
-            copy_racing(buffer, (const char *)reader->values->base + value.offset, value.size);
-        }
-        if (ndm_i_reader_is_unchanged(reader, &value)) {
-            status = (int64_t)value.size;
-            break;
-        }
-        if (ndm_i_reader_check(reader) != NDM_OK)
-            break;
-    }
-    pthread_mutex_unlock(&reader->lock);
+    ndm_i_patience patience = {0};
+    int64_t status;
+    while ((status = copy_once(reader, slot, generation, buffer, capacity)) == NDM_ERR_WAIT && ndm_i_pause(&patience))
+        ;
     return status;
 }
 
@@ -258,22 +294,39 @@ int ndm_reader_is_unchanged(ndm_reader *reader, const ndm_value *value)
     return status;
 }
 
-int ndm_reader_next(ndm_reader *reader, int64_t from, ndm_value *out)
+/* Go on from *slot; it is where the search has ended. NDM_ERR_WAIT after LOOKS slots, too. */
+static int next_once(ndm_reader *reader, uint64_t *slot, ndm_value *out)
 {
-    ndm_value found;
     int status = ndm_i_reader_enter(reader);
     if (status != NDM_OK)
         return status;
     const uint64_t count = ndm_i_acquire(&ndm_i_reader_header(reader)->count);
-    status = ndm_i_fail(NDM_ERR_NO_SLOT, "no live slot follows");
-    for (uint64_t slot = from < 0 ? 0 : (uint64_t)from; slot < count; slot++) {
-        if (ndm_i_reader_look_up(reader, (int64_t)slot, -1, &found) == NDM_OK) {
-            *out = found;
-            status = NDM_OK;
-            break;
-        }
-    }
+    const uint64_t end = *slot < count ? ndm_i_min(count, *slot + LOOKS) : *slot;
+    ndm_value found;
+    status = NDM_ERR_FREED_SLOT;
+    while (*slot < end && ((status = ndm_i_reader_look_up(reader, (int64_t)*slot, -1, &found)) == NDM_ERR_FREED_SLOT ||
+                           status == NDM_ERR_UNCOMMITTED))
+        ++*slot;
+    if (status == NDM_OK)
+        *out = found;
+    else if (*slot >= count)
+        status = ndm_i_fail(NDM_ERR_NO_SLOT, "no live slot follows");
+    else if (*slot == end)
+        status = ndm_i_fail(NDM_ERR_WAIT, "the slot table is long");
     pthread_mutex_unlock(&reader->lock);
+    return status;
+}
+
+int ndm_reader_next(ndm_reader *reader, int64_t from, ndm_value *out)
+{
+    ndm_i_patience patience = {0};
+    uint64_t slot = from < 0 ? 0 : (uint64_t)from;
+    const uint64_t first = slot;
+    int status;
+    while ((status = next_once(reader, &slot, out)) == NDM_ERR_WAIT && slot - first < LOOKS && ndm_i_pause(&patience))
+        ;
+    if (status == NDM_ERR_WAIT)
+        *out = (ndm_value){.slot = (int64_t)slot};
     return status;
 }
 
@@ -286,14 +339,17 @@ int ndm_reader_stats(ndm_reader *reader, ndm_reader_figures *out)
     uint64_t resident, unwritten;
     const int64_t leases = ndm_i_leases_look(reader->leases_path, NULL);
     reader->data.capacity = ndm_i_file_size(&reader->data);
-    if ((status = ndm_i_residency(&reader->data, &resident, &unwritten)) == NDM_OK)
+    const uint64_t alignment = header->alignment; /* whoever may write to the table may have changed it */
+    if (!ndm_i_is_alignment(alignment))
+        status = (int)ndm_i_of_file(NDM_FILE_SLOTS, ndm_i_fail_io(EUCLEAN, "the slot table is torn"));
+    else if ((status = ndm_i_residency(&reader->data, &resident, &unwritten)) == NDM_OK)
         *out = (ndm_reader_figures){.incarnation = reader->incarnation,
                                     .capacity = reader->data.capacity,
                                     .max_capacity = ndm_i_acquire(&header->max_capacity),
                                     .used_bytes = ndm_i_acquire(&header->used_bytes),
                                     .live_bytes = ndm_i_acquire(&header->live_bytes),
                                     .slot_count = ndm_i_acquire(&header->count),
-                                    .alignment = header->alignment,
+                                    .alignment = alignment,
                                     .owner = ndm_i_file_is_byte_locked(&reader->slots, 0) ? ndm_i_acquire(&header->owner) : 0,
                                     .pinned_bytes = ndm_i_acquire(&header->pinned_bytes),
                                     .leases = leases < 0 ? UINT64_MAX : (uint64_t)leases,
@@ -304,6 +360,11 @@ int ndm_reader_stats(ndm_reader *reader, ndm_reader_figures *out)
 
 /* ---- leases --------------------------------------------------------------------------------------------- */
 
+static bool is_same(const ndm_i_file *one, const ndm_i_file *other)
+{
+    return one->inode == other->inode && one->born == other->born;
+}
+
 /* Open the leases file. It is found by its path: if other files stand there by now, our owner does not look into it. */
 static int join_leases(ndm_reader *reader)
 {
@@ -312,10 +373,14 @@ static int join_leases(ndm_reader *reader)
     if (status != NDM_OK)
         return status;
     reader->leases.incarnation = reader->incarnation;
+    if (is_same(&reader->leases.file, &reader->data) || is_same(&reader->leases.file, &reader->slots)) {
+        ndm_i_leases_close(&reader->leases); /* a value's bytes may look like leases */
+        return (int)ndm_i_of_file(NDM_FILE_LEASES, ndm_i_fail_io(EINVAL, "the file is not a leases file"));
+    }
     status = ndm_i_file_open_to_read(&there, reader->data_path);
     if (status != NDM_OK && ndm_last_error()->os_errno == ENOENT)
         return NDM_OK; /* gone, but nobody's */
-    if (status == NDM_OK && (there.inode != reader->data.inode || there.born != reader->data.born))
+    if (status == NDM_OK && !is_same(&there, &reader->data))
         status = ndm_i_fail(NDM_ERR_STALE, "the path leads to another region's files by now");
     ndm_i_file_close(&there, NULL);
     if (status != NDM_OK)
@@ -339,7 +404,7 @@ static int64_t claim_in_place(ndm_reader *reader, int64_t slot, int64_t generati
         status = ndm_i_reader_look_up(reader, slot, before.generation, out);
         if (status == NDM_OK)
             status = ndm_i_reader_check(reader);
-        if (status == NDM_OK && out->place == before.place)
+        if (status == NDM_OK && out->place == before.place && out->turns == before.turns)
             return entry;
         ndm_i_leases_release(&reader->leases, (uint64_t)entry);
         if (status != NDM_OK)
@@ -348,13 +413,13 @@ static int64_t claim_in_place(ndm_reader *reader, int64_t slot, int64_t generati
     return ndm_i_fail(NDM_ERR_STALE, "the value keeps moving");
 }
 
-int64_t ndm_reader_lease(ndm_reader *reader, int64_t slot, int64_t generation, const char **view, ndm_value *out)
+static int64_t lease_once(ndm_reader *reader, int64_t slot, int64_t generation, const char **view, ndm_value *out)
 {
     ndm_value value;
     int64_t status = ndm_i_reader_enter(reader);
     if (status != NDM_OK)
         return status;
-    if (!reader->leases.table)
+    if (!ndm_i_leases_are_open(&reader->leases))
         status = join_leases(reader);
     const int64_t entry = status == NDM_OK ? claim_in_place(reader, slot, generation, &value) : status;
     const char *address = entry >= 0 ? view_of(reader, &value) : NULL;
@@ -371,6 +436,15 @@ int64_t ndm_reader_lease(ndm_reader *reader, int64_t slot, int64_t generation, c
     return status;
 }
 
+int64_t ndm_reader_lease(ndm_reader *reader, int64_t slot, int64_t generation, const char **view, ndm_value *out)
+{
+    ndm_i_patience patience = {0};
+    int64_t status;
+    while ((status = lease_once(reader, slot, generation, view, out)) == NDM_ERR_WAIT && ndm_i_pause(&patience))
+        ;
+    return status;
+}
+
 int ndm_reader_release(ndm_reader *reader, int64_t lease)
 {
     if (!reader)
@@ -378,7 +452,7 @@ int ndm_reader_release(ndm_reader *reader, int64_t lease)
     if (!ndm_i_is_process(reader->process))
         return ndm_i_fail(NDM_ERR_WRONG_THREAD, "the reader belongs to the process that opened it");
     pthread_mutex_lock(&reader->lock);
-    if (lease >= 0 && lease < NDM_I_LEASES && reader->leases.table) /* else it went with the files */
+    if (lease >= 0 && lease < NDM_I_LEASES && ndm_i_leases_are_open(&reader->leases)) /* else it went with the files */
         ndm_i_leases_release(&reader->leases, (uint64_t)lease);
     pthread_mutex_unlock(&reader->lock);
     return NDM_OK;

@@ -22,6 +22,37 @@ void ndm_i_lower_mark(ndm_region *region)
     region->used_bytes = ndm_i_min(region->used_bytes, end);
 }
 
+/* Punch what is free: the end, and holes between values that are worth it. */
+static void punch(ndm_region *region)
+{
+    const ndm_i_extents *extents = &region->extents;
+    const bool stored_to = ndm_i_pins_writable(&region->home);
+    const uint64_t used = region->used_bytes;
+    ndm_i_store_punch(&region->store, used, region->data.capacity - used, stored_to);
+    for (uint32_t e = ndm_i_extents_first_hole(&region->extents); e != NDM_I_NONE; e = ndm_i_extents_next(extents, e)) {
+        const uint64_t size = ndm_i_bytes(region, ndm_i_extents_length(extents, e));
+        if (size >= PUNCH_FROM && ndm_i_extents_is_free(extents, e))
+            ndm_i_store_punch(&region->store, ndm_i_bytes(region, ndm_i_extents_offset(extents, e)), size, stored_to);
+    }
+}
+
+/* Cutting pages off under a reader's view would be SIGBUS: with readers the end becomes a hole instead. Where a view of a hole
+ * may be SIGBUS, too, all stays as it is while there are readers. */
+static void give_back(ndm_region *region)
+{
+    const uint64_t capacity = ndm_i_max(region->used_bytes, region->initial_capacity);
+    const bool shrinks = capacity < region->data.capacity, wants_none = region->data.holes_need_room;
+    const bool alone = (shrinks || wants_none) && ndm_i_slots_bar_readers(&region->slots);
+    if (shrinks && alone)
+        ndm_i_store_shrink(&region->store, capacity);
+    if (alone && !wants_none)
+        ndm_i_slots_let_readers(&region->slots);
+    if (alone || !wants_none)
+        punch(region);
+    if (alone && wants_none)
+        ndm_i_slots_let_readers(&region->slots);
+}
+
 int64_t ndm_region_trim(ndm_region *region)
 {
     uint64_t before, after;
@@ -31,23 +62,9 @@ int64_t ndm_region_trim(ndm_region *region)
     if (status != NDM_OK)
         return status;
 
-    ndm_i_limbo_reap(&region->limbo);
+    ndm_i_settle(region);
     ndm_i_lower_mark(region);
-    const bool stored_to = ndm_i_pins_writable(&region->home);
-    const uint64_t used = region->used_bytes;
-    const uint64_t capacity = used > region->initial_capacity ? used : region->initial_capacity;
-    /* Cutting pages off under a reader's view would be SIGBUS: with readers the end becomes a hole instead. */
-    if (capacity < region->data.capacity && ndm_i_slots_bar_readers(&region->slots)) {
-        ndm_i_store_shrink(&region->store, capacity);
-        ndm_i_slots_let_readers(&region->slots);
-    }
-    ndm_i_store_punch(&region->store, used, region->data.capacity - used, stored_to);
-    const ndm_i_extents *extents = &region->extents;
-    for (uint32_t e = ndm_i_extents_first_hole(&region->extents); e != NDM_I_NONE; e = ndm_i_extents_next(extents, e)) {
-        const uint64_t size = ndm_i_bytes(region, ndm_i_extents_length(extents, e));
-        if (size >= PUNCH_FROM && ndm_i_extents_is_free(extents, e))
-            ndm_i_store_punch(&region->store, ndm_i_bytes(region, ndm_i_extents_offset(extents, e)), size, stored_to);
-    }
+    give_back(region);
     ndm_i_publish(region);
     if ((status = ndm_i_file_disk_bytes(&region->data, &after)) != NDM_OK)
         return status;

@@ -28,14 +28,7 @@ void ndm_i_claims_drop(ndm_i_claims *claims, uint64_t entry)
 
 bool ndm_i_claims_is_held(const ndm_i_file *file, uint64_t entry) { return ndm_i_file_is_byte_locked(file, entry); }
 
-void ndm_i_claims_reap(const ndm_i_claims *claims, void *table, bool (*is_used)(void *table, uint64_t entry),
-                       void (*vacate)(void *table, uint64_t entry))
+bool ndm_i_claims_find_held(const ndm_i_file *file, uint64_t *first, uint64_t *end)
 {
-    for (uint64_t entry = 0; entry < claims->count; entry++) {
-        if (ndm_i_claims_is_mine(claims, entry) || !is_used(table, entry) ||
-            !ndm_i_file_lock_byte(claims->file, entry, true))
-            continue;
-        vacate(table, entry);
-        ndm_i_file_lock_byte(claims->file, entry, false);
-    }
+    return ndm_i_file_find_lock(file, first, end);
 }

@@ -1,8 +1,8 @@
 /* Claims: entries in a file that processes share, each of which ends with the process that made it.
  *
- * Whoever claims entry n holds a lock of the open file on byte n, which the kernel drops when the process dies. So an
- * entry whose byte nobody has locked is nobody's, and may be vacated: reap() does that. What an entry says, and where it
- * lies, is its owner's affair.
+ * Whoever claims entry n holds a write lock of the open file on byte n, which the kernel drops when the process dies. So
+ * an entry whose byte nobody has locked is nobody's. What an entry says, and where it lies, is its owner's affair. The
+ * locks are in the kernel, not in the file: who shortens the file takes no claim away.
  *
  * A process that opens the file twice has two sets of claims, which exclude each other like those of two processes.
  */
@@ -35,8 +35,8 @@ void ndm_i_claims_drop(ndm_i_claims *claims, uint64_t entry);
 /* Does a living process claim the entry, through another open file than this? */
 bool ndm_i_claims_is_held(const ndm_i_file *file, uint64_t entry);
 
-/* Vacate each entry that is in use and claimed by nobody, while no other process can claim it. Linear. */
-void ndm_i_claims_reap(const ndm_i_claims *claims, void *table, bool (*is_used)(void *table, uint64_t entry),
-                       void (*vacate)(void *table, uint64_t entry));
+/* Does one claim an entry of [*first, *end), through another open file? Then entries in a row that are claimed are given. One
+ * system call. */
+bool ndm_i_claims_find_held(const ndm_i_file *file, uint64_t *first, uint64_t *end);
 
 #endif

@@ -248,12 +248,19 @@ ndm_i_place ndm_i_extents_find(const ndm_i_extents *extents, uint64_t length)
 
 bool ndm_i_extents_reserve(ndm_i_extents *extents)
 {
+    return extents->spare != NONE || extents->node_count < extents->node_room ||
+           ndm_i_extents_reserve_many(extents, 1);
+}
+
+bool ndm_i_extents_reserve_many(ndm_i_extents *extents, uint64_t count)
+{
     uint32_t room = extents->node_room;
-    if (extents->spare != NONE || extents->node_count < room)
-        return true;
-    if (room == ROOM_MAX)
+    if (count > ROOM_MAX - extents->node_count)
         return false;
-    room = room == 0 ? ROOM_FIRST : room > ROOM_MAX / 2 ? ROOM_MAX : room * 2;
+    while (room - extents->node_count < count)
+        room = room == 0 ? ROOM_FIRST : room > ROOM_MAX / 2 ? ROOM_MAX : room * 2;
+    if (room == extents->node_room)
+        return true;
     node_t *nodes = realloc(extents->nodes, room * sizeof *nodes);
     if (nodes == NULL)
         return false;

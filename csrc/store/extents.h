@@ -57,6 +57,9 @@ ndm_i_place ndm_i_extents_find(const ndm_i_extents *extents, uint64_t length);
 /* Make sure that the next ndm_i_extents_take() needs no memory. false: malloc failed, or 2^32 - 5 nodes exist. */
 bool ndm_i_extents_reserve(ndm_i_extents *extents);
 
+/* The same for the next `count` takes. */
+bool ndm_i_extents_reserve_many(ndm_i_extents *extents, uint64_t count);
+
 /* Take what find() found; the rest of a hole stays free. Cannot fail after reserve(). Returns the extent. */
 uint32_t ndm_i_extents_take(ndm_i_extents *extents, ndm_i_place place, uint64_t length, uint32_t tag);
 

@@ -8,6 +8,11 @@
  *   shape   size (48)  engine (8)  state (8)           what it is
  *   life    generation (32)  link (32)                 generation grows with each free
  *
+ * Neither counter shows an old value twice. A slot whose generation has come to NDM_I_LAST_GENERATION is retired: it stays
+ * FREED, and is never given out again. When the moves of a value begin anew at 0, the header's `turns` has grown before: a
+ * reader that finds another number of turns takes the value for moved. A value may be moved 65536 times while a reader
+ * looks at it; a slot is retired after 2^32 frees, which takes minutes.
+ *
  * `link` is the owner's own note: the slot's extent while live, the next free slot number after that.
  *
  * Memory order. The owner takes no lock. It publishes a value by storing place and life, then shape with the state LIVE
@@ -26,6 +31,7 @@
 #include <stdint.h>
 
 #define NDM_I_NO_SLOT UINT32_MAX
+#define NDM_I_LAST_GENERATION UINT32_MAX /* no value has it */
 #define NDM_I_SIZE_LIMIT ((uint64_t)1 << 48) /* offsets and sizes stay below */
 #define NDM_I_HEADER_ROOM ((uint64_t)4096)
 
@@ -48,8 +54,8 @@ typedef struct {
     uint32_t page_size;
     uint32_t record_size;
     uint64_t alignment;
-    uint64_t inode; /* of the data file, with its time of birth: inode numbers are reused */
-    uint64_t born;
+    _Atomic uint64_t inode; /* of the data file, with its time of birth: inode numbers are reused */
+    _Atomic uint64_t born;
     _Atomic uint64_t incarnation; /* a new random number each time the region is opened afresh; 0: none is valid */
     _Atomic uint64_t count;       /* records ever used */
     _Atomic uint64_t capacity, max_capacity, used_bytes, live_bytes; /* of the region */
@@ -58,16 +64,32 @@ typedef struct {
     _Atomic uint64_t move_slot; /* plus 1; 0: none */
     _Atomic uint64_t move_from, move_to, moved;
     _Atomic uint64_t pinned_bytes; /* of the region, as those above */
+    /* Which data file this table speaks of: see kinship.h. */
+    _Atomic uint64_t identity[2];        /* that the file bears; 0: it bears none, inode and birth count */
+    _Atomic uint64_t identity_before[2]; /* while it is being given another */
+    _Atomic uint64_t closed_at;          /* time of the file's last change when the region was closed; 0: it was not */
+    _Atomic uint64_t has_leases;         /* 1: a leases file was made */
+    _Atomic uint64_t turns;              /* how often a value's moves have begun anew */
 } ndm_i_header;
+
+/* What stands where the table belongs. */
+typedef enum {
+    NDM_I_NO_TABLE,     /* nothing */
+    NDM_I_VACANT_TABLE, /* a table of ours that holds no values: its owner died while it opened the region */
+    NDM_I_OLDER_TABLE,  /* of a former version */
+    NDM_I_TABLE
+} ndm_i_found_table;
 
 typedef struct {
     ndm_i_file table;
     uint64_t count;      /* records ever used: slot numbers are below */
     uint64_t live;
+    uint64_t retired;
     uint32_t first_free; /* chain of freed slot numbers, last freed first */
     bool started;        /* its header may be stored to */
-    bool ours;           /* the table that was found speaks of the data file */
-    bool orphaned;       /* it speaks of another one, and has values */
+    ndm_i_found_table found;
+    ndm_i_header before; /* of the table that was found */
+    bool named;          /* the table has a path */
 } ndm_i_slots;
 
 static inline uint64_t ndm_i_word(const _Atomic uint64_t *word) { return atomic_load_explicit(word, memory_order_relaxed); }
@@ -93,20 +115,25 @@ static inline bool ndm_i_record_is_live(const ndm_i_record *record)
     return state == NDM_I_LIVE || state == NDM_I_DRAFT;
 }
 
-/* Open the table of the data file at `path`. `path` NULL: in memory. NDM_ERR_IO with EEXIST if the file there, or a
- * data file that has data, is not ours, with EUCLEAN if it is cut off within the header, with EINVAL if it is of a newer
- * version; then nothing has been touched. Leaves the data file alone. */
-int ndm_i_slots_open(ndm_i_slots *slots, const char *path, const ndm_i_file *data);
+/* Open the table at `path`, and make the file if `create` is set; `path` NULL: in memory. NDM_ERR_IO with EEXIST if the
+ * file there is not a table, with EUCLEAN if it is cut off within the header, with EINVAL if it is of a newer version, with
+ * ENOENT if it is missing; then nothing has been touched. */
+int ndm_i_slots_open(ndm_i_slots *slots, const char *path, bool create);
 
-/* Tell readers that the values are gone. They are not before this has worked. */
-int ndm_i_slots_invalidate(ndm_i_slots *slots);
-
-/* Empty the table and mark the data file as ours. */
+/* To empty the table takes three steps. The first does what may be refused: it gets room and maps the table; its values
+ * stay as they are. The second tells readers that the values are gone. The third, when they may go, marks the data file as
+ * ours and empties the table. */
+int ndm_i_slots_prepare(ndm_i_slots *slots, const ndm_i_file *data);
+void ndm_i_slots_invalidate(ndm_i_slots *slots);
 int ndm_i_slots_start(ndm_i_slots *slots, const ndm_i_file *data, uint64_t alignment);
 
-/* Take over the table as a dead owner left it. NDM_ERR_IO with EINVAL if it is not one, EUCLEAN if it is torn. The caller
- * looks through the records. */
+/* Look at the table as a dead owner left it, and map it. NDM_ERR_IO with EINVAL if it is not one, EUCLEAN if it is torn.
+ * The caller looks through the records; once nothing can be refused any more, it takes the table over. */
 int ndm_i_slots_adopt(ndm_i_slots *slots, const ndm_i_file *data);
+void ndm_i_slots_take_over(ndm_i_slots *slots, const ndm_i_file *data);
+
+/* The owner will store no more: note whether the data file is as the table says. */
+void ndm_i_slots_seal(ndm_i_slots *slots, const ndm_i_file *data);
 
 void ndm_i_slots_close(ndm_i_slots *slots, const char *unlink_path);
 
@@ -116,8 +143,15 @@ void ndm_i_slots_let_readers(ndm_i_slots *slots);
 
 ndm_i_header *ndm_i_slots_header(const ndm_i_slots *slots);
 
-/* Is this the header of a table that this library can read? Else a status with the error set. */
-int ndm_i_header_check(const ndm_i_header *header, uint64_t inode, uint64_t born);
+/* Is this the header of a table that this library can read, and that speaks of this data file? Else a status with the
+ * error set. */
+int ndm_i_header_check(const ndm_i_header *header, const ndm_i_file *data);
+
+/* Is this an alignment of values? A table may hold any number. */
+static inline bool ndm_i_is_alignment(uint64_t number)
+{
+    return number != 0 && number <= 4096 && (number & (number - 1)) == 0;
+}
 
 /* The record of a live or freed slot; NULL if there never was one. Good until the next reserve(). */
 ndm_i_record *ndm_i_slots_record(const ndm_i_slots *slots, int64_t slot);
@@ -137,7 +171,7 @@ void ndm_i_slots_move_begin(ndm_i_slots *slots, uint32_t slot, uint64_t offset);
 void ndm_i_slots_move_end(ndm_i_slots *slots, uint32_t slot, uint64_t offset, uint32_t extent);
 void ndm_i_slots_move_cancel(ndm_i_slots *slots, uint32_t slot);
 
-/* Mark a live slot as freed. */
+/* Mark a live slot as freed; or retire it, at its last generation. */
 void ndm_i_slots_remove(ndm_i_slots *slots, uint32_t slot);
 
 /* Set a live slot's extent. */

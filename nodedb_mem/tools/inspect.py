@@ -75,7 +75,8 @@ class Snapshot:
 
     `owner` is the process id of a living owner, None where the region is closed or its owner is dead.
     Below `used_bytes` the file is live, pinned or free. `pinned_bytes` are freed, but wait for a view of the owner's or
-    a lease to end: as the owner last published them, and without an owner what leases keep. `leases` are those held by
+    a lease to end, or for the owner to ask for leases: as the owner last published them, and without an owner what
+    leases keep. `leases` are those held by
     living processes, `leased_bytes` the values that they keep, live or freed; None where the leases file may not be
     read. `kept` lists the freed ones among these, offset and size. `resident_bytes` is None where the kernel does not
     tell.

@@ -434,6 +434,73 @@ def test_leases_come_and_go_at_random(new_region: NewRegion, check: Callable[[Ov
     assert lib.ndm_region_check(region._handle) == 0
 
 
+# ---- freed values that wait ------------------------------------------------------------------------------------
+
+
+def test_the_space_of_freed_values_is_used_again(
+    new_region: NewRegion, check: Callable[[OverflowRegion], None]
+) -> None:
+    """Where readers may lease, some freed values wait until the owner has asked for all of them: no more than some."""
+    region, slots = shared_region(new_region)
+    used = region.used_bytes
+    for size in (64, 5000, 70_000, 400_000):
+        for _ in range(1000 if size < 10_000 else 50):
+            region.free(region.write(b"x" * size, 0))
+        assert region.used_bytes <= used + max(256 * KIB, size) + 2 * size
+    check(region)
+    region.compact()
+    region.trim()
+    assert region.used_bytes == used and region.stats().free_bytes == 0
+    assert [region.read_bytes(slot) for slot in slots] == [blob(i) for i in range(3)]
+
+
+def test_figures_know_of_all_that_was_freed(new_region: NewRegion) -> None:
+    region, slots = shared_region(new_region, count=10)
+    with OverflowReader(region.path) as reader, reader.lease(slots[3]):
+        for slot in slots[:5]:
+            region.free(slot)
+        stats = region.stats()
+        length = -(-SIZE // 64) * 64
+        assert stats.pinned_bytes == length and stats.free_bytes == 4 * length
+        assert reader.stats().pinned_bytes == length
+
+
+def test_a_leased_value_among_many_that_are_freed(new_region: NewRegion) -> None:
+    region = new_region()
+    slots = region.write_many([blob(i, 300) for i in range(1000)], 0)
+    region.share(slots[0])
+    chance = random.Random(4)
+    kept = chance.sample(range(1000), 60)
+    with OverflowReader(region.path) as reader:
+        leases = {i: reader.lease(slots[i]) for i in kept}
+        order = list(range(1000))
+        chance.shuffle(order)
+        for i in order:
+            region.free(slots[i])
+            region.write(b"\xff" * 300, 0)
+        assert all(bytes(lease.view) == blob(i, 300) for i, lease in leases.items())
+        assert region.stats().pinned_bytes == 60 * 320
+        for lease in leases.values():
+            lease.release()
+        for _ in range(1000):  # the owner need not be asked
+            region.free(region.write(b"y", 0))
+        assert reader.stats().pinned_bytes <= 64 * 64
+
+
+def test_a_process_that_was_killed_frees_its_space_in_time(new_region: NewRegion, start_python: StartPython) -> None:
+    region, slots = shared_region(new_region)
+    child = start_python(_HOLDER, region.path, slots[0])
+    child.stdout.readline()
+    region.free(slots[0])
+    assert region.stats().pinned_bytes > 0
+    child.kill()
+    child.wait()
+    for _ in range(200):
+        region.read(slots[1])
+    with OverflowReader(region.path) as reader:
+        assert reader.stats().pinned_bytes == 0
+
+
 # ---- the owner dies -------------------------------------------------------------------------------------------
 
 # Writes what `blob` gives, then frees the slots that it is told of; it ends by being killed.

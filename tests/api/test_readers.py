@@ -506,7 +506,7 @@ def test_paths_that_are_no_region(tmp_path: Path) -> None:
 
 
 # Where the fields of the table's header are: magic 8, version, byte order, page size, record size: 4 each, ...
-HEADER = {"magic": 0, "version": 8, "byte_order": 12, "page_size": 16, "record_size": 20, "inode": 32, "count": 56}
+HEADER = {"magic": 0, "version": 8, "byte_order": 12, "page_size": 16, "record_size": 20, "identity": 144, "count": 56}
 
 
 @pytest.mark.parametrize(
@@ -518,7 +518,7 @@ HEADER = {"magic": 0, "version": 8, "byte_order": 12, "page_size": 16, "record_s
         ("byte_order", struct.pack(">I" if struct.pack("=H", 1) == b"\1\0" else "<I", 0x01020304), "byte order"),
         ("page_size", struct.pack("=I", 3 * mmap.PAGESIZE), "page size"),
         ("record_size", struct.pack("=I", 32), "version"),
-        ("inode", struct.pack("=Q", 1), "another file"),
+        ("identity", struct.pack("=Q", 1), "another region"),
         ("count", struct.pack("=Q", 1 << 40), "cut short"),
     ],
 )

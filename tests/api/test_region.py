@@ -186,16 +186,20 @@ def test_reopening_does_not_enlarge_the_file(new_region: NewRegion) -> None:
     assert new_region(initial_capacity=1 << 20).capacity == 4096
 
 
-def test_reopening_below_the_file_size_is_refused_and_touches_nothing(new_region: NewRegion, tmp_path: Path) -> None:
+@pytest.mark.parametrize("recover", [False, True])
+def test_a_file_larger_than_the_ceiling_opens_and_does_not_grow(new_region: NewRegion, recover: bool) -> None:
     first = new_region(initial_capacity=1 << 20)
     first.write(blob(5000), 0)
     first.close()
-    before = (tmp_path / "region").read_bytes()
+    region = new_region(initial_capacity=4096, max_capacity=8192, recover=recover)
+    assert (region.capacity, region.max_capacity, len(region)) == (1 << 20, 8192, int(recover))
+    slot = region.write(blob(1_000_000), 0)  # what the file has can be used
     with pytest.raises(CapacityExceededError) as caught:
-        new_region(initial_capacity=4096, max_capacity=8192)
-    assert (caught.value.required, caught.value.max_capacity) == (1 << 20, 8192)
-    assert (tmp_path / "region").read_bytes() == before
-    assert new_region(initial_capacity=4096, max_capacity=1 << 20).capacity == 1 << 20
+        region.write(blob(100_000), 0)
+    assert caught.value.max_capacity == 8192 and region.read(slot) == blob(1_000_000)
+    region.max_capacity = 1 << 22
+    region.write(blob(100_000), 0)
+    region.trim()
 
 
 def test_a_file_of_holes_is_adopted_at_its_size(new_region: NewRegion, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-/* Leases, and the claims below them: taken, released, reaped; a full table; processes that are killed; two open files of one
+/* Leases, and the claims below them: taken, released, noted; a full table; processes that are killed; two open files of one
  * process.
  *
  * usage: test_leases [directory] */
@@ -7,6 +7,7 @@
 #include "store/leases.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/prctl.h>
@@ -17,6 +18,8 @@
 static const char *directory = ".";
 static char path[256];
 
+enum { WHOLE = 32 + NDM_I_LEASES * 32 }; /* bytes of the file */
+
 /* The owner, who makes the file, and a reader. */
 static void start(ndm_i_leases *owner, ndm_i_leases *reader)
 {
@@ -24,7 +27,7 @@ static void start(ndm_i_leases *owner, ndm_i_leases *reader)
     owner->incarnation = 42;
     CHECK(ndm_i_leases_join(reader, path, false) == NDM_OK);
     reader->incarnation = 42;
-    CHECK(!ndm_i_leases_any(owner) && !ndm_i_leases_news(owner));
+    CHECK(!ndm_i_leases_any(owner));
     CHECK(ndm_i_leases_look(path, NULL) == 0);
 }
 
@@ -33,7 +36,7 @@ static void stop(ndm_i_leases *owner, ndm_i_leases *reader)
     ndm_i_leases_close(reader);
     CHECK(!ndm_i_leases_any(owner) && ndm_i_leases_look(path, NULL) == 0);
     ndm_i_leases_close(owner);
-    CHECK(!owner->table && !reader->table && owner->file.fd == -1);
+    CHECK(!ndm_i_leases_are_open(owner) && !ndm_i_leases_are_open(reader) && !owner->note);
     CHECK(unlink(path) == 0);
 }
 
@@ -65,17 +68,6 @@ static void kill_process(pid_t child)
 }
 
 /* ---- claims --------------------------------------------------------------------------------------------- */
-
-static bool used[NDM_I_MOST_CLAIMS];
-static uint64_t vacated;
-
-static bool is_used(void *table, uint64_t entry) { return ((bool *)table)[entry]; }
-
-static void vacate(void *table, uint64_t entry)
-{
-    ((bool *)table)[entry] = false;
-    vacated++;
-}
 
 static ndm_i_file claimed;
 
@@ -110,23 +102,39 @@ static void test_claims(void)
         CHECK(ndm_i_claims_is_mine(&mine, entry) && !ndm_i_claims_is_mine(&mine, entry + 1));
     }
 
-    /* What is in use and nobody's is vacated: not what is mine, another's, or not in use. */
+    /* Asked for any, the kernel gives claims in a row, cut at the ends of the question. */
+    uint64_t first = 64, end = 126;
+    CHECK(!ndm_i_claims_find_held(&again, &first, &end) && first == 64 && end == 126);
+    end = 127;
+    CHECK(ndm_i_claims_find_held(&again, &first, &end) && first == 126 && end == 127);
+    CHECK(ndm_i_claims_take(&mine, 127) && ndm_i_claims_take(&mine, 128));
+    first = 127;
+    end = 1000;
+    CHECK(ndm_i_claims_find_held(&again, &first, &end) && (first != 127 || end == 129));
+    first = 0;
+    end = NDM_I_MOST_CLAIMS;
+    CHECK(!ndm_i_claims_find_held(&claimed, &first, &end)); /* its own are none that it meets */
+
+    /* Those of a process end with it; those of an open file with that. */
     const pid_t child = start_process(claim_some);
     CHECK(!ndm_i_claims_take(&mine, 5) && ndm_i_claims_is_held(&claimed, NDM_I_MOST_CLAIMS - 1));
-    used[0] = used[1] = used[5] = used[NDM_I_MOST_CLAIMS - 1] = true;
-    ndm_i_claims_reap(&mine, used, is_used, vacate);
-    CHECK(vacated == 1 && used[0] && !used[1] && used[5] && used[NDM_I_MOST_CLAIMS - 1]);
     kill_process(child);
-    ndm_i_claims_reap(&theirs, used, is_used, vacate);
-    CHECK(vacated == 3 && used[0] && !used[5] && !used[NDM_I_MOST_CLAIMS - 1]);
-    CHECK(ndm_i_claims_take(&theirs, 1) && ndm_i_claims_take(&theirs, 5)); /* the reaper holds nothing back */
-    ndm_i_file_close(&claimed, NULL); /* and with its file all of its claims end */
-    ndm_i_claims_reap(&theirs, used, is_used, vacate);
-    CHECK(vacated == 4 && !used[0] && ndm_i_claims_take(&theirs, 0));
+    CHECK(!ndm_i_claims_is_held(&claimed, NDM_I_MOST_CLAIMS - 1) && ndm_i_claims_take(&mine, 5));
+    ndm_i_file_close(&claimed, NULL);
+    first = 0;
+    CHECK(!ndm_i_claims_find_held(&again, &first, &end) && ndm_i_claims_take(&theirs, 0));
     ndm_i_file_close(&again, path);
 }
 
 /* ---- leases --------------------------------------------------------------------------------------------- */
+
+static int64_t held(ndm_i_leases *owner) { return ndm_i_leases_places(owner, NULL); }
+
+static bool touch(ndm_i_leases *owner, ndm_i_span bytes)
+{
+    ndm_i_leases_look_round(owner);
+    return ndm_i_leases_touched(owner, bytes);
+}
 
 static void test_one(void)
 {
@@ -137,7 +145,7 @@ static void test_one(void)
     CHECK(entry >= 0 && ndm_i_leases_any(&owner));
     CHECK(ndm_i_leases_has(&owner, 7, 3) && !ndm_i_leases_has(&owner, 7, 4) && !ndm_i_leases_has(&owner, 6, 3));
     owner.incarnation = 43; /* a slot of another incarnation; but its bytes are leased all the same */
-    CHECK(!ndm_i_leases_has(&owner, 7, 3) && ndm_i_leases_touch(&owner, (ndm_i_span){4096, 1}));
+    CHECK(!ndm_i_leases_has(&owner, 7, 3) && touch(&owner, (ndm_i_span){4096, 1}));
     owner.incarnation = 42;
     CHECK(ndm_i_leases_places(&owner, places) == 1 && places[0].offset == 4096 && places[0].size == 100);
     places[0] = (ndm_i_span){0};
@@ -150,11 +158,10 @@ static void test_one(void)
     CHECK(ndm_i_leases_has(&owner, 0, 0) && ndm_i_leases_has(&owner, UINT32_MAX - 1, UINT32_MAX));
     CHECK(!ndm_i_leases_has(&owner, 0, UINT32_MAX) && ndm_i_leases_places(&owner, places) == 3);
 
-    CHECK(!ndm_i_leases_news(&owner));
     ndm_i_leases_release(&reader, (uint64_t)entry);
-    CHECK(ndm_i_leases_news(&owner) && !ndm_i_leases_news(&owner) && !ndm_i_leases_has(&owner, 7, 3));
+    CHECK(!ndm_i_leases_has(&owner, 7, 3));
     ndm_i_leases_release(&reader, (uint64_t)entry); /* not held: nothing */
-    CHECK(!ndm_i_leases_news(&owner) && owner.table->held == 2);
+    CHECK(held(&owner) == 2);
     ndm_i_leases_release(&reader, (uint64_t)first);
     ndm_i_leases_release(&reader, (uint64_t)last);
     CHECK(!ndm_i_leases_any(&owner) && ndm_i_leases_places(&owner, places) == 0);
@@ -165,9 +172,9 @@ static void test_touch(void)
 {
     static ndm_i_leases owner, reader;
     start(&owner, &reader);
-    CHECK(!ndm_i_leases_touch(&owner, (ndm_i_span){0, UINT64_MAX}));
+    CHECK(!touch(&owner, (ndm_i_span){0, UINT64_MAX}));
     CHECK(ndm_i_leases_claim(&reader, 1, 0, (ndm_i_span){500, 0}) >= 0); /* an empty value has no bytes */
-    CHECK(!ndm_i_leases_touch(&owner, (ndm_i_span){0, UINT64_MAX}));
+    CHECK(!touch(&owner, (ndm_i_span){0, UINT64_MAX}));
     CHECK(ndm_i_leases_claim(&reader, 2, 0, (ndm_i_span){1000, 10}) >= 0);
     const struct {
         ndm_i_span bytes;
@@ -176,11 +183,11 @@ static void test_touch(void)
                  {{1010, 5}, false},   {{990, 100}, true},   {{1003, 2}, true},  {{1000, 10}, true},
                  {{0, UINT64_MAX}, true}, {{1010, UINT64_MAX}, false}, {{999, 1}, false}};
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++)
-        CHECK(ndm_i_leases_touch(&owner, cases[i].bytes) == cases[i].touch);
+        CHECK(touch(&owner, cases[i].bytes) == cases[i].touch);
     /* What a reader says that cannot be: no sum of it overflows. */
     CHECK(ndm_i_leases_claim(&reader, 3, 0, (ndm_i_span){UINT64_MAX - 5, UINT64_MAX}) >= 0);
-    CHECK(!ndm_i_leases_touch(&owner, (ndm_i_span){0, 1000}));
-    CHECK(ndm_i_leases_touch(&owner, (ndm_i_span){UINT64_MAX - 1, 1}));
+    CHECK(!touch(&owner, (ndm_i_span){0, 1000}));
+    CHECK(touch(&owner, (ndm_i_span){UINT64_MAX - 1, 1}));
     stop(&owner, &reader);
 }
 
@@ -191,20 +198,18 @@ static void test_full(void)
     CHECK(ndm_i_leases_join(&another, path, false) == NDM_OK);
     for (uint32_t i = 0; i < NDM_I_LEASES; i++)
         CHECK(ndm_i_leases_claim(i % 2 ? &reader : &another, i, 0, (ndm_i_span){i * 64, 64}) == i);
-    CHECK(owner.table->held == NDM_I_LEASES && ndm_i_leases_look(path, NULL) == NDM_I_LEASES);
+    CHECK(held(&owner) == NDM_I_LEASES && ndm_i_leases_look(path, NULL) == NDM_I_LEASES);
     for (int i = 0; i < 2; i++) {
         CHECK(ndm_i_leases_claim(i ? &reader : &another, 9999, 0, (ndm_i_span){0, 1}) == NDM_ERR_IO);
         CHECK(ndm_last_error()->os_errno == EAGAIN && ndm_last_error()->file == NDM_FILE_LEASES);
     }
-    CHECK(owner.table->held == NDM_I_LEASES && !ndm_i_leases_has(&owner, 9999, 0));
-    ndm_i_leases_reap(&owner); /* all of them are somebody's */
-    CHECK(owner.table->held == NDM_I_LEASES && !ndm_i_leases_news(&owner));
+    CHECK(held(&owner) == NDM_I_LEASES && !ndm_i_leases_has(&owner, 9999, 0));
     ndm_i_leases_release(&reader, 0); /* another's: nothing */
-    CHECK(owner.table->held == NDM_I_LEASES);
+    CHECK(held(&owner) == NDM_I_LEASES);
     ndm_i_leases_release(&reader, 1);
     CHECK(ndm_i_leases_claim(&another, 9999, 0, (ndm_i_span){0, 1}) == 1);
     ndm_i_leases_close(&another); /* its own are released, and no others */
-    CHECK(owner.table->held == NDM_I_LEASES / 2 - 1 && ndm_i_leases_news(&owner));
+    CHECK(held(&owner) == NDM_I_LEASES / 2 - 1);
     CHECK(ndm_i_leases_has(&owner, 3, 0) && !ndm_i_leases_has(&owner, 2, 0) && !ndm_i_leases_has(&owner, 9999, 0));
     stop(&owner, &reader);
 }
@@ -234,39 +239,93 @@ static void test_killed(void)
     start(&owner, &reader);
     CHECK(ndm_i_leases_claim(&reader, 9, 1, (ndm_i_span){640, 64}) >= 0);
     pid_t child = start_process(lease_two);
-    ndm_i_leases_reap(&owner);
-    CHECK(owner.table->held == 3 && ndm_i_leases_has(&owner, 2, 1) && ndm_i_leases_look(path, NULL) == 3);
+    CHECK(held(&owner) == 3 && ndm_i_leases_has(&owner, 2, 1) && ndm_i_leases_look(path, NULL) == 3);
     kill_process(child);
-    CHECK(ndm_i_leases_has(&owner, 2, 1) && ndm_i_leases_look(path, NULL) == 1); /* dead, and not counted any more */
-    ndm_i_leases_reap(&owner);
-    CHECK(owner.table->held == 1 && ndm_i_leases_news(&owner) && ndm_i_leases_has(&owner, 9, 1));
+    CHECK(held(&owner) == 1 && ndm_i_leases_look(path, NULL) == 1 && ndm_i_leases_has(&owner, 9, 1));
     CHECK(!ndm_i_leases_has(&owner, 1, 1) && !ndm_i_leases_has(&owner, 2, 1));
 
-    /* Where the dead hold all of the table, the next who wants an entry reaps. */
+    /* Where the dead had all of the table, it is there for others. */
     child = start_process(lease_all);
-    CHECK(owner.table->held == NDM_I_LEASES);
+    CHECK(held(&owner) == NDM_I_LEASES);
     kill_process(child);
     const int64_t entry = ndm_i_leases_claim(&reader, 4, 1, (ndm_i_span){0, 64});
-    CHECK(entry >= 0 && owner.table->held == 2 && ndm_i_leases_has(&owner, 4, 1) && ndm_i_leases_has(&owner, 9, 1));
+    CHECK(entry >= 0 && held(&owner) == 2 && ndm_i_leases_has(&owner, 4, 1) && ndm_i_leases_has(&owner, 9, 1));
     stop(&owner, &reader);
 }
 
-/* The owner that comes next: afresh, it vacates; taking over, it leaves all to its holders. */
+/* What the owner has noted: what was leased then, and is still. Of what has come since it knows when it looks again. */
+static void test_note(void)
+{
+    static ndm_i_leases owner, reader;
+    start(&owner, &reader);
+    ndm_i_leases_look_round(&owner);
+    CHECK(owner.noted == NDM_I_NOTHING && !owner.note && !ndm_i_leases_noted(&owner, 1, 0));
+    const int64_t first = ndm_i_leases_claim(&reader, 1, 0, (ndm_i_span){64, 64});
+    CHECK(!ndm_i_leases_noted(&owner, 1, 0));
+    ndm_i_leases_look_round(&owner);
+    CHECK(owner.noted == NDM_I_SOMETHING && ndm_i_leases_noted(&owner, 1, 0) && !ndm_i_leases_noted(&owner, 4097, 0));
+    CHECK(ndm_i_leases_claim(&reader, 2, 0, (ndm_i_span){128, 64}) >= 0 && !ndm_i_leases_noted(&owner, 2, 0));
+    ndm_i_leases_release(&reader, (uint64_t)first);
+    ndm_i_leases_look_round(&owner);
+    CHECK(!ndm_i_leases_noted(&owner, 1, 0) && ndm_i_leases_noted(&owner, 2, 0));
+    stop(&owner, &reader);
+
+    /* Claims in many rows: what the kernel was not asked at once, it is asked where it matters. */
+    start(&owner, &reader);
+    for (uint32_t i = 0; i < NDM_I_LEASES; i++)
+        CHECK(ndm_i_leases_claim(&reader, i, 7, (ndm_i_span){i * 64, 64}) == i);
+    for (uint32_t i = 0; i < NDM_I_LEASES; i += 3)
+        ndm_i_leases_release(&reader, i);
+    ndm_i_leases_look_round(&owner);
+    for (uint32_t i = 0; i < NDM_I_LEASES; i++) {
+        CHECK(ndm_i_leases_noted(&owner, i, 7) == (i % 3 != 0) && !ndm_i_leases_noted(&owner, i, 8));
+        CHECK(ndm_i_leases_touched(&owner, (ndm_i_span){i * 64, 1}) == (i % 3 != 0));
+    }
+    CHECK(held(&owner) == NDM_I_LEASES - (NDM_I_LEASES + 2) / 3 && ndm_i_leases_look(path, NULL) == held(&owner));
+
+    /* A file that has lost its entries tells of none. One that cannot be read may tell of any. */
+    CHECK(truncate(path, 0) == 0 && held(&owner) == 0 && !ndm_i_leases_has(&owner, 1, 7) && ndm_i_leases_any(&owner));
+    const int fd = owner.file.fd;
+    CHECK((owner.file.fd = open(path, O_WRONLY)) >= 0);
+    ndm_i_leases_look_round(&owner);
+    CHECK(owner.noted == NDM_I_ANYTHING && ndm_i_leases_noted(&owner, 1, 7) && touch(&owner, (ndm_i_span){0, 1}));
+    CHECK(ndm_i_leases_places(&owner, NULL) == NDM_ERR_IO && ndm_last_error()->file == NDM_FILE_LEASES);
+    close(owner.file.fd);
+    owner.file.fd = fd;
+    CHECK(ndm_i_leases_mend(&owner) == NDM_OK && ndm_i_leases_mend(&owner) == NDM_OK && held(&owner) == 0);
+    stop(&owner, &reader);
+}
+
+static uint64_t key_at(int64_t entry)
+{
+    uint64_t key = 0;
+    const int fd = open(path, O_RDONLY);
+    CHECK(fd >= 0 && pread(fd, &key, sizeof key, 32 + entry * 32) == sizeof key && close(fd) == 0);
+    return key;
+}
+
+/* The owner that comes next leaves all to its holders. */
 static void test_next_owner(void)
 {
     static ndm_i_leases owner, reader;
     start(&owner, &reader);
     const int64_t entry = ndm_i_leases_claim(&reader, 9, 1, (ndm_i_span){640, 64});
     CHECK(entry >= 0);
-    ndm_i_leases_close(&owner);
-    CHECK(ndm_i_leases_join(&owner, path, true) == NDM_OK);
-    owner.incarnation = 42;
-    CHECK(ndm_i_leases_has(&owner, 9, 1));
-    ndm_i_leases_close(&owner);
-    CHECK(ndm_i_leases_start(&owner, path) == NDM_OK);
-    CHECK(!ndm_i_leases_any(&owner) && !ndm_i_leases_touch(&owner, (ndm_i_span){0, 10000}));
-    ndm_i_leases_release(&reader, (uint64_t)entry); /* vacated meanwhile: not counted a second time */
-    CHECK(owner.table->held == 0);
+    for (int again = 0; again < 2; again++) {
+        ndm_i_leases_close(&owner);
+        CHECK((again ? ndm_i_leases_start(&owner, path) : ndm_i_leases_join(&owner, path, true)) == NDM_OK);
+        owner.incarnation = 42;
+        CHECK(ndm_i_leases_has(&owner, 9, 1) && touch(&owner, (ndm_i_span){0, 10000}));
+    }
+    /* It empties the entries that nobody claims, and those only. */
+    const int64_t other = ndm_i_leases_claim(&reader, 10, 1, (ndm_i_span){0, 64});
+    CHECK(other == entry + 1);
+    ndm_i_leases_release(&reader, (uint64_t)other);
+    CHECK(key_at(entry) == (10 | (uint64_t)1 << 32) && key_at(other) == (11 | (uint64_t)1 << 32));
+    ndm_i_leases_reap(&owner);
+    CHECK(key_at(entry) == (10 | (uint64_t)1 << 32) && key_at(other) == 0 && ndm_i_leases_has(&owner, 9, 1));
+    ndm_i_leases_release(&reader, (uint64_t)entry);
+    CHECK(!ndm_i_leases_has(&owner, 9, 1) && held(&owner) == 0);
     stop(&owner, &reader);
 }
 
@@ -291,20 +350,21 @@ static void test_foreign(void)
     write_file("short", 5, 5);
     CHECK(ndm_i_leases_start(&leases, path) == NDM_ERR_IO && ndm_last_error()->os_errno == EEXIST);
 
-    write_file("NDMLEASE\7\0\0\0\0\0\0\0", 16, sizeof(ndm_i_lease_table));
+    write_file("NDMLEASE\7\0\0\0\0\0\0\0", 16, WHOLE);
     CHECK(ndm_i_leases_join(&leases, path, false) == NDM_ERR_IO && ndm_last_error()->os_errno == EINVAL);
-    CHECK(ndm_i_leases_start(&leases, path) == NDM_OK && leases.table->version == 2);
+    CHECK(ndm_i_leases_start(&leases, path) == NDM_OK && ndm_i_file_size(&leases.file) == WHOLE);
     ndm_i_leases_close(&leases);
-    write_file("", 0, sizeof(ndm_i_lease_table)); /* one whose maker died at once */
+    write_file("", 0, WHOLE); /* one whose maker died at once */
     CHECK(ndm_i_leases_look(path, NULL) == 0);
-    CHECK(ndm_i_leases_start(&leases, path) == NDM_OK && leases.table->held == 0);
+    CHECK(ndm_i_leases_start(&leases, path) == NDM_OK && held(&leases) == 0);
     ndm_i_leases_close(&leases);
     CHECK(unlink(path) == 0);
 
     CHECK(ndm_i_leases_start(&leases, NULL) == NDM_OK && !ndm_i_leases_any(&leases)); /* in memory */
     ndm_i_leases_close(&leases);
-    CHECK(!ndm_i_leases_any(&leases) && !ndm_i_leases_news(&leases)); /* none at all is none held */
-    ndm_i_leases_reap(&leases);
+    CHECK(!ndm_i_leases_any(&leases) && held(&leases) == 0); /* none at all is none held */
+    ndm_i_leases_look_round(&leases);
+    CHECK(!ndm_i_leases_noted(&leases, 0, 0));
 }
 
 int main(int argc, char **argv)
@@ -319,8 +379,9 @@ int main(int argc, char **argv)
     test_touch();
     test_full();
     test_killed();
+    test_note();
     test_next_owner();
     test_foreign();
-    puts("leases: claims, one, touch, full, killed, next owner, foreign: ok");
+    puts("leases: claims, one, touch, full, killed, note, next owner, foreign: ok");
     return 0;
 }

@@ -328,11 +328,19 @@ static void test_viewed(void)
     close_region(region);
 }
 
+/* How many invariants are broken when limbo has been settled. */
+static int64_t settled(ndm_region *region)
+{
+    CHECK(ndm_region_check(region) == 0); /* and before */
+    ndm_i_settle(region);
+    return ndm_region_check(region);
+}
+
 /* A reader of the region's leases, which are in memory. */
 static void join(ndm_region *region, ndm_i_leases *reader)
 {
     char path[64];
-    if (!region->leases.table) {
+    if (!ndm_i_leases_are_open(&region->leases)) {
         CHECK(ndm_i_leases_start(&region->leases, NULL) == NDM_OK);
         region->leases.incarnation = ndm_i_word(&ndm_i_slots_header(&region->slots)->incarnation);
     }
@@ -366,14 +374,15 @@ static void test_leased(void)
     ndm_i_remove_value(region, (uint32_t)slot);
     ndm_i_remove_value(region, (uint32_t)viewed);
     ndm_i_remove_value(region, (uint32_t)free_one); /* others' leases do not keep it */
-    CHECK(region->limbo.units == 17 && published_limbo(region) == 17 * 64 && region->extents.free_units == 1);
-    CHECK(ndm_region_check(region) == 0 && region->limbo.units == 17);
+    CHECK(region->limbo.units == 0 && region->limbo.waiting_count == 3 && published_limbo(region) == 18 * 64);
+    CHECK(settled(region) == 0 && region->limbo.units == 17 && region->limbo.waiting_count == 0);
+    CHECK(published_limbo(region) == 17 * 64 && region->extents.free_units == 1);
     ndm_i_leases_release(&reader, (uint64_t)second);
-    CHECK(ndm_region_check(region) == 0 && region->limbo.units == 17); /* the view keeps it */
+    CHECK(settled(region) == 0 && region->limbo.units == 17); /* the view keeps it */
     ndm_view_release(view);
-    CHECK(ndm_region_check(region) == 0 && region->limbo.units == 16);
+    CHECK(settled(region) == 0 && region->limbo.units == 16);
     ndm_i_leases_release(&reader, (uint64_t)first);
-    CHECK(ndm_region_check(region) == 0 && region->limbo.units == 0 && !region->limbo.leased);
+    CHECK(settled(region) == 0 && region->limbo.units == 0 && !region->limbo.leased);
     CHECK(published_limbo(region) == 0 && region->extents.free_units == 18);
     ndm_i_leases_close(&reader);
     close_region(region);
@@ -391,10 +400,11 @@ static void test_dead(void)
     const int64_t entry = lease(region, &living, slots[1]);
     ndm_i_remove_value(region, (uint32_t)slots[0]);
     ndm_i_remove_value(region, (uint32_t)slots[1]);
+    CHECK(settled(region) == 0 && region->limbo.units == 48 * KIB / 64);
     take_fails(region, (uint64_t[]){64, 20 * KIB}, 2, NDM_ERR_CAPACITY);
     CHECK(region->limbo.units == 48 * KIB / 64);
     ndm_i_file_close(&dying.file, NULL); /* as when its process ends */
-    CHECK(ndm_region_check(region) == 0 && region->limbo.units == 48 * KIB / 64);
+    CHECK(ndm_region_check(region) == 0 && region->limbo.units == 48 * KIB / 64); /* the owner has not looked */
     ndm_i_room rooms[] = {{.size = 64}, {.size = 20 * KIB}, {.size = 1}};
     ndm_i_before was;
     CHECK(ndm_i_take(region, rooms, 3, &was) == NDM_OK && was.mark == region->extents.mark);
@@ -406,6 +416,47 @@ static void test_dead(void)
     ndm_i_leases_release(&living, (uint64_t)entry);
     CHECK(write_value(region, 48 * KIB) >= 0);
     ndm_i_leases_close(&living);
+    close_region(region);
+}
+
+/* Values that were freed wait, where readers may lease, until many are there, or much, or the file would have to grow. */
+static void test_waiting(void)
+{
+    static ndm_i_leases reader;
+    ndm_region *region = open_region(1024 * KIB, 8192 * KIB);
+    int64_t slots[2 * NDM_I_WAITING];
+    for (uint64_t i = 0; i < 2 * NDM_I_WAITING; i++)
+        slots[i] = write_value(region, 64);
+    join(region, &reader);
+    const int64_t entry = lease(region, &reader, slots[3]);
+    for (uint64_t i = 0; i + 1 < NDM_I_WAITING; i++)
+        ndm_i_remove_value(region, (uint32_t)slots[i]);
+    CHECK(region->limbo.waiting_count == NDM_I_WAITING - 1 && region->extents.free_units == 0);
+    CHECK(ndm_region_check(region) == 0 && published_limbo(region) == 64 * (NDM_I_WAITING - 1));
+    ndm_i_remove_value(region, (uint32_t)slots[NDM_I_WAITING - 1]);
+    CHECK(region->limbo.waiting_count == 0 && region->limbo.units == 1 && published_limbo(region) == 64);
+    CHECK(ndm_region_check(region) == 0 && region->extents.free_units == NDM_I_WAITING - 1);
+
+    /* A lease that has ended is noticed in some verbs' time. */
+    ndm_i_leases_release(&reader, (uint64_t)entry);
+    int verbs = 0;
+    while (region->limbo.leased && verbs++ <= 2 * NDM_I_WAITING)
+        CHECK(ndm_i_enter(region) == NDM_OK);
+    CHECK(verbs <= 2 * NDM_I_WAITING && region->limbo.units == 0 && published_limbo(region) == 0);
+
+    /* Large ones do not wait, and what waits is room where the file would have to grow. */
+    const int64_t large = write_value(region, NDM_I_WAITING_BYTES);
+    ndm_i_remove_value(region, (uint32_t)slots[NDM_I_WAITING]);
+    ndm_i_remove_value(region, (uint32_t)large);
+    CHECK(region->limbo.waiting_count == 0 && ndm_region_check(region) == 0);
+    const int64_t half = write_value(region, 128 * KIB);
+    CHECK(write_value(region, 1024 * KIB - ndm_i_bytes(region, region->extents.mark)) >= 0);
+    CHECK(write_value(region, 128 * KIB) >= 0); /* the rest of the large one's */
+    ndm_i_remove_value(region, (uint32_t)half);
+    CHECK(region->limbo.waiting_count == 1 && region->data.capacity == 1024 * KIB);
+    CHECK(write_value(region, 128 * KIB) >= 0 && region->limbo.waiting_count == 0);
+    CHECK(region->data.capacity == 1024 * KIB && region->growths == 0 && ndm_region_check(region) == 0);
+    ndm_i_leases_close(&reader);
     close_region(region);
 }
 
@@ -467,12 +518,12 @@ static void test_adopt(void)
     const int64_t elsewhere = ndm_i_leases_claim(&reader, 78, 5, (ndm_i_span){1400 * KIB, 20});
     CHECK(elsewhere >= 0);
     ndm_i_leases_release(&reader, (uint64_t)elsewhere); /* has the owner look; but these bytes are leased still */
-    CHECK(ndm_region_check(region) == 0 && region->limbo.units == 2);
+    CHECK(settled(region) == 0 && region->limbo.units == 2);
     ndm_i_leases_release(&reader, (uint64_t)entry);
-    CHECK(ndm_region_check(region) == 0 && region->limbo.units == 0);
+    CHECK(settled(region) == 0 && region->limbo.units == 0);
     for (uint32_t i = 0; i < 4; i++)
         CHECK(ndm_region_free(region, i) == NDM_OK);
-    CHECK(region->extents.free_units == region->extents.mark && region->extents.free_count == 1);
+    CHECK(settled(region) == 0 && region->extents.free_units == region->extents.mark && region->extents.free_count == 1);
     ndm_i_leases_close(&reader);
     close_region(region);
 }
@@ -564,9 +615,10 @@ int main(int argc, char **argv)
     test_viewed();
     test_leased();
     test_dead();
+    test_waiting();
     test_moves();
     test_adopt();
     test_damage();
-    puts("ledger: undo, undo stored, ceiling, file size, memory, enter, viewed, leased, dead, moves, adopt, damage: ok");
+    puts("ledger: undo, undo stored, ceiling, file size, memory, enter, viewed, leased, dead, waiting, moves, adopt, damage: ok");
     return 0;
 }

@@ -25,7 +25,7 @@ static const _Atomic uint64_t storing;
 static void start(uint64_t limit)
 {
     CHECK(ndm_i_file_open(&file, path, true, NDM_I_LOCK_FILE) == NDM_OK);
-    CHECK(ndm_i_file_start(&file, COUNT * GRAIN, COUNT * GRAIN, false) == NDM_OK);
+    CHECK(ndm_i_file_start(&file, COUNT * GRAIN, COUNT * GRAIN) == NDM_OK);
     CHECK(ndm_i_grains_reserve(&grains, COUNT));
     CHECK(ndm_i_writer_init(&writer, &file, &grains, &storing, limit) == NDM_OK);
     CHECK(ndm_i_writer_check(&writer) == 0);

@@ -63,6 +63,8 @@ typedef struct {
 
 static int is_gone(int64_t status)
 {
+    if (status == NDM_ERR_WAIT) /* the owner was stopped in the middle of a move */
+        return 1;
     return status == NDM_ERR_STALE || status == NDM_ERR_FREED_SLOT || status == NDM_ERR_NO_SLOT;
 }
 

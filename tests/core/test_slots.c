@@ -19,8 +19,9 @@ static const char *directory = ".";
 static void start(ndm_i_slots *slots)
 {
     static const ndm_i_file data = {.fd = -1, .inode = 5, .born = 6};
-    CHECK(ndm_i_slots_open(slots, NULL, &data) == NDM_OK);
-    CHECK(!slots->ours && !slots->started);
+    CHECK(ndm_i_slots_open(slots, NULL, true) == NDM_OK);
+    CHECK(slots->found == NDM_I_NO_TABLE && !slots->started);
+    CHECK(ndm_i_slots_prepare(slots, &data) == NDM_OK && !slots->started);
     CHECK(ndm_i_slots_start(slots, &data, 64) == NDM_OK && slots->started);
     CHECK(ndm_i_slots_check(slots) == 0);
 }
@@ -98,12 +99,13 @@ static void test_reuse(void)
     ndm_i_slots_remove(&slots, 0); /* a draft can go as it is */
     CHECK(ndm_i_record_generation(at(&slots, 0)) == 2);
 
-    /* The last generation is followed by the first, and leaves the chain alone. */
+    /* After the last generation the slot is retired; the chain is as it was. */
     CHECK(add(&slots, 0, 3, NDM_I_LIVE) == 0);
     atomic_store(&at(&slots, 0)->life, UINT32_MAX | (uint64_t)3 << 32);
     ndm_i_slots_remove(&slots, 3);
     ndm_i_slots_remove(&slots, 0);
-    CHECK(ndm_i_record_generation(at(&slots, 0)) == 0 && ndm_i_record_link(at(&slots, 0)) == 3);
+    CHECK(ndm_i_record_generation(at(&slots, 0)) == UINT32_MAX && slots.retired == 1 && slots.first_free == 3);
+    CHECK(ndm_i_slots_check(&slots) == 0 && add(&slots, 0, 3, NDM_I_LIVE) == 3 && add(&slots, 0, 3, NDM_I_LIVE) == 6);
     stop(&slots);
 }
 
@@ -197,10 +199,10 @@ static void test_moves(void)
 
 static char data_path[256], table_path[270];
 
-static void open_both(ndm_i_file *data, ndm_i_slots *slots)
+static void open_both(ndm_i_file *data, ndm_i_slots *slots, ndm_i_found_table found)
 {
     CHECK(ndm_i_file_open(data, data_path, true, NDM_I_LOCK_FILE) == NDM_OK);
-    CHECK(ndm_i_slots_open(slots, table_path, data) == NDM_OK);
+    CHECK(ndm_i_slots_open(slots, table_path, true) == NDM_OK && slots->found == found);
 }
 
 /* The owner's process ends with a value withdrawn, but not yet of another generation; with a draft; and in a move. */
@@ -208,8 +210,8 @@ static void die(void)
 {
     ndm_i_file data;
     ndm_i_slots slots;
-    open_both(&data, &slots);
-    CHECK(!slots.ours);
+    open_both(&data, &slots, NDM_I_NO_TABLE);
+    CHECK(ndm_i_slots_prepare(&slots, &data) == NDM_OK);
     CHECK(ndm_i_slots_start(&slots, &data, 64) == NDM_OK);
     for (uint32_t i = 0; i < 6; i++)
         CHECK(add(&slots, i * 64, i, i == 3 ? NDM_I_DRAFT : NDM_I_LIVE) == i);
@@ -233,9 +235,10 @@ static void test_rebuild(void)
         die();
     CHECK(waitpid(child, &status, 0) == child && status == 0);
 
-    open_both(&data, &slots);
-    CHECK(slots.ours && !slots.orphaned);
-    CHECK(ndm_i_slots_adopt(&slots, &data) == NDM_OK && slots.count == 6);
+    open_both(&data, &slots, NDM_I_TABLE);
+    CHECK(ndm_i_slots_adopt(&slots, &data) == NDM_OK && slots.count == 6 && !slots.started);
+    CHECK(ndm_i_word(&ndm_i_slots_header(&slots)->owner) == (uint64_t)child);
+    ndm_i_slots_take_over(&slots, &data);
     CHECK(ndm_i_word(&ndm_i_slots_header(&slots)->owner) == (uint64_t)getpid());
     CHECK(ndm_i_slots_check(&slots) > 0); /* its chain is not known yet */
     ndm_i_slots_move_cancel(&slots, 4);
@@ -252,17 +255,29 @@ static void test_rebuild(void)
     /* What cannot be believed is not taken over. */
     ndm_i_header *header = ndm_i_slots_header(&slots);
     const uint64_t count = ndm_i_word(&header->count);
-    CHECK(ndm_i_header_check(header, data.inode, data.born) == NDM_OK);
-    CHECK(ndm_i_header_check(header, data.inode + 1, data.born) == NDM_ERR_IO);
-    CHECK(ndm_i_header_check(header, data.inode, data.born + 1) == NDM_ERR_IO);
+    ndm_i_file other = data;
+    CHECK(ndm_i_header_check(header, &data) == NDM_OK);
+    other.inode++, other.born++;
+    CHECK(ndm_i_header_check(header, &other) == NDM_ERR_IO);
+    header->version++;
+    CHECK(ndm_i_header_check(header, &data) == NDM_ERR_IO && ndm_last_error()->os_errno == EINVAL);
+    header->version--;
     atomic_store(&header->count, (slots.table.capacity - NDM_I_HEADER_ROOM) / sizeof(ndm_i_record) + 1);
     ndm_i_slots_close(&slots, NULL);
-    CHECK(ndm_i_slots_open(&slots, table_path, &data) == NDM_OK && slots.ours);
+    CHECK(ndm_i_slots_open(&slots, table_path, false) == NDM_OK && slots.found == NDM_I_TABLE);
     CHECK(ndm_i_slots_adopt(&slots, &data) == NDM_ERR_IO && ndm_last_error()->os_errno == EUCLEAN);
     atomic_store(&ndm_i_slots_header(&slots)->count, count);
     ndm_i_slots_close(&slots, NULL);
-    CHECK(ndm_i_slots_open(&slots, table_path, &data) == NDM_OK);
-    CHECK(ndm_i_slots_invalidate(&slots) == NDM_OK);
+
+    /* To get ready to empty a table leaves it whole. */
+    CHECK(ndm_i_slots_open(&slots, table_path, false) == NDM_OK);
+    CHECK(ndm_i_slots_prepare(&slots, &data) == NDM_OK && ndm_i_word(&ndm_i_slots_header(&slots)->count) == count);
+    ndm_i_slots_close(&slots, NULL);
+    CHECK(ndm_i_slots_open(&slots, table_path, false) == NDM_OK && slots.found == NDM_I_TABLE);
+    CHECK(ndm_i_slots_adopt(&slots, &data) == NDM_OK && slots.count == count);
+    ndm_i_slots_invalidate(&slots);
+    ndm_i_slots_close(&slots, NULL);
+    CHECK(ndm_i_slots_open(&slots, table_path, false) == NDM_OK && slots.found == NDM_I_VACANT_TABLE);
     CHECK(ndm_i_slots_adopt(&slots, &data) == NDM_ERR_IO && ndm_last_error()->os_errno == EUCLEAN);
     ndm_i_slots_close(&slots, table_path);
     ndm_i_file_close(&data, data_path);
