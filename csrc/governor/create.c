@@ -213,7 +213,8 @@ static int check_file(const ndm_i_file *file)
     const int status = ndm_i_file_load(file, 0, &head, sizeof head);
     if (status != NDM_OK)
         return status;
-    if (head.magic == 0 && file->capacity == FILE_SIZE && ndm_i_file_has_data(file) >= 0 && head.ceiling == 0)
+    if (head.magic == 0 && head.layout <= NDM_I_LAYOUT && head.ceiling == 0 && head.known == 0 &&
+        file->capacity == FILE_SIZE)
         return NDM_ERR_WAIT; /* who made it was killed before it was complete */
     if (head.magic != NDM_I_BOOKS_MAGIC)
         return ndm_i_fail_io(EINVAL, "not the file of a governor");
@@ -293,10 +294,8 @@ static int begin_shared(ndm_governor *governor, const ndm_governor_options *opti
             ndm_i_file_shrink(&governor->file, 0);
         return status;
     }
-    if (fresh) {
-        set_options(governor->books, options);
-        write_head(governor->books);
-    }
+    if (fresh)
+        write_head(governor->books); /* join() sets the options */
     return NDM_OK;
 }
 

@@ -219,7 +219,7 @@ int64_t ndm_i_books_check(const ndm_governor *governor)
                   waiter->ticket > books->next_ticket;
     }
     broken += granted != books->granted || spillable != books->spillable || waiting != books->waiting;
-    broken += books->sweep.row != 0 || books->ceiling == 0 || books->headroom > INT64_MAX;
+    broken += books->sweep.row != 0 || (granted > 0 && books->ceiling == 0) || books->headroom > INT64_MAX;
     broken += !(books->strict & NDM_I_OVER) && granted > books->ceiling;
     broken += waiting > 0 && !(books->strict & NDM_I_WAITING);
     return broken;

@@ -89,8 +89,10 @@ int ndm_governor_wait(ndm_governor *governor, int64_t ticket, uint64_t timeout)
         if ((status != NDM_ERR_BUDGET && status != NDM_ERR_CEILING) || timeout == 0)
             return status;
         const uint64_t passed = ndm_i_now() - start;
-        if (passed >= timeout || !ndm_i_futex_wait(&governor->books->changes, seen, ndm_i_min(timeout - passed, LONGEST_NAP)))
+        if (passed >= timeout)
             return NDM_ERR_WAIT;
+        if (!ndm_i_futex_wait(&governor->books->changes, seen, ndm_i_min(timeout - passed, LONGEST_NAP)))
+            return NDM_ERR_WAIT; /* a signal */
     }
 }
 

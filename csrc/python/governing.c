@@ -267,10 +267,27 @@ static void governor_free(PyObject *self)
     Py_DECREF(type);
 }
 
+static const char reserve_text[] =
+    "reserve(engine, size, *, timeout=0) -> Reservation\n\n"
+    "Reserve bytes for an engine. What does not fit asks reclaimers first, then waits in line for `timeout` seconds; None\n"
+    "waits for as long as it takes.\n\n"
+    "Raises\n------\n"
+    "BudgetExhaustedError\n    The engine's limit has no room.\n"
+    "GlobalCeilingExceededError\n    The ceiling has no room, or what the headroom leaves of it.\n"
+    "UnknownEngineError\n    The engine was not added.\n"
+    "ValueError\n    The engine is not 0 to 255, or the size is negative, or 2**63 and more.";
+
+static const char try_reserve_text[] =
+    "try_reserve(engine, size) -> Reservation or None\n\nThe same, but None where there is no room. It does not wait.";
+
+static const char charge_text[] =
+    "charge(engine, size) -> Reservation\n\n"
+    "Count bytes that are taken already. That is never refused; what goes beyond a limit is over-commitment.";
+
 static PyMethodDef methods[] = {
-    {"reserve", (PyCFunction)(void (*)(void))reserve, METH_FASTCALL | METH_KEYWORDS, NULL},
-    NDM_I_VERB("try_reserve", try_reserve),
-    NDM_I_VERB("charge", charge),
+    {"reserve", (PyCFunction)(void (*)(void))reserve, METH_FASTCALL | METH_KEYWORDS, reserve_text},
+    {"try_reserve", (PyCFunction)(void (*)(void))try_reserve, METH_FASTCALL, try_reserve_text},
+    {"charge", (PyCFunction)(void (*)(void))charge, METH_FASTCALL, charge_text},
     {"_hold", hold, METH_O, NULL},
     {NULL, NULL, 0, NULL},
 };

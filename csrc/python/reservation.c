@@ -322,7 +322,7 @@ static PyType_Slot slots[] = {{Py_tp_dealloc, (void *)reservation_free},
                               {Py_tp_methods, methods},
                               {Py_tp_getset, properties},
                               {Py_tp_repr, (void *)show},
-                              {Py_tp_doc, (void *)"Bytes that an engine has reserved, until `release` or the end of a with block."},
+                              {Py_tp_doc, (void *)"Bytes that are reserved until `release`, or the end of a with block."},
                               {0, NULL}};
 
 static PyType_Spec spec = {

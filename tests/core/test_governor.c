@@ -437,6 +437,7 @@ static void what_is_no_governor_is_refused(void)
     ndm_governor_destroy(open_shared());
     damage(0, 0);
     damage(offsetof(ndm_i_books, ceiling), 0);
+    damage(offsetof(ndm_i_books, known), 0);
     ndm_governor_destroy(open_shared());
 }
 
