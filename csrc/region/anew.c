@@ -70,7 +70,11 @@ static int begin(ndm_region *region, const ndm_options *options, struct plan *pl
 {
     ndm_i_slots_invalidate(&region->slots);
     plan->leased_count = plan->alone ? 0 : ndm_i_leased_before(region, plan->leased);
-    int status = plan->leased_count < 0 ? (int)plan->leased_count : empty_data(region, plan);
+    if (plan->leased_count < 0) { /* prepare() could read them. It is too late to refuse: anything may be leased */
+        plan->leased[0] = (ndm_i_span){.size = region->data.capacity};
+        plan->leased_count = 1;
+    }
+    int status = empty_data(region, plan);
     if (status == NDM_OK)
         status = ndm_i_slots_start(&region->slots, &region->data, options->alignment);
     if (status == NDM_OK && plan->leased_count > 0)
