@@ -28,7 +28,7 @@ import pyarrow  # noqa: F401
 import pytest
 
 import nodedb_mem
-from nodedb_mem import OverflowRegion
+from nodedb_mem import MemoryGovernor, OverflowRegion
 from nodedb_mem._core import lib
 from nodedb_mem.tools import cli
 
@@ -230,6 +230,11 @@ def check() -> Callable[[OverflowRegion], None]:
         assert lib.ndm_region_check(region._handle) == 0
 
     return assert_sound
+
+
+def sound(governor: MemoryGovernor) -> None:
+    """Assert that a governor's books are sound."""
+    assert lib.ndm_governor_check(governor._handle) == 0
 
 
 @pytest.fixture

@@ -88,6 +88,27 @@ bool ndm_i_file_lock_byte(const ndm_i_file *file, uint64_t byte, bool lock)
     return fcntl(file->fd, F_OFD_SETLK, &range) == 0;
 }
 
+int ndm_i_file_await_byte(const ndm_i_file *file, uint64_t byte)
+{
+    struct flock range = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = (off_t)byte, .l_len = 1};
+    while (fcntl(file->fd, F_OFD_SETLKW, &range) != 0)
+        if (errno != EINTR)
+            return errno;
+    return 0;
+}
+
+bool ndm_i_file_reopen(ndm_i_file *file)
+{
+    char link[sizeof "/proc/self/fd/" + 12];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file->fd);
+    const int fd = open(link, O_RDWR | O_CLOEXEC | O_NOCTTY), refused = errno;
+    close(file->fd); /* the parent's locks live as long as a copy of its open file does */
+    file->fd = fd;
+    file->process = ndm_i_process();
+    errno = refused;
+    return fd >= 0;
+}
+
 bool ndm_i_file_find_lock(const ndm_i_file *file, uint64_t *start, uint64_t *end)
 {
     /* What a read lock would meet is a write lock. */

@@ -50,6 +50,13 @@ bool ndm_i_file_is_linked(const ndm_i_file *file);
 /* Lock, or unlock, one byte for this open file. false: another has it. */
 bool ndm_i_file_lock_byte(const ndm_i_file *file, uint64_t byte, bool lock);
 
+/* The same, but wait for the byte. 0 or errno. */
+int ndm_i_file_await_byte(const ndm_i_file *file, uint64_t byte);
+
+/* Exchange the open file for another of the same file, with locks of its own: a forked child's copy shares its parent's.
+ * false with errno: the file is closed, no more. */
+bool ndm_i_file_reopen(ndm_i_file *file);
+
 /* Has another open file a byte of [*start, *end)? Then a range that it has is given, cut at those ends. A lock that reading is
  * enough for (F_RDLCK) does not count: what is asked for is a lock that only who may write to the file can hold. Where the
  * system cannot tell, all of the range is. */

@@ -37,6 +37,12 @@ int ndm_i_fail_capacity(uint64_t required, uint64_t limit)
     return NDM_ERR_CAPACITY;
 }
 
+int ndm_i_fail_budget(ndm_error details)
+{
+    last = details;
+    return details.status;
+}
+
 int64_t ndm_i_of_slot(int64_t slot, int64_t result)
 {
     if (result == NDM_ERR_NO_SLOT || result == NDM_ERR_FREED_SLOT || result == NDM_ERR_UNCOMMITTED ||

@@ -9,6 +9,7 @@ int ndm_i_fail(int status, const char *message);
 int ndm_i_fail_io(int os_errno, const char *message);
 int ndm_i_fail_slot(int status, int64_t slot);
 int ndm_i_fail_again(ndm_error before); /* as it was, after something else was tried */
+int ndm_i_fail_budget(ndm_error details); /* of a governor */
 int ndm_i_fail_capacity(uint64_t required, uint64_t limit);
 
 /* Each completes the details where `result` is a failure, and returns it: which slot (where it is about one), which of

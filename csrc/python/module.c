@@ -1,6 +1,7 @@
 /* nodedb_mem._memory: the data plane, whatever a value's bytes or its slot's number pass through. A file here holds one
  * kind of verb each. The core is called without the GIL, but for a read that need not wait. */
 #include "contents.h"
+#include "governing.h"
 #include "objects.h"
 #include "opening.h"
 #include "reading.h"
@@ -20,7 +21,8 @@ static struct PyModuleDef definition = {
 
 static int add_verbs(PyObject *module)
 {
-    PyMethodDef *const tables[] = {ndm_i_opening, ndm_i_writing, ndm_i_reading, ndm_i_slots, ndm_i_sharing};
+    PyMethodDef *const tables[] = {ndm_i_opening, ndm_i_writing, ndm_i_reading, ndm_i_slots, ndm_i_sharing,
+                                   ndm_i_governing};
     for (size_t i = 0; i < sizeof tables / sizeof *tables; i++)
         if (PyModule_AddFunctions(module, tables[i]) < 0)
             return -1;
@@ -30,7 +32,7 @@ static int add_verbs(PyObject *module)
 static PyObject *make_module(void)
 {
     PyObject *module = PyModule_Create(&definition);
-    if (module && (ndm_i_objects_init() < 0 || add_verbs(module) < 0))
+    if (module && (ndm_i_objects_init() < 0 || add_verbs(module) < 0 || ndm_i_governing_init(module) < 0))
         Py_CLEAR(module);
     return module;
 }

@@ -28,8 +28,8 @@ def test_no_function_of_the_core_is_called_through_both_bindings() -> None:
     def used(folder: str, pattern: str, call: str) -> set[str]:
         return {name for file in (ROOT / folder).glob(pattern) for name in re.findall(call, file.read_text())}
 
-    extension = used("csrc/python", "*.c", r"\b(ndm_(?:region|reader|view|h|path)_\w+)\(")
-    control = used("csrc/python", "control.h", r"\b(ndm_(?:region|reader)_\w+)\(")  # which cffi compiles in
+    extension = used("csrc/python", "*.c", r"\b(ndm_(?:region|reader|view|h|path|governor)_\w+)\(")
+    control = used("csrc/python", "control.h", r"\b(ndm_(?:region|reader|governor)_\w+)\(")  # which cffi compiles in
     cffi = control | used("nodedb_mem", "**/*.py", r"\blib\.(ndm_\w+)")
     assert len(extension) > 20 and len(cffi) > 15
     assert extension & cffi == set()
