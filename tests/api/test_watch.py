@@ -114,7 +114,7 @@ def test_what_was_reserved_is_not_counted_again() -> None:
     governor.add_reclaimer(V, lambda wanted: asked.append(wanted) or 0)  # type: ignore[func-returns-value]
     with governor.watch(0.01) as watch, governor.reserve(V, 60 * MIB):
         ballast = bytearray(60 * MIB)
-        until(lambda: watch.reading.pss > len(ballast))
+        until(lambda: watch.reading and watch.reading.pss > len(ballast))
         assert watch.reading.percent < 70 and asked == []
 
 

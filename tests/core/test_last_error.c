@@ -126,6 +126,7 @@ static void test_values(ndm_region *region)
     KEEPS(ndm_region_write_many(region, parts, sizes, 2, 0, slots) == NDM_OK);
     KEEPS(ndm_region_read_many(region, slots, 2, views, sizes) == NDM_OK);
     KEEPS((ndm_view_release(views[0]), ndm_view_try_release(views[1])) == NDM_OK);
+    KEEPS(ndm_region_prefetch(region, slots, 2) == NDM_OK);
     KEEPS(ndm_region_load_many(region, slots, 2, buffer, sizeof buffer, lengths) == 150);
     KEEPS(ndm_region_load_many(region, slots, 2, buffer, 1, lengths) == 150);
     KEEPS(ndm_region_free_many(region, slots, 2) == NDM_OK && ndm_region_free_many(region, slots, 0) == NDM_OK);
@@ -186,7 +187,9 @@ static void test_readers(void)
     ndm_value found, next;
     ndm_reader_figures figures;
     ndm_leased places[4];
-    int64_t lease = -1;
+    const char *views[2];
+    const int64_t both[] = {0, 2};
+    int64_t lease = -1, sizes[2];
     ndm_reader *reader = NULL;
     ndm_region *region = ndm_region_open(path, &options);
     CHECK(region && ndm_region_write(region, value, 100, 0) == 0 && ndm_region_write(region, value, 100, 0) == 1);
@@ -198,6 +201,9 @@ static void test_readers(void)
     CHECK(longest == UINT64_MAX);
     KEEPS(ndm_reader_copy(reader, 0, -1, buffer, sizeof buffer) == 100 && ndm_reader_copy(reader, 0, -1, buffer, 1) == 100);
     KEEPS(ndm_reader_next(reader, 1, &next) == NDM_OK && next.slot == 2); /* past a freed one */
+    KEEPS(ndm_reader_load_many(reader, both, NULL, 2, buffer, sizeof buffer, sizes) == 200);
+    KEEPS(ndm_reader_read_many(reader, both, NULL, 2, views, (uint64_t *)sizes) == NDM_OK);
+    KEEPS((ndm_view_release(views[0]), ndm_view_release(views[1]), true));
     KEEPS(ndm_reader_leases(reader, places, 4) == 0 && ndm_reader_stats(reader, &figures) == NDM_OK); /* no file */
     CHECK(ndm_region_allow_leases(region) == NDM_OK);
     KEEPS((lease = ndm_reader_lease(reader, 0, -1, &view, &found)) >= 0);
@@ -218,6 +224,45 @@ static void test_readers(void)
     ndm_reader_destroy(reader);
 }
 
+static void test_governor(ndm_governor *governor)
+{
+    static ndm_governor_figures figures;
+    uint64_t handle, sizes[256];
+    int64_t ticket;
+    KEEPS(ndm_governor_add_engine(governor, 0, 1000, 1) == NDM_OK && ndm_governor_set_limit(governor, 0, 2000) == NDM_OK);
+    KEEPS(ndm_governor_set_ceiling(governor, 10000, 0) == NDM_OK);
+    KEEPS(ndm_governor_reserve(governor, 0, 100) == NDM_OK && ndm_governor_attempt(governor, 0, 100) == NDM_OK);
+    KEEPS(ndm_governor_charge(governor, 0, 100) == NDM_OK && ndm_governor_release(governor, 0, 250) == NDM_OK);
+    const int tried = ndm_governor_try_reserve(governor, 0, 10);
+    KEEPS(tried == NDM_OK ? ndm_governor_try_release(governor, 0, 10) == NDM_OK
+                          : tried == NDM_ERR_WAIT && ndm_governor_reserve(governor, 0, 10) == NDM_OK);
+    KEEPS((ticket = ndm_governor_queue(governor, 0, 100)) >= 0 && ndm_governor_wait(governor, ticket, 0) == NDM_OK);
+    KEEPS((ticket = ndm_governor_queue(governor, 0, 100)) >= 0 && (ndm_governor_leave(governor, ticket), true));
+    KEEPS(ndm_governor_note_rejected(governor, 0) == NDM_OK && ndm_governor_note_reclaimed(governor, 0, 10) == NDM_OK);
+    KEEPS(ndm_governor_pressure(governor, -1) == NDM_NORMAL && ndm_governor_allocated(governor, 0) > 0);
+    KEEPS(ndm_governor_note_real(governor, 1 << 20, 50) == NDM_OK && ndm_governor_ask(governor, 0, 10) >= 0);
+    KEEPS(ndm_governor_is_asked(governor) >= 0 && ndm_governor_asked(governor, sizes) >= 0);
+    KEEPS(ndm_governor_snapshot(governor, &figures) == NDM_OK && ndm_governor_epoch(governor) == 0);
+    KEEPS(ndm_governor_check(governor) == 0);
+    KEEPS((handle = ndm_governor_handle(governor)) != 0);
+    KEEPS(ndm_g_reserve(handle, 0, 10) == NDM_OK && ndm_g_charge(handle, 0, 10) == NDM_OK);
+    KEEPS(ndm_g_release(handle, 0, 20) == NDM_OK && ndm_g_pressure(handle, 0) == NDM_NORMAL && ndm_g_allocated(handle, 0) > 0);
+    KEEPS_VOID(ndm_governor_destroy(governor));
+}
+
+static void test_governors(void)
+{
+    const ndm_governor_options some = {.ceiling = 5000, .warning = 70, .critical = 85, .emergency = 95, .hysteresis = 5};
+    ndm_governor *governor = NULL;
+    KEEPS((governor = ndm_governor_create(&some)));
+    test_governor(governor);
+    KEEPS((governor = ndm_governor_open(path, &some))); /* no file is there */
+    test_governor(governor);
+    KEEPS((governor = ndm_governor_open(path, NULL)) && (ndm_governor_destroy(governor), true));
+    KEEPS_VOID(ndm_governor_destroy(NULL));
+    CHECK(unlink(path) == 0);
+}
+
 int main(void)
 {
     CHECK(mkdtemp(folder));
@@ -232,6 +277,7 @@ int main(void)
     test_handles(region);
     ndm_region_destroy(region);
     test_readers();
+    test_governors();
     unlink(path), unlink(slots_path), unlink(leases_path), rmdir(folder);
     CHECK(failed == 0);
     printf("no call that goes well changes the last error\n");
