@@ -177,16 +177,25 @@ int disk_close(int fd)
 
 /* ---- address space and memory --------------------------------------------------------------------------- */
 
+/* As kernels may: what was at a fixed target is gone already when the call fails. */
+static void *refuse_map(void *target, size_t length)
+{
+    if (target) {
+        munmap(target, length);
+        disk.mapped -= (int64_t)length;
+    }
+    errno = ENOMEM;
+    return MAP_FAILED;
+}
+
 void *disk_mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset)
 {
     if (length > disk.address_limit) {
         errno = ENOMEM;
         return MAP_FAILED;
     }
-    if (fails(FAIL_MAP)) {
-        errno = ENOMEM;
-        return MAP_FAILED;
-    }
+    if (fails(FAIL_MAP))
+        return refuse_map(flags & MAP_FIXED ? address : NULL, length);
     void *place = mmap(address, length, protection, flags, fd, offset);
     if (place != MAP_FAILED && !(flags & MAP_FIXED))
         disk.mapped += (int64_t)length;
@@ -195,10 +204,8 @@ void *disk_mmap(void *address, size_t length, int protection, int flags, int fd,
 
 void *disk_mremap(void *old, size_t old_length, size_t length, int flags, void *address)
 {
-    if (fails(FAIL_MAP) || length > disk.address_limit) {
-        errno = ENOMEM;
-        return MAP_FAILED;
-    }
+    if (fails(FAIL_MAP) || length > disk.address_limit)
+        return refuse_map(flags & MREMAP_FIXED ? address : NULL, length);
     void *place = mremap(old, old_length, length, flags, address);
     if (place != MAP_FAILED)
         disk.mapped += (flags & MREMAP_FIXED ? 0 : (int64_t)length) - (int64_t)old_length;
