@@ -6,23 +6,15 @@ import errno
 import os
 from contextlib import suppress
 from operator import index
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING
 
 from nodedb_mem import _memory
 from nodedb_mem._arrays import int64_copy, int64_room, slot_numbers
-from nodedb_mem._control import RegionControl
-from nodedb_mem._opening import absolute, region_options, temporary_folder
+from nodedb_mem._constructors import RegionConstructors
 from nodedb_mem.engine import KNOWN_ENGINES, EngineId
 from nodedb_mem.errors import InvalidSlotError, RegionError, RegionIOError, RegionSizeError
 from nodedb_mem.refs import SlotParts, SlotRef
 from nodedb_mem.stats import OverflowSlot
-from nodedb_mem.tuning import (
-    DEFAULT_ALIGNMENT,
-    DEFAULT_CACHE_LIMIT,
-    DEFAULT_INITIAL_CAPACITY,
-    DEFAULT_MAX_CAPACITY,
-    MemoryTuning,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -37,7 +29,7 @@ _read_bytes = _memory.read_bytes
 _free = _memory.free
 
 
-class OverflowRegion(RegionControl):
+class OverflowRegion(RegionConstructors):
     """One overflow file and its mapping, owned by the thread that opens it.
 
     Every verb raises `WrongThreadError` on any other thread and in a forked child, and `RegionClosedError` after
@@ -97,165 +89,6 @@ class OverflowRegion(RegionControl):
         copy without its attributes, or, to be recovered, of a region that was open (EUCLEAN); one of them is missing
         (ENOENT). Whenever opening is refused, the values of an earlier region are still there.
     """
-
-    DEFAULT_INITIAL_CAPACITY: ClassVar[int] = DEFAULT_INITIAL_CAPACITY
-    DEFAULT_MAX_CAPACITY: ClassVar[int] = DEFAULT_MAX_CAPACITY
-
-    def __init__(
-        self,
-        path: str | bytes | os.PathLike[str] | os.PathLike[bytes] | None,
-        *,
-        directory: str | bytes | os.PathLike[str] | os.PathLike[bytes] | None = None,
-        initial_capacity: int = DEFAULT_INITIAL_CAPACITY,
-        max_capacity: int = DEFAULT_MAX_CAPACITY,
-        alignment: int = DEFAULT_ALIGNMENT,
-        cache_limit: int | None = DEFAULT_CACHE_LIMIT,
-        keep_mapped: bool = False,
-        recover: bool = False,
-    ) -> None:
-        if path is None:
-            if directory is None:
-                raise TypeError("a path is needed; or a directory, for an unnamed file")
-            if recover:
-                raise ValueError("an unnamed file has nothing to recover")
-            folder = os.fsdecode(directory)
-            options = region_options(
-                initial_capacity, max_capacity, alignment, cache_limit, recover=False, keep_mapped=keep_mapped
-            )
-            self._open(None, folder, options)
-            return
-        if directory is not None:
-            raise ValueError("directory is for an unnamed file: path must be None")
-        name = os.fsdecode(path)
-        options = region_options(
-            initial_capacity, max_capacity, alignment, cache_limit, recover=recover, keep_mapped=keep_mapped
-        )
-        self._open(name, absolute(name), options)  # a later chdir() must not lead share() elsewhere
-
-    @classmethod
-    def open(
-        cls,
-        path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
-        *,
-        initial_capacity: int = DEFAULT_INITIAL_CAPACITY,
-        max_capacity: int = DEFAULT_MAX_CAPACITY,
-        alignment: int = DEFAULT_ALIGNMENT,
-        cache_limit: int | None = DEFAULT_CACHE_LIMIT,
-        keep_mapped: bool = False,
-        recover: bool = False,
-    ) -> Self:
-        """Create or open the region at `path`; the same as calling the class."""
-        return cls(
-            os.fspath(path),  # None is no path here
-            initial_capacity=initial_capacity,
-            max_capacity=max_capacity,
-            alignment=alignment,
-            cache_limit=cache_limit,
-            keep_mapped=keep_mapped,
-            recover=recover,
-        )
-
-    @classmethod
-    def open_with_capacity(
-        cls,
-        path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
-        initial: int,
-        *,
-        alignment: int = DEFAULT_ALIGNMENT,
-        cache_limit: int | None = DEFAULT_CACHE_LIMIT,
-        recover: bool = False,
-    ) -> Self:
-        """Open with an initial capacity in bytes. The ceiling is the default, or `initial` where that is more."""
-        return cls(
-            os.fspath(path),
-            initial_capacity=initial,
-            max_capacity=max(index(initial), DEFAULT_MAX_CAPACITY),
-            alignment=alignment,
-            cache_limit=cache_limit,
-            recover=recover,
-        )
-
-    @classmethod
-    def open_with_config(
-        cls,
-        path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
-        initial: int,
-        maximum: int,
-        *,
-        alignment: int = DEFAULT_ALIGNMENT,
-        cache_limit: int | None = DEFAULT_CACHE_LIMIT,
-        recover: bool = False,
-    ) -> Self:
-        """Open with an initial capacity and a ceiling, both in bytes."""
-        return cls(
-            os.fspath(path),
-            initial_capacity=initial,
-            max_capacity=maximum,
-            alignment=alignment,
-            cache_limit=cache_limit,
-            recover=recover,
-        )
-
-    @classmethod
-    def open_with_tuning(
-        cls,
-        path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
-        tuning: MemoryTuning,
-        *,
-        alignment: int = DEFAULT_ALIGNMENT,
-        cache_limit: int | None = DEFAULT_CACHE_LIMIT,
-        recover: bool = False,
-    ) -> Self:
-        """Open with the sizes of a `MemoryTuning`."""
-        if not isinstance(tuning, MemoryTuning):
-            raise TypeError(f"a MemoryTuning is needed, not {type(tuning).__name__!r}")
-        return cls(
-            os.fspath(path),
-            initial_capacity=tuning.overflow_initial_bytes,
-            max_capacity=tuning.overflow_max_bytes,
-            alignment=alignment,
-            cache_limit=cache_limit,
-            recover=recover,
-        )
-
-    @classmethod
-    def temporary(
-        cls,
-        directory: str | bytes | os.PathLike[str] | os.PathLike[bytes] | None = None,
-        *,
-        initial_capacity: int = DEFAULT_INITIAL_CAPACITY,
-        max_capacity: int = DEFAULT_MAX_CAPACITY,
-        alignment: int = DEFAULT_ALIGNMENT,
-        cache_limit: int | None = DEFAULT_CACHE_LIMIT,
-        keep_mapped: bool = False,
-    ) -> Self:
-        """Open a region on an unnamed file, which leaves nothing behind however the process ends.
-
-        The same as calling the class with None as its path, and `directory`: a subclass whose ``__init__`` hands both
-        on may be temporary.
-
-        Parameters
-        ----------
-        directory
-            Where its blocks are taken from; by default the directory for temporary files. On many systems that is
-            a tmpfs, which keeps them in RAM.
-        initial_capacity, max_capacity, alignment, cache_limit, keep_mapped
-            As for the class.
-
-        Raises
-        ------
-        RegionIOError
-            The folder, or any folder for temporary files, cannot be written to.
-        """
-        return cls(
-            None,
-            directory=temporary_folder() if directory is None else directory,
-            initial_capacity=initial_capacity,
-            max_capacity=max_capacity,
-            alignment=alignment,
-            cache_limit=cache_limit,
-            keep_mapped=keep_mapped,
-        )
 
     # -- values ---------------------------------------------------------------------------------------------------
 
