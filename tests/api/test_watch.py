@@ -266,6 +266,7 @@ def group() -> Iterator[Path]:
 def test_in_a_group_it_spills_in_time_and_is_killed_without_the_watch(group: Path, sanitized: bool) -> None:
     if sanitized:
         pytest.skip("AddressSanitizer keeps freed memory, which the group counts")
+
     def run(how: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", textwrap.dedent(GROWING), str(group), how]
         return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
