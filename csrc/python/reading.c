@@ -136,13 +136,7 @@ static PyObject *read_many_into(PyObject *Py_UNUSED(module), PyObject *const *ar
     total = ndm_region_load_many(region, slots.at, (uint64_t)slots.count, target.buf, (uint64_t)target.len, sizes.at);
     ndm_i_noted(total, &refusal);
     Py_END_ALLOW_THREADS
-    if (total < 0)
-        ndm_i_refuse(arguments[0], NULL, &refusal);
-    else if (total > target.len)
-        PyErr_Format(PyExc_ValueError, "the values have %lld bytes, the buffer has room for %zd", (long long)total,
-                     target.len);
-    else
-        result = Py_NewRef(Py_None);
+    result = ndm_i_loaded(total, target.len, arguments[0], &refusal);
     PyBuffer_Release(&target);
 
 end_sizes:

@@ -61,6 +61,15 @@ int64_t ndm_i_copy(const ndm_i_source *from, void *buffer, int64_t room, ndm_err
     return size;
 }
 
+PyObject *ndm_i_loaded(int64_t total, Py_ssize_t room, PyObject *holder, const ndm_error *refusal)
+{
+    if (total < 0)
+        return ndm_i_refuse(holder, NULL, refusal);
+    if (total > room)
+        return PyErr_Format(PyExc_ValueError, "the values have %lld bytes, the buffer has room for %zd", (long long)total, room);
+    return Py_NewRef(Py_None);
+}
+
 PyObject *ndm_i_bytes_of(const ndm_i_source *from, PyObject *holder, PyObject *slot)
 {
     char small[4096];

@@ -22,6 +22,10 @@ typedef struct {
 /* Copy the value if it fits, without the GIL. Its size, or a negative status with the refusal noted. */
 int64_t ndm_i_copy(const ndm_i_source *from, void *buffer, int64_t room, ndm_error *refusal);
 
+/* None, once values of `total` bytes were copied into a buffer that has `room`. NULL with an exception where there are more,
+ * or `total` is a negative status. */
+PyObject *ndm_i_loaded(int64_t total, Py_ssize_t room, PyObject *holder, const ndm_error *refusal);
+
 /* A copy of the value. `holder` and `slot` are for the message. NULL with an exception. */
 PyObject *ndm_i_bytes_of(const ndm_i_source *from, PyObject *holder, PyObject *slot);
 
