@@ -187,7 +187,9 @@ class MmapSubject:
 
 
 RIVALS: dict[str, Callable[[Path, Workload], Subject]] = {
-    "region": lambda directory, workload: RegionSubject(OverflowRegion, directory, workload, cache_limit=None),
+    "region": lambda directory, workload: RegionSubject(
+        OverflowRegion, directory, workload, cache_limit=None, keep_mapped=True
+    ),
     "limited": lambda directory, workload: RegionSubject(OverflowRegion, directory, workload),
     "twin": lambda directory, workload: RegionSubject(TwinRegion, directory, workload),
     "mmap": MmapSubject,

@@ -114,7 +114,7 @@ def page(results: list[Cell], facts: dict[str, str], rounds: int) -> list[str]:
     ]
     notes = [
         *(f"- {operation.label}: {operation.meaning}" for operation in OPERATIONS),
-        "- region: `cache_limit=None`, as the others have no limit; limited: the default of 256 MiB",
+        "- region: `cache_limit=None, keep_mapped=True`, as the others have no limit; limited: the default of 256 MiB",
         "- twin: `benchmarks/twin.py`, the same promises in pure Python; mmap: slices of a mapping, no promises",
     ]
     return [

@@ -114,10 +114,10 @@ class Subject:
 
 
 class Region(Subject):
-    """one by one; no cache limit, like its rivals; otherwise defaults"""
+    """one by one; no cache limit, like its rivals, and `keep_mapped=True`; otherwise defaults"""
 
     name = "region"
-    cache: ClassVar[dict[str, Any]] = {"cache_limit": None}
+    cache: ClassVar[dict[str, Any]] = {"cache_limit": None, "keep_mapped": True}
 
     def open(self, directory: Path) -> None:
         self.region = OverflowRegion.open(

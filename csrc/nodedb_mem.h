@@ -1,4 +1,4 @@
-/* nodedb_mem: overflow regions for data engines. The public C API and its manual.
+/* nodedb_mem: overflow regions for data engines, and a governor of their memory. The public C API and its manual.
  *
  * A region is one memory-mapped file, owned by one thread. An engine spills cold values into it and reads them back
  * without a copy. A value lives in a slot, named by a small integer.
@@ -23,25 +23,30 @@
  *    released, even after the slot is freed or the region is closed. A view that is never released leaks its extent and
  *    keeps the mapping, and so the file's lock, until the process ends.
  *  - A forked child lets go of the region before fork() returns there: its copies of the descriptors, and so of the locks,
- *    are closed, and what no view uses is unmapped. (A raw clone() runs no fork handlers; there, destroying does it.)
+ *    are closed, and what no view uses is unmapped, whatever other threads do meanwhile: fork() waits until none of them is
+ *    in the midst of opening, mapping, unmapping or closing. (A raw clone() runs no fork handlers; there, destroying does
+ *    it.) A signal handler must not fork while it interrupts a function of this library.
  *    The views taken before the fork stay readable in the child, but nothing pins them for the child. Once the
  *    parent has freed and released a slot, the child sees what the parent writes there next. Touching the view is SIGBUS
  *    once the parent has trimmed the file to less. A store of the child's through a view of ndm_region_allocate() would
  *    then hit another value.
  *  - If another program shortens the file, touching a lost page is SIGBUS. Growing and preparing space notice a short
  *    file and return NDM_ERR_IO with EIO. Reading cannot notice it.
+ *  - No thread may be cancelled (pthread_cancel) inside a function of this library: the region's books would be half-written.
  *  - Link with -pthread. Linux only.
  *
  * Errors: a function that returns an integer returns a negative ndm_status on failure, one that returns a pointer
  * returns NULL. ndm_last_error() then gives the details, for the calling thread. A function that fails has changed
- * nothing, and has not written to its output parameters. There are three exceptions. ndm_region_close() closes the region
- * and reports that a write-back had failed. ndm_region_compact() and ndm_region_trim() may stop half-way: every value is
- * intact, what was done so far stays, and the figures for readers are those of the space as it is.
+ * nothing, and has not written to its output parameters. There are exceptions. ndm_region_read_many() and
+ * ndm_region_load_many() may have written to their arrays and the buffer: what is there then is of no use. ndm_region_close()
+ * closes the region and reports that a write-back had failed. ndm_region_compact() and ndm_region_trim() may stop half-way:
+ * every value is intact, what was done so far stays, and the figures for readers are those of the space as it is. A write
+ * that the disk refuses may have moved other values to make room.
  *
  * Sizes, offsets and capacities are bytes, always.
  *
  * Sections: errors and versions; opening and closing; one value; many values; what a region shows of itself; space and
- * RAM; sharing; readers; pins; handles.
+ * RAM; sharing; readers; pins; handles; the governor.
  */
 #ifndef NODEDB_MEM_H
 #define NODEDB_MEM_H
@@ -70,6 +75,7 @@ extern "C" {
 /* [cdef: the Python binding is generated from the lines up to the closing mark] */
 
 typedef struct ndm_region ndm_region;
+typedef struct ndm_governor ndm_governor;
 
 enum ndm_status {
     NDM_OK = 0,
@@ -85,6 +91,9 @@ enum ndm_status {
     NDM_ERR_STALE = -10,       /* reader: the value is gone, or another has its slot, or the region was opened anew */
     NDM_ERR_UNCOMMITTED = -11, /* reader: the slot is allocated, and not committed yet */
     NDM_ERR_WAIT = -12,        /* ..._try_...(): not at once; nothing was done. Readers: not yet, call again */
+    NDM_ERR_BUDGET = -13,      /* governor: more than the engine's limit: ndm_error.required, .limit, .allocated, .waiting */
+    NDM_ERR_CEILING = -14,     /* governor: more than the ceiling, or what the headroom leaves of it; fields as above */
+    NDM_ERR_ENGINE = -15,      /* governor: the engine is not known: ndm_error.engine */
     NDM_ERR_VERSION = -20      /* ndm_check_abi(): the library is not the one that the caller was compiled for */
 };
 
@@ -95,7 +104,8 @@ typedef struct {
     int32_t os_errno;    /* NDM_ERR_IO: errno; else 0 */
     uint64_t required;   /* NDM_ERR_CAPACITY: bytes of capacity the request needs; else 0 */
     uint64_t limit;      /* NDM_ERR_CAPACITY: the ceiling in force; else 0 */
-    int64_t slot;        /* NDM_ERR_NO_SLOT, NDM_ERR_FREED_SLOT, NDM_ERR_UNCOMMITTED: which, if slot_known; else 0 */
+    int64_t slot;        /* NDM_ERR_NO_SLOT, NDM_ERR_FREED_SLOT, NDM_ERR_UNCOMMITTED: which, if slot_known; else 0. Of
+                            batches of readers NDM_ERR_STALE, too */
     const char *message; /* what was wrong or what was tried, a static string */
     int32_t file;        /* NDM_ERR_IO and NDM_ERR_BUSY: which of the region's files, an ndm_file */
     int32_t slot_known;  /* 1: batch verbs, ndm_h_* and readers; 0: the call named just one, and `slot` is 0 */
@@ -103,6 +113,9 @@ typedef struct {
     int32_t views;       /* live views, of any number up to INT32_MAX, of the bytes in pinned_bytes; leases keep the others */
     uint64_t free_bytes, largest_free_bytes, pinned_bytes;
     uint64_t disk_free;  /* bytes that the file system has left for this user; NDM_BYTES_UNKNOWN */
+    uint64_t allocated;  /* NDM_ERR_BUDGET, NDM_ERR_CEILING: bytes reserved already, of what has the limit; else 0 */
+    uint64_t waiting;    /* these: bytes that others are to have before, because they wait; else 0 */
+    int64_t engine;      /* these and NDM_ERR_ENGINE: whose; else 0 */
 } ndm_error;
 
 /* Details of the last failure on this thread. The pointer stays good for the life of the thread, its contents
@@ -123,10 +136,11 @@ typedef struct {
     uint64_t max_capacity;     /* the ceiling; address space for all of it is reserved where the system allows. A file that
                                   is larger opens, and does not grow */
     uint64_t alignment;        /* of every value: a power of two, 1 to 4096 */
-    uint64_t cache_limit;      /* bytes of the file that may stay in RAM; at least 4 MiB is used. UINT64_MAX: no limit, and
-                                  pages that were viewed stay mapped; otherwise those of values of 64 KiB and more leave the
-                                  RSS with their last view */
+    uint64_t cache_limit;      /* bytes of the file that may stay in RAM; at least 4 MiB is used. UINT64_MAX: no limit */
     uint64_t recover;          /* 1: keep the values that an earlier region left; its alignment holds, too */
+    uint64_t keep_mapped;      /* 0: pages of values of 64 KiB and more are in this process's RSS only while a view of them
+                                  lives, whatever the limit. 1: they stay mapped after a view, so that viewing them again
+                                  costs no faults */
 } ndm_options;
 
 /* Create or open the region at `path` (mode 0600), and lock it. The calling thread becomes its owner. The region
@@ -192,7 +206,10 @@ int ndm_mappings_are_locked(void);
 void ndm_region_destroy(ndm_region *region);
 
 /* Copy `size` bytes into a new slot and return its number, 0 or more. `data` may be a view of this region.
- * `engine` is 0 to 255. NDM_ERR_CAPACITY, NDM_ERR_IO (ENOSPC, EFBIG, EDQUOT, ...), NDM_ERR_MEMORY. */
+ * `engine` is 0 to 255. NDM_ERR_CAPACITY, NDM_ERR_IO (ENOSPC, EFBIG, EDQUOT, ...), NDM_ERR_MEMORY.
+ *
+ * Before this and the other writing verbs return NDM_ERR_CAPACITY or ENOSPC, they bring scattered free space together, by
+ * moving values that are neither pinned nor leased: a request for which enough lies between those is not refused. */
 int64_t ndm_region_write(ndm_region *region, const void *data, uint64_t size, int64_t engine);
 
 /* Gather `count` parts into one new slot. If `aligned`, each part starts at a multiple of the region's alignment from
@@ -216,7 +233,9 @@ int ndm_region_write_many(ndm_region *region, const void *const *parts, const ui
 int ndm_region_write_packed(ndm_region *region, const void *data, uint64_t size, const int64_t *lengths, uint64_t count,
                             int64_t engine, int64_t *slots);
 
-/* View `count` slots, all or none: release each view once. A slot may be listed twice. */
+/* View `count` slots, all or none: release each view once. A slot may be listed twice. This verb and the next ask the disk
+ * for all values that are not in RAM, in the order of the file, before the first is touched; the next one does so in
+ * windows that fit under the cache limit. */
 int ndm_region_read_many(ndm_region *region, const int64_t *slots, uint64_t count, const char **views, uint64_t *sizes);
 
 /* Copy `count` values to `buffer`, one after the other, and their sizes to `lengths`; returns the bytes. If that is more
@@ -242,8 +261,8 @@ char *ndm_region_restore(ndm_region *region, int64_t slot, uint64_t *size);
  * ignored. */
 void ndm_view_release(const char *view);
 
-/* The same, but NDM_ERR_WAIT, with the view as it was, where that would unmap memory: of a large value under a cache
- * limit, of a restored one, or of a closed region. ndm_last_error() stays as it is. */
+/* The same, but NDM_ERR_WAIT, with the view as it was, where that would unmap memory: of a value of 64 KiB and more
+ * (unless keep_mapped is set), of a restored one, or of a closed region. ndm_last_error() stays as it is. */
 int ndm_view_try_release(const char *view);
 
 /* Copy a slot's bytes to `buffer` and return their number. If that is more than `capacity`, copy nothing: the
@@ -319,7 +338,9 @@ typedef struct {
 
 /* Gather free space by moving values, at most `budget` bytes of them: to the start of the file, or into other holes.
  * Slots keep their numbers. A value that is pinned, leased, or larger than the budget, stays where it is. Done when the
- * holes are under 1 % of the live bytes, or nothing can move. NDM_ERR_IO with ENOSPC when a hole's blocks cannot be had
+ * holes are under 1 % of the live bytes, or nothing can move. A whole compaction (UINT64_MAX) goes through the file once;
+ * where the values are not in RAM, calls with a budget do a piece of that each, and read at most 2 MiB and six times the
+ * budget from disk, some 512 KiB more or less. NDM_ERR_IO with ENOSPC when a hole's blocks cannot be had
  * back: every value is intact, *out is not written. */
 int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out);
 
@@ -332,6 +353,12 @@ int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out)
  * read back from the disk and found equal. What the kernel failed to write and dropped before the failure came to light
  * is lost, and so may be a value dropped earlier, if the file system's own blocks could not be written after it. */
 int ndm_region_evict(ndm_region *region, const int64_t *slots, uint64_t count);
+
+/* The `count` values in `slots` are about to be read, one by one or in one call: ask the disk for those that are not in
+ * RAM, all together and in the order of the file, and do not wait for them. Values that need more room than half the cache
+ * limit are not all asked for. The batch verbs that read do this by themselves. NDM_ERR_NO_SLOT or NDM_ERR_FREED_SLOT
+ * before anything is done. */
+int ndm_region_prefetch(ndm_region *region, const int64_t *slots, uint64_t count);
 
 /* Wait until every value is written back to the disk (not for the disk's own cache). */
 int ndm_region_flush(ndm_region *region);
@@ -372,7 +399,7 @@ int64_t ndm_region_check(ndm_region *region);
  * (ndm_reader_copy) or check afterwards (ndm_reader_is_unchanged), or lease.
  *
  * No function waits for the owner longer than some 20 ms, nor with a lock held that other threads of the reader want. While
- * the owner moves the value, ndm_reader_find(), ndm_reader_read(), ndm_reader_copy(), ndm_reader_lease() and
+ * the owner moves the value, ndm_reader_find(), ndm_reader_read(), ndm_reader_copy(), their batches, ndm_reader_lease() and
  * ndm_reader_next() end with NDM_ERR_WAIT after that time, and ndm_reader_open() does so while another process bars readers
  * from the slot table. Nothing has been done then: call again, as often as you like. An owner that died while it moved a
  * value is NDM_ERR_STALE.
@@ -411,6 +438,15 @@ const char *ndm_reader_read(ndm_reader *reader, int64_t slot, int64_t generation
 
 /* Copy a value, never torn. Returns its size; if that is more than `capacity`, nothing is copied. */
 int64_t ndm_reader_copy(ndm_reader *reader, int64_t slot, int64_t generation, void *buffer, uint64_t capacity);
+
+/* View or copy `count` values, all or none, as ndm_region_read_many() and ndm_region_load_many() do; `generations` NULL: any.
+ * What is not in RAM is asked for in the order of the file. Each copy is whole; all of them together are not of one moment.
+ * If one value is gone, the call fails with NDM_ERR_NO_SLOT, _FREED_SLOT, _UNCOMMITTED or _STALE, and ndm_error.slot names
+ * it; the contents of `buffer` are undefined then. */
+int ndm_reader_read_many(ndm_reader *reader, const int64_t *slots, const int64_t *generations, uint64_t count,
+                         const char **views, uint64_t *sizes);
+int64_t ndm_reader_load_many(ndm_reader *reader, const int64_t *slots, const int64_t *generations, uint64_t count,
+                             void *buffer, uint64_t capacity, int64_t *lengths);
 
 /* 1 if the value is live and its bytes are where and what they were when `value` was looked up, 0 if not. */
 int ndm_reader_is_unchanged(ndm_reader *reader, const ndm_value *value);
@@ -489,6 +525,155 @@ int ndm_h_contains(uint64_t handle, int64_t slot);
 
 /* Bytes of the value in a live slot. */
 int64_t ndm_h_size(uint64_t handle, int64_t slot);
+
+/* ---- The governor: budgets of engines under one ceiling ----
+ *
+ * A governor counts bytes. An engine reserves what it is about to allocate, and releases it afterwards. A reservation is
+ * granted if the engine's limit and the ceiling have room for it, and refused otherwise; it never takes either past its
+ * limit, whatever other threads and processes do. A refusal changes nothing. Any thread may call any function. Most
+ * reservations and releases take no lock, and make no system call.
+ *
+ *     ndm_governor_options options = {.ceiling = 64 << 20, .warning = 70, .critical = 85, .emergency = 95, .hysteresis = 5};
+ *     ndm_governor *governor = ndm_governor_create(&options);
+ *     ndm_governor_add_engine(governor, 0, 32 << 20, 1);
+ *     if (ndm_governor_reserve(governor, 0, size) == NDM_OK) {
+ *         ...
+ *         ndm_governor_release(governor, 0, size);
+ *     }
+ *     ndm_governor_destroy(governor);
+ *
+ * Shared. ndm_governor_open() maps a file that the governors of other processes map, too: all live under one ceiling. A
+ * governor that was opened with options has a claim there, which is a lock of its open file. When its process ends, by
+ * kill -9 also, what it had reserved is given back: the next one that finds no room, takes a snapshot, or opens the file,
+ * sees to it. The file is created 0600 and belongs to its user. It is trusted as far as that user is: whoever may write to it
+ * may break the counts, and shortening it while it is mapped is SIGBUS. What can be seen to be wrong when it is opened is
+ * an error.
+ *
+ * Fork. A child of a private governor starts with nothing reserved, its limits as they were; one of a shared governor gets a
+ * claim of its own with its first reservation. What the parent had reserved is the parent's: a child that releases it is
+ * refused (NDM_ERR_ARGUMENT, unless it has reserved as much itself). ndm_governor_epoch() tells: it grows in a child. */
+
+typedef struct {
+    uint64_t ceiling;    /* bytes for all engines, 1 or more */
+    uint64_t headroom;   /* of these, what spillable engines together leave to the others */
+    uint32_t warning, critical, emergency; /* thresholds of pressure, in per cent: 1 or more, ascending */
+    uint32_t hysteresis; /* a level ends when pressure is that many per cent below its threshold; at most 100 */
+    uint64_t adopt;      /* 1: where others use the file, go by what it says */
+} ndm_governor_options;
+
+/* A governor of this process. NULL: NDM_ERR_ARGUMENT, NDM_ERR_MEMORY. */
+ndm_governor *ndm_governor_create(const ndm_governor_options *options);
+
+/* A governor on the file at `path`. The file is made if it is missing. If nobody uses it, it begins anew, with these options
+ * and no engines; if somebody does, they have to be those in force (NDM_ERR_ARGUMENT), or adopt them. `options` NULL: to
+ * look; the file must be there, and the governor has no claim before it reserves something. NULL: NDM_ERR_ARGUMENT;
+ * NDM_ERR_IO (EINVAL: not the file of a governor, or of another version; EUCLEAN: cut short, or its counters contradict
+ * each other; EPERM: another user's; EAGAIN: 128 claims are there); NDM_ERR_MEMORY. */
+ndm_governor *ndm_governor_open(const char *path, const ndm_governor_options *options);
+
+/* What is still reserved through it is given back. No other call on it is running or follows, but for ndm_g_*. NULL is
+ * ignored. */
+void ndm_governor_destroy(ndm_governor *governor);
+
+/* Let an engine (0 to 255) have at most `limit` bytes. NDM_ERR_ARGUMENT if all limits would add up to more than the ceiling,
+ * or the engine is known with another limit or kind. */
+int ndm_governor_add_engine(ndm_governor *governor, int64_t engine, uint64_t limit, int spillable);
+
+/* Change a limit, or the ceiling and the headroom. Below what is reserved is allowed: nothing is taken away, and
+ * reservations are refused until it fits. NDM_ERR_ARGUMENT if a raised limit would take the sum of all above the ceiling. */
+int ndm_governor_set_limit(ndm_governor *governor, int64_t engine, uint64_t limit);
+int ndm_governor_set_ceiling(ndm_governor *governor, uint64_t ceiling, uint64_t headroom);
+
+/* NDM_ERR_BUDGET, NDM_ERR_CEILING, NDM_ERR_ENGINE, NDM_ERR_ARGUMENT. Of a shared one: NDM_ERR_IO. ..._try_...(): without
+ * the lock, or NDM_ERR_WAIT, which leaves ndm_last_error() as it is. */
+int ndm_governor_reserve(ndm_governor *governor, int64_t engine, uint64_t size);
+int ndm_governor_try_reserve(ndm_governor *governor, int64_t engine, uint64_t size);
+
+/* As ndm_governor_reserve(), but a refusal is not counted: for who asks others to give back, and tries again. Where it stays a
+ * refusal, ndm_governor_note_rejected() counts it. */
+int ndm_governor_attempt(ndm_governor *governor, int64_t engine, uint64_t size);
+int ndm_governor_note_rejected(ndm_governor *governor, int64_t engine);
+
+/* Bytes that are taken already, so never refused. What goes beyond a limit is over-commitment. Release them the same way. */
+int ndm_governor_charge(ndm_governor *governor, int64_t engine, uint64_t size);
+
+/* NDM_ERR_ARGUMENT if that much is not reserved through this governor. */
+int ndm_governor_release(ndm_governor *governor, int64_t engine, uint64_t size);
+int ndm_governor_try_release(ndm_governor *governor, int64_t engine, uint64_t size);
+
+/* Wait for room, first come first served among all threads and processes: get in line, wait, and leave the line unless
+ * ndm_governor_wait() has returned NDM_OK. Who waits for an engine's limit delays that engine only; who waits for the
+ * ceiling delays all. ndm_governor_queue() returns a ticket; NDM_ERR_BUDGET or NDM_ERR_CEILING if it could never fit,
+ * NDM_ERR_IO with EAGAIN if 512 wait. ndm_governor_wait(): NDM_OK if it is reserved now; NDM_ERR_WAIT after `timeout`
+ * nanoseconds, or a signal; with timeout 0, one look, and why not. */
+int64_t ndm_governor_queue(ndm_governor *governor, int64_t engine, uint64_t size);
+int ndm_governor_wait(ndm_governor *governor, int64_t ticket, uint64_t timeout);
+void ndm_governor_leave(ndm_governor *governor, int64_t ticket);
+
+enum ndm_pressure { NDM_NORMAL = 0, NDM_WARNING = 1, NDM_CRITICAL = 2, NDM_EMERGENCY = 3 };
+
+/* The level: an engine's, or with -1 that of all, which is also raised by what ndm_governor_note_real() was told. */
+int ndm_governor_pressure(ndm_governor *governor, int64_t engine);
+
+/* Bytes reserved now, by all processes: of an engine, or with -1 of all. */
+int64_t ndm_governor_allocated(ndm_governor *governor, int64_t engine);
+
+/* What is real: the bytes of RAM that this process has, and in per cent how much is in use of what may be. */
+int ndm_governor_note_real(ndm_governor *governor, uint64_t bytes, uint32_t percent);
+
+/* Ask other processes to give back `size` bytes of an engine, or with -1 of any: how many processes hold some. Each finds
+ * it by ndm_governor_is_asked(), and takes it up by ndm_governor_asked(), which fills in 256 sizes and returns how many are
+ * not 0. ndm_governor_note_reclaimed() adds to the figures. */
+int ndm_governor_ask(ndm_governor *governor, int64_t engine, uint64_t size);
+int ndm_governor_is_asked(const ndm_governor *governor);
+int64_t ndm_governor_asked(ndm_governor *governor, uint64_t *sizes);
+int ndm_governor_note_reclaimed(ndm_governor *governor, int64_t engine, uint64_t size);
+
+typedef struct {
+    uint64_t known, spillable; /* 1 or 0 */
+    uint64_t limit, allocated, peak;
+    uint64_t rejections, waits; /* counted since the governor began */
+    uint64_t reclaimed;         /* bytes that reclaimers have freed */
+    uint64_t pressure;          /* an ndm_pressure */
+} ndm_engine_figures;
+
+typedef struct {
+    uint64_t pid, allocated, peak;
+    uint64_t real_bytes; /* of RAM, as last noted; 0: not known */
+} ndm_process_figures;
+
+typedef struct {
+    uint64_t ceiling, headroom;
+    uint64_t allocated; /* bytes reserved: never above the ceiling, but for what was charged, or a ceiling that was lowered */
+    uint64_t granted;   /* these, and what processes keep ready for their next reservations */
+    uint64_t peak;      /* with several processes: the highest sum seen when one of them took the lock */
+    uint64_t waiting;   /* who stands in line */
+    uint64_t repairs;   /* deaths in the middle of a change, made good */
+    uint64_t epoch;     /* 0; grows in forked children */
+    uint64_t pressure;  /* of all, an ndm_pressure */
+    uint64_t warning, critical, emergency, hysteresis; /* of pressure, in per cent */
+    uint64_t engine_count;  /* entries of `engines` that are filled in */
+    uint64_t process_count; /* and of `processes` */
+    ndm_engine_figures engines[256];
+    ndm_process_figures processes[128];
+} ndm_governor_figures;
+
+int ndm_governor_snapshot(ndm_governor *governor, ndm_governor_figures *out);
+
+/* 0; grows when a forked child starts anew. */
+int64_t ndm_governor_epoch(ndm_governor *governor);
+
+/* How many invariants of the books are broken: 0. For tests and for hunting a bug. */
+int64_t ndm_governor_check(ndm_governor *governor);
+
+/* A number that stands for the governor, as that of a region. It is never 0, never used again, below 2^63, and owns nothing;
+ * NDM_ERR_CLOSED once the governor is destroyed. Any thread. 0 on failure: 1024 governors have one. */
+uint64_t ndm_governor_handle(ndm_governor *governor);
+int ndm_g_reserve(uint64_t handle, int64_t engine, uint64_t size);
+int ndm_g_release(uint64_t handle, int64_t engine, uint64_t size);
+int ndm_g_charge(uint64_t handle, int64_t engine, uint64_t size);
+int ndm_g_pressure(uint64_t handle, int64_t engine);
+int64_t ndm_g_allocated(uint64_t handle, int64_t engine);
 
 /* [/cdef] */
 

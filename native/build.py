@@ -106,7 +106,8 @@ def _compile_arguments() -> list[str]:
 
 def _link_arguments() -> list[str]:
     sanitizers = os.environ.get("NODEDB_MEM_SANITIZE", "")
-    return ["-pthread", *([f"-fsanitize={sanitizers}"] if sanitizers else [])]
+    # nodelete: a thread that owned a region runs code of the core when it ends, whoever has called dlclose() by then.
+    return ["-pthread", "-Wl,-z,nodelete", *([f"-fsanitize={sanitizers}"] if sanitizers else [])]
 
 
 def without_rpath(command: list[str]) -> list[str]:

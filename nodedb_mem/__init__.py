@@ -1,4 +1,4 @@
-"""Overflow regions: spill cold buffers to a memory-mapped file, read them back without a copy."""
+"""Overflow regions, which take cold buffers out of RAM; and a governor that keeps engines within their budgets."""
 
 import sys
 
@@ -8,11 +8,13 @@ if sys.platform != "linux":
 # First: it makes sure that the core which the others use is the right one.
 from nodedb_mem.native import get_include, get_libraries, get_library_dirs  # isort: skip
 
+from nodedb_mem.budgets import EngineBudget, GovernorSnapshot, ProcessUsage
 from nodedb_mem.engine import EngineId
 from nodedb_mem.errors import (
     BudgetExhaustedError,
     CapacityExceededError,
     GlobalCeilingExceededError,
+    GovernorIOError,
     InvalidSlotError,
     MemError,
     RegionBusyError,
@@ -26,8 +28,10 @@ from nodedb_mem.errors import (
     UnknownEngineError,
     WrongThreadError,
 )
+from nodedb_mem.governor import MemoryGovernor, Reservation
 from nodedb_mem.objects import ObjectRef
 from nodedb_mem.overflow_map import OverflowMap
+from nodedb_mem.pressure import PressureLevel, PressureThresholds, SpillAction, SpillController
 from nodedb_mem.reader import Lease, OverflowReader
 from nodedb_mem.refs import SlotParts, SlotRef
 from nodedb_mem.region import OverflowRegion
@@ -39,18 +43,25 @@ __all__ = [
     "BudgetExhaustedError",
     "CapacityExceededError",
     "Compaction",
+    "EngineBudget",
     "EngineId",
     "EngineUsage",
     "GlobalCeilingExceededError",
+    "GovernorIOError",
+    "GovernorSnapshot",
     "InvalidSlotError",
     "Lease",
     "MemError",
+    "MemoryGovernor",
     "MemoryTuning",
     "ObjectRef",
     "OverflowMap",
     "OverflowReader",
     "OverflowRegion",
     "OverflowSlot",
+    "PressureLevel",
+    "PressureThresholds",
+    "ProcessUsage",
     "ReaderSlot",
     "ReaderStats",
     "RegionBusyError",
@@ -60,8 +71,11 @@ __all__ = [
     "RegionSizeError",
     "RegionStats",
     "RepeatedSlotError",
+    "Reservation",
     "SlotParts",
     "SlotRef",
+    "SpillAction",
+    "SpillController",
     "SpillMapping",
     "SpillStats",
     "StaleSlotError",

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Protocol
 
+    from nodedb_mem.errors import Where
     from nodedb_mem.refs import SlotParts
 
     class Info(Protocol):
@@ -30,22 +31,26 @@ if TYPE_CHECKING:
         live_slots: int
         alignment: int
 
-    class Figures(Protocol):
-        """The place for it, and for the details of a refusal."""
-
-        info: Info
-        refusal: object
-
 
 _NO_LIMIT = (1 << 63) - 1
 _info = lib.control_info
 _PLAIN_FIGURES = tuple(RegionStats.__dataclass_fields__.keys() - {"can_punch", "engines"})
 
 
+def _refusal(details: int, where: Where) -> Exception:
+    """Give the exception for what `control_info` returned."""
+    if details < 0:
+        return MemoryError("no memory for the details of a refusal")
+    try:
+        return error_of(ffi.buffer(ffi.cast("ndm_error *", details))[:], where)
+    finally:
+        lib.control_forget(details)
+
+
 class RegionControl:
     """What `OverflowRegion` does without naming a slot or touching a value."""
 
-    _out: Figures
+    _out: Info
 
     __slots__ = (
         "__weakref__",
@@ -67,13 +72,13 @@ class RegionControl:
         where = ("region", shown) if path is None else ("region", shown, shown + ".slots", shown + ".leases")
         if hasattr(self, "_holder"):
             raise RuntimeError(f"{shown}: a region is initialised once: make another")
-        out = ffi.new("control_figures *")  # before the file is opened: there may be no memory
+        out = ffi.new("ndm_info *")  # before the file is opened: there may be no memory
         holder = open_region(place, options, where, temporary=path is None)
         try:
             # The holder owns the region, and each use of the handle keeps the holder.
             handle = ffi.from_buffer("ndm_region *", holder)
-            if _info(handle, out) < 0:
-                raise error_of(ffi.buffer(ffi.addressof(out.refusal))[:], where)
+            if details := _info(handle, out):
+                raise _refusal(details, where)
             if hasattr(self, "_holder"):
                 raise RuntimeError(f"{shown}: a region is initialised once: make another")
             self._path, self._place, self._where = path, place, where
@@ -81,7 +86,7 @@ class RegionControl:
             self._parts: dict[int, tuple[int, SlotParts]] = {}
             limited = ffi.from_buffer("ndm_options *", options).cache_limit != UNLIMITED
             self._warned = bool(limited and lib.ndm_mappings_are_locked())  # of locking: by open_region()
-            self._alignment: int = out.info.alignment
+            self._alignment: int = out.alignment
             self._out, self._handle, self._holder = out, handle, holder
         except BaseException:
             del holder  # the traceback would keep the file open
@@ -127,6 +132,10 @@ class RegionControl:
 
         Slots keep their numbers. Values with a live view stay where they are, and so do values larger than `budget`.
         Done when the holes are under 1 % of the live bytes. Give the space at the end back with `trim`.
+
+        Without a budget the call goes through the file once. Where the values are not in RAM, a call with a budget
+        does a piece of that, and the next call goes on from there. It reads at most 2 MiB and six times the budget
+        from the disk, 512 KiB more or less, so it may move less than its budget.
 
         Parameters
         ----------
@@ -273,11 +282,11 @@ class RegionControl:
         raise TypeError(f"cannot copy or pickle {type(self).__name__!r}: a region has one owner")
 
     def _figures(self) -> Info:
-        """The region's `ndm_info`; the next call fills it anew."""
+        """The region's `ndm_info`; the next call fills it anew, if it is the owner's: others leave it alone."""
         out = self._out
-        if _info(self._handle, out) < 0:
-            raise error_of(ffi.buffer(ffi.addressof(out.refusal))[:], self._where)
-        return out.info
+        if details := _info(self._handle, out):
+            raise _refusal(details, self._where)
+        return out
 
     def _warn_if_locked(self) -> None:
         """Warn, once, that nothing can be dropped from RAM."""

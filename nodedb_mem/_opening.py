@@ -29,7 +29,13 @@ _PACKAGE = __name__.partition(".")[0]
 
 
 def region_options(
-    initial_capacity: int, max_capacity: int, alignment: int, cache_limit: int | None, recover: bool
+    initial_capacity: int,
+    max_capacity: int,
+    alignment: int,
+    cache_limit: int | None,
+    *,
+    recover: bool,
+    keep_mapped: bool,
 ) -> memoryview:
     """Check settings of a region, and give them as the bytes of an `ndm_options`.
 
@@ -44,7 +50,8 @@ def region_options(
     limit = UNLIMITED if cache_limit is None else index(cache_limit)
     if limit < 0:
         raise RegionSizeError("cache_limit must not be negative")
-    return memoryview(ffi.buffer(ffi.new("ndm_options *", [*sizes, min(limit, UNLIMITED), bool(recover)])))
+    options = [*sizes, min(limit, UNLIMITED), bool(recover), bool(keep_mapped)]
+    return memoryview(ffi.buffer(ffi.new("ndm_options *", options)))
 
 
 def absolute(name: str) -> str:

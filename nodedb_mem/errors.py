@@ -190,6 +190,14 @@ class UndecodableError(MemError, ValueError):
     """The bytes are no encoded object, or are cut off or damaged, or what they name cannot be had here."""
 
 
+#: Engines, and the bytes that they hold: the three largest.
+Holders = tuple[tuple[int, int], ...]
+
+
+def _held_by(holders: Holders) -> str:
+    return f" (most is held by {', '.join(f'{engine}: {size}' for engine, size in holders)})" if holders else ""
+
+
 class BudgetExhaustedError(MemError):
     """An engine asked for more than its budget has left.
 
@@ -197,43 +205,75 @@ class BudgetExhaustedError(MemError):
     ----------
     engine : int
     requested, available, limit : int
-        In bytes.
+        In bytes. What waiters are to have first is not available.
+    holders : tuple of (engine, bytes)
+        The three engines that hold most.
     """
 
-    def __init__(self, engine: int, requested: int, available: int, limit: int) -> None:
-        super().__init__(engine, requested, available, limit)
+    def __init__(self, engine: int, requested: int, available: int, limit: int, holders: Holders = ()) -> None:
+        super().__init__(engine, requested, available, limit, holders)
         self.engine = engine
         self.requested = requested
         self.available = available
         self.limit = limit
+        self.holders = holders
 
     def __str__(self) -> str:
         return (
-            f"engine {self.engine} asked for {self.requested} bytes, {self.available} of its {self.limit} are available"
+            f"engine {self.engine} asked for {self.requested} bytes, "
+            f"{self.available} of its {self.limit} are available{_held_by(self.holders)}"
         )
 
 
 class GlobalCeilingExceededError(MemError):
-    """All engines together would exceed the process's ceiling.
+    """All engines together would exceed the ceiling; or all spillable engines, what the headroom leaves of it.
 
     Attributes
     ----------
     allocated, ceiling, requested : int
-        In bytes.
+        In bytes. What waiters are to have first counts as allocated.
+    holders : tuple of (engine, bytes)
+        The three engines that hold most.
     """
 
-    def __init__(self, allocated: int, ceiling: int, requested: int) -> None:
-        super().__init__(allocated, ceiling, requested)
+    def __init__(self, allocated: int, ceiling: int, requested: int, holders: Holders = ()) -> None:
+        super().__init__(allocated, ceiling, requested, holders)
         self.allocated = allocated
         self.ceiling = ceiling
         self.requested = requested
+        self.holders = holders
 
     def __str__(self) -> str:
-        return f"{self.requested} bytes asked for, {self.allocated} of {self.ceiling} are allocated"
+        asked = f"{self.requested} bytes asked for"
+        return f"{asked}, {self.allocated} of {self.ceiling} are allocated{_held_by(self.holders)}"
 
 
 class UnknownEngineError(MemError):
-    """No budget is registered for the engine."""
+    """The governor has no budget for the engine.
+
+    Attributes
+    ----------
+    engine : int
+    holders : tuple of (engine, bytes)
+        The three engines that hold most.
+    """
+
+    def __init__(self, engine: int, holders: Holders = ()) -> None:
+        super().__init__(engine, holders)
+        self.engine = engine
+        self.holders = holders
+
+    def __str__(self) -> str:
+        return f"engine {self.engine} has no budget{_held_by(self.holders)}"
+
+
+class GovernorIOError(MemError, OSError):
+    """The file of a shared governor cannot be used. `errno` and `filename` as in `OSError`.
+
+    EINVAL: it is not the file of a governor, or of another version. EUCLEAN: it was cut short, or its counters
+    contradict each other. EPERM: it belongs to another user. EAGAIN: it has no room for another process, or for
+    another waiter.
+    """
 
 
 def _list(pids: tuple[int, ...]) -> str:
@@ -352,6 +392,15 @@ def error_of(details: bytes, where: Where = (), slot: int | None = None) -> Exce
             if beside:  # a closed reader whose views live has the slot table open, no more
                 readers = tuple(sorted({*readers, *users_of(beside[0])[1]} - {*writers}))
             return RegionBusyError(file or "", writers, readers, children)
+        case lib.NDM_ERR_BUDGET:
+            left = max(0, error.limit - error.allocated - error.waiting)
+            return BudgetExhaustedError(error.engine, error.required, left, error.limit)
+        case lib.NDM_ERR_CEILING:
+            return GlobalCeilingExceededError(error.allocated + error.waiting, error.limit, error.required)
+        case lib.NDM_ERR_ENGINE:
+            return UnknownEngineError(error.engine)
+        case lib.NDM_ERR_IO if kind == "governor":
+            return GovernorIOError(error.os_errno, f"{message}: {os.strerror(error.os_errno)}", path)
         case lib.NDM_ERR_IO:
             code = error.os_errno
             refused = RegionIOError(code, f"{message}: {os.strerror(code)}", file)

@@ -1,4 +1,4 @@
-"""Regions in numba's nopython code: functions that compiled loops call with no Python between. Needs numba.
+"""Regions and governors in numba's nopython code: functions that compiled loops call directly. Needs numba.
 
 Each takes `OverflowRegion.handle`. The owner rule holds: compiled code has to run on the region's own thread (not in
 ``prange``). Nothing is raised in compiled code: a negative number is an ``ndm_status`` of ``nodedb_mem.h``, and `check`
@@ -15,6 +15,9 @@ turns it into the exception, back in Python on the same thread::
         return 0
 
     spill.check(write_rows(region.handle, rows, slots))
+
+`reserve`, `release`, `charge`, `pressure` and `allocated` take `MemoryGovernor.handle`. Any thread may call these, in
+``prange`` too. A reservation that compiled code has made is released by the same size, or goes with the governor.
 
 The region object has to stay alive meanwhile; if it does not, the calls give ``NDM_ERR_CLOSED``. Code cached with
 ``cache=True`` works: it finds the core by name.
@@ -36,7 +39,21 @@ from nodedb_mem._core import ffi, lib
 from nodedb_mem.errors import raise_status
 from nodedb_mem.native import get_library_dirs
 
-__all__ = ["check", "contains", "free", "pin", "read_into", "size", "unpin", "write"]
+__all__ = [
+    "allocated",
+    "charge",
+    "check",
+    "contains",
+    "free",
+    "pin",
+    "pressure",
+    "read_into",
+    "release",
+    "reserve",
+    "size",
+    "unpin",
+    "write",
+]
 
 # The same file that the Python side has loaded, so the same core.
 _LIBRARY = os.path.join(get_library_dirs()[0], f"libnodedb_mem.so.{lib.NDM_ABI_VERSION}")
@@ -50,6 +67,13 @@ _free = types.ExternalFunction("ndm_h_free", types.int32(_HANDLE, _SLOT))
 _contains = types.ExternalFunction("ndm_h_contains", types.int32(_HANDLE, _SLOT))
 _pin = types.ExternalFunction("ndm_h_pin", types.uintp(_HANDLE, _SLOT, types.uintp))
 _unpin = types.ExternalFunction("ndm_region_unpin", types.void(_DATA))
+
+_budget = types.int32(_HANDLE, types.int64, types.uint64)
+_reserve = types.ExternalFunction("ndm_g_reserve", _budget)
+_release = types.ExternalFunction("ndm_g_release", _budget)
+_charge = types.ExternalFunction("ndm_g_charge", _budget)
+_pressure = types.ExternalFunction("ndm_g_pressure", types.int32(_HANDLE, types.int64))
+_allocated = types.ExternalFunction("ndm_g_allocated", types.int64(_HANDLE, types.int64))
 
 _ERR_MEMORY = lib.NDM_ERR_MEMORY
 _BYTES = types.Array(types.uint8, 1, "C", readonly=True)
@@ -116,6 +140,31 @@ def pin(handle: int, slot: int) -> tuple[int, Any]:
 def unpin(data: Any) -> None:
     """End a pin, given the array that `pin` returned."""
     lib.ndm_region_unpin(ffi.cast("uint8_t *", data.ctypes.data))
+
+
+def reserve(handle: int, engine: int, size: int) -> int:
+    """Reserve bytes for an engine; returns 0. No reclaimer is asked, and nothing waits."""
+    return int(lib.ndm_g_reserve(handle, engine, size))
+
+
+def release(handle: int, engine: int, size: int) -> int:
+    """Give reserved bytes back; returns 0."""
+    return int(lib.ndm_g_release(handle, engine, size))
+
+
+def charge(handle: int, engine: int, size: int) -> int:
+    """Count bytes that are taken already; returns 0."""
+    return int(lib.ndm_g_charge(handle, engine, size))
+
+
+def pressure(handle: int, engine: int) -> int:
+    """Return the level of an engine's pressure, or with -1 that of all: 0 to 3."""
+    return int(lib.ndm_g_pressure(handle, engine))
+
+
+def allocated(handle: int, engine: int) -> int:
+    """Return the bytes that an engine, or with -1 all, have reserved."""
+    return int(lib.ndm_g_allocated(handle, engine))
 
 
 def _need_array(array: Any, *, writable: bool = False) -> None:
@@ -186,3 +235,28 @@ def _compile_pin(handle: Any, slot: Any) -> Any:
 def _compile_unpin(data: Any) -> Any:
     _need_array(data)
     return lambda data: _unpin(data.ctypes)
+
+
+@overload(reserve, strict=False)
+def _compile_reserve(handle: Any, engine: Any, size: Any) -> Any:
+    return lambda handle, engine, size: np.int64(_reserve(handle, engine, size))
+
+
+@overload(release, strict=False)
+def _compile_release(handle: Any, engine: Any, size: Any) -> Any:
+    return lambda handle, engine, size: np.int64(_release(handle, engine, size))
+
+
+@overload(charge, strict=False)
+def _compile_charge(handle: Any, engine: Any, size: Any) -> Any:
+    return lambda handle, engine, size: np.int64(_charge(handle, engine, size))
+
+
+@overload(pressure, strict=False)
+def _compile_pressure(handle: Any, engine: Any) -> Any:
+    return lambda handle, engine: np.int64(_pressure(handle, engine))
+
+
+@overload(allocated, strict=False)
+def _compile_allocated(handle: Any, engine: Any) -> Any:
+    return lambda handle, engine: _allocated(handle, engine)

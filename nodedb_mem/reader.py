@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from array import array
 from contextlib import contextmanager, suppress
 from operator import index
 from typing import TYPE_CHECKING, NoReturn, Self
 
 from nodedb_mem import _memory
+from nodedb_mem._arrays import int64_copy, int64_room, slot_numbers
 from nodedb_mem._core import ffi, lib
 from nodedb_mem.engine import KNOWN_ENGINES
 from nodedb_mem.errors import InvalidSlotError, RegionError, StaleSlotError, WrongThreadError, control
@@ -15,8 +17,10 @@ from nodedb_mem.refs import SlotRef
 from nodedb_mem.stats import ReaderSlot, ReaderStats
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from types import TracebackType
+
+    from typing_extensions import Buffer
 
 _read = _memory.read_shared
 _read_bytes = _memory.read_shared_bytes
@@ -152,6 +156,39 @@ class OverflowReader:
         number, generation = self._name(slot)
         return _read_bytes(self._holder, number, generation)
 
+    def read_many(self, slots: Iterable[int | SlotRef] | Buffer) -> list[memoryview]:
+        """View many values, as `read` does, in one call; all or none. `slots` may be a buffer of int64.
+
+        The disk is asked for all values that are not in RAM, in the order of the file. Raises as `read` does, and the
+        error names the slot.
+        """
+        return _memory.read_many_shared(self._holder, *self._names(slots))
+
+    def read_many_into(self, slots: Iterable[int | SlotRef] | Buffer, buffer: Buffer) -> memoryview:
+        """Copy many values to a writable buffer, one after the other, none of them torn.
+
+        Values that are not in RAM are asked for, and copied, in the order of the file. The values are not all of one
+        moment: the owner may write and free between two of them.
+
+        Returns
+        -------
+        memoryview
+            Their sizes in bytes, as int64.
+
+        Raises
+        ------
+        TypeError, BufferError
+            `buffer` is no buffer; it is read-only, or not C-contiguous.
+        ValueError
+            The buffer is too small; nothing has been copied.
+        InvalidSlotError, StaleSlotError, RegionIOError
+            As `read`; the error names the slot. The buffer's contents are undefined then.
+        """
+        numbers, generations = self._names(slots)
+        sizes = int64_room(len(numbers))
+        _memory.read_many_shared_into(self._holder, numbers, generations, buffer, sizes)
+        return sizes
+
     @contextmanager
     def borrow(self, slot: int | SlotRef) -> Iterator[memoryview]:
         """View a value for the length of a `with` block, and know afterwards whether it was true all along.
@@ -279,6 +316,21 @@ class OverflowReader:
         else:
             number, generation = index(slot), -1
         return number, generation
+
+    def _names(self, slots: Iterable[int | SlotRef] | Buffer) -> tuple[array[int] | memoryview, array[int] | None]:
+        """Slot numbers and generations, None where all may be any."""
+        if not isinstance(slots, list | tuple):
+            try:
+                return int64_copy(slots), None  # type: ignore[arg-type]
+            except TypeError:
+                if isinstance(slots, bytes | bytearray | memoryview) or not hasattr(slots, "__iter__"):
+                    raise
+        elif isinstance(slots, SlotRef):
+            raise TypeError("an iterable of slots is needed, not a SlotRef")
+        named = [self._name(slot) for slot in slots]  # type: ignore[union-attr]
+        numbers = slot_numbers([number for number, _ in named])
+        generations = array("q", [generation for _, generation in named])
+        return numbers, generations if any(generation >= 0 for generation in generations) else None
 
     def _check_ref(self, ref: SlotRef) -> None:
         if not isinstance(ref, SlotRef):

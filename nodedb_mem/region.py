@@ -6,24 +6,16 @@ import errno
 import os
 from contextlib import suppress
 from operator import index
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING
 
 from nodedb_mem import _memory
 from nodedb_mem._arrays import int64_copy, int64_room, slot_numbers
-from nodedb_mem._control import RegionControl
-from nodedb_mem._opening import absolute, region_options, temporary_folder
+from nodedb_mem._constructors import RegionConstructors
 from nodedb_mem.engine import KNOWN_ENGINES, EngineId
 from nodedb_mem.errors import InvalidSlotError, RegionError, RegionIOError, RegionSizeError
 from nodedb_mem.objects import ObjectRef
 from nodedb_mem.refs import SlotParts, SlotRef
 from nodedb_mem.stats import OverflowSlot
-from nodedb_mem.tuning import (
-    DEFAULT_ALIGNMENT,
-    DEFAULT_CACHE_LIMIT,
-    DEFAULT_INITIAL_CAPACITY,
-    DEFAULT_MAX_CAPACITY,
-    MemoryTuning,
-)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -38,13 +30,17 @@ _read_bytes = _memory.read_bytes
 _free = _memory.free
 
 
-class OverflowRegion(RegionControl):
+class OverflowRegion(RegionConstructors):
     """One overflow file and its mapping, owned by the thread that opens it.
 
     Every verb raises `WrongThreadError` on any other thread and in a forked child, and `RegionClosedError` after
     `close`. Only `path`, `closed`, `repr`, `adopt` and `with` work everywhere. A verb that raises has changed nothing.
-    There are three exceptions. `close` closes the region and then reports that a write-back failed. `compact` and
-    `trim` may stop half-way: every value is intact then, and what was done so far stays.
+    There are four exceptions. `close` closes the region and then reports that a write-back failed. `compact` and
+    `trim` may stop half-way: every value is intact then, and what was done so far stays. A write that the disk refuses
+    may have moved other values to make room.
+
+    A write needs free bytes, and they need not lie together. Where they are scattered, the region moves values until
+    they do. Values with a live view or a lease stay where they are, and room is made between them.
 
     Parameters
     ----------
@@ -64,10 +60,12 @@ class OverflowRegion(RegionControl):
     cache_limit
         The most bytes of the file that may stay in RAM, page cache and RSS together. A background thread of the core
         writes what is beyond it to disk, oldest first, and drops it. 0 keeps as little as possible, about 4 MiB. Views
-        that are in use may hold more. Under any limit the pages of values of 64 KiB and more leave the RSS with their
-        last view. None sets no limit. Pages that were read stay mapped then, so that reading them again costs no
-        faults. To keep the RSS low all the same, set a limit larger than the file. The limit has no effect on tmpfs,
-        which has no other place than RAM.
+        that are in use may hold more. None sets no limit: the kernel decides what stays in the page cache. The limit
+        has no effect on tmpfs, which has no other place than RAM.
+    keep_mapped
+        Whether pages of values of 64 KiB and more stay in the RSS after their last view. By default they are in the
+        RSS only while a view of them lives, at every `cache_limit`, and the next view maps them again. True is for who
+        views the same large values again and again, and does not mind the RSS.
     recover
         Keep the values of an earlier region under their slots, whether its owner closed it or was killed. References to
         them stay good, and the earlier alignment holds. A value that was being written when the owner died is lost.
@@ -92,158 +90,6 @@ class OverflowRegion(RegionControl):
         copy without its attributes, or, to be recovered, of a region that was open (EUCLEAN); one of them is missing
         (ENOENT). Whenever opening is refused, the values of an earlier region are still there.
     """
-
-    DEFAULT_INITIAL_CAPACITY: ClassVar[int] = DEFAULT_INITIAL_CAPACITY
-    DEFAULT_MAX_CAPACITY: ClassVar[int] = DEFAULT_MAX_CAPACITY
-
-    def __init__(
-        self,
-        path: str | bytes | os.PathLike[str] | os.PathLike[bytes] | None,
-        *,
-        directory: str | bytes | os.PathLike[str] | os.PathLike[bytes] | None = None,
-        initial_capacity: int = DEFAULT_INITIAL_CAPACITY,
-        max_capacity: int = DEFAULT_MAX_CAPACITY,
-        alignment: int = DEFAULT_ALIGNMENT,
-        cache_limit: int | None = DEFAULT_CACHE_LIMIT,
-        recover: bool = False,
-    ) -> None:
-        if path is None:
-            if directory is None:
-                raise TypeError("a path is needed; or a directory, for an unnamed file")
-            if recover:
-                raise ValueError("an unnamed file has nothing to recover")
-            self._open(
-                None,
-                os.fsdecode(directory),
-                region_options(initial_capacity, max_capacity, alignment, cache_limit, False),
-            )
-            return
-        if directory is not None:
-            raise ValueError("directory is for an unnamed file: path must be None")
-        name = os.fsdecode(path)
-        options = region_options(initial_capacity, max_capacity, alignment, cache_limit, recover)
-        self._open(name, absolute(name), options)  # a later chdir() must not lead share() elsewhere
-
-    @classmethod
-    def open(
-        cls,
-        path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
-        *,
-        initial_capacity: int = DEFAULT_INITIAL_CAPACITY,
-        max_capacity: int = DEFAULT_MAX_CAPACITY,
-        alignment: int = DEFAULT_ALIGNMENT,
-        cache_limit: int | None = DEFAULT_CACHE_LIMIT,
-        recover: bool = False,
-    ) -> Self:
-        """Create or open the region at `path`; the same as calling the class."""
-        return cls(
-            os.fspath(path),  # None is no path here
-            initial_capacity=initial_capacity,
-            max_capacity=max_capacity,
-            alignment=alignment,
-            cache_limit=cache_limit,
-            recover=recover,
-        )
-
-    @classmethod
-    def open_with_capacity(
-        cls,
-        path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
-        initial: int,
-        *,
-        alignment: int = DEFAULT_ALIGNMENT,
-        cache_limit: int | None = DEFAULT_CACHE_LIMIT,
-        recover: bool = False,
-    ) -> Self:
-        """Open with an initial capacity in bytes. The ceiling is the default, or `initial` where that is more."""
-        return cls(
-            os.fspath(path),
-            initial_capacity=initial,
-            max_capacity=max(index(initial), DEFAULT_MAX_CAPACITY),
-            alignment=alignment,
-            cache_limit=cache_limit,
-            recover=recover,
-        )
-
-    @classmethod
-    def open_with_config(
-        cls,
-        path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
-        initial: int,
-        maximum: int,
-        *,
-        alignment: int = DEFAULT_ALIGNMENT,
-        cache_limit: int | None = DEFAULT_CACHE_LIMIT,
-        recover: bool = False,
-    ) -> Self:
-        """Open with an initial capacity and a ceiling, both in bytes."""
-        return cls(
-            os.fspath(path),
-            initial_capacity=initial,
-            max_capacity=maximum,
-            alignment=alignment,
-            cache_limit=cache_limit,
-            recover=recover,
-        )
-
-    @classmethod
-    def open_with_tuning(
-        cls,
-        path: str | bytes | os.PathLike[str] | os.PathLike[bytes],
-        tuning: MemoryTuning,
-        *,
-        alignment: int = DEFAULT_ALIGNMENT,
-        cache_limit: int | None = DEFAULT_CACHE_LIMIT,
-        recover: bool = False,
-    ) -> Self:
-        """Open with the sizes of a `MemoryTuning`."""
-        if not isinstance(tuning, MemoryTuning):
-            raise TypeError(f"a MemoryTuning is needed, not {type(tuning).__name__!r}")
-        return cls(
-            os.fspath(path),
-            initial_capacity=tuning.overflow_initial_bytes,
-            max_capacity=tuning.overflow_max_bytes,
-            alignment=alignment,
-            cache_limit=cache_limit,
-            recover=recover,
-        )
-
-    @classmethod
-    def temporary(
-        cls,
-        directory: str | bytes | os.PathLike[str] | os.PathLike[bytes] | None = None,
-        *,
-        initial_capacity: int = DEFAULT_INITIAL_CAPACITY,
-        max_capacity: int = DEFAULT_MAX_CAPACITY,
-        alignment: int = DEFAULT_ALIGNMENT,
-        cache_limit: int | None = DEFAULT_CACHE_LIMIT,
-    ) -> Self:
-        """Open a region on an unnamed file, which leaves nothing behind however the process ends.
-
-        The same as calling the class with None as its path, and `directory`: a subclass whose ``__init__`` hands both
-        on may be temporary.
-
-        Parameters
-        ----------
-        directory
-            Where its blocks are taken from; by default the directory for temporary files. On many systems that is
-            a tmpfs, which keeps them in RAM.
-        initial_capacity, max_capacity, alignment, cache_limit
-            As for the class.
-
-        Raises
-        ------
-        RegionIOError
-            The folder, or any folder for temporary files, cannot be written to.
-        """
-        return cls(
-            None,
-            directory=temporary_folder() if directory is None else directory,
-            initial_capacity=initial_capacity,
-            max_capacity=max_capacity,
-            alignment=alignment,
-            cache_limit=cache_limit,
-        )
 
     # -- values ---------------------------------------------------------------------------------------------------
 
@@ -275,9 +121,13 @@ class OverflowRegion(RegionControl):
         RegionIOError
             The disk is full (ENOSPC), or the system refused otherwise.
         """
-        if engine.__class__ is not EngineId:
-            self._learn_engine(engine)
-        return _write(self._holder, data, engine)
+        if engine.__class__ is EngineId:
+            return _write(self._holder, data, engine)
+        number = self._check_engine(engine)
+        slot = _write(self._holder, data, engine)
+        if number >= 0:
+            self._learn(number, engine)
+        return slot
 
     def write_vectored(self, buffers: Iterable[Buffer], engine: int, *, aligned: bool = False) -> int:
         """Gather several buffers into one slot, with one copy each.
@@ -304,8 +154,7 @@ class OverflowRegion(RegionControl):
         TypeError, BufferError, ValueError, CapacityExceededError, RegionIOError
             As for `write`.
         """
-        if engine.__class__ is not EngineId:
-            self._learn_engine(engine)
+        number = self._check_engine(engine)
         written = None
         try:
             written = _memory.write_vectored(self._holder, buffers, engine, aligned)
@@ -316,15 +165,17 @@ class OverflowRegion(RegionControl):
                 with suppress(RegionError):
                     _free(self._holder, written[0])
             raise
+        self._learn(number, engine)
         return slot
 
     def _gather(self, parts: list[Buffer], engine: int, aligned: bool) -> int:
         """Gather parts into one slot, for a caller who knows where they lie."""
-        if engine.__class__ is not EngineId:
-            self._learn_engine(engine)
         if len(parts) == 1:
-            return _write(self._holder, parts[0], engine)
-        return _memory.write_vectored(self._holder, parts, engine, aligned)[0]
+            return self.write(parts[0], engine)
+        number = self._check_engine(engine)
+        slot: int = _memory.write_vectored(self._holder, parts, engine, aligned)[0]
+        self._learn(number, engine)
+        return slot
 
     def parts(self, slot: int) -> SlotParts:
         """Say where the parts of a live slot lie in its value. A value has one part, unless `write_vectored` wrote it.
@@ -364,13 +215,15 @@ class OverflowRegion(RegionControl):
         TypeError, BufferError, ValueError, CapacityExceededError, RegionIOError
             As for `write`; nothing has been written.
         """
-        if engine.__class__ is not EngineId:
-            self._learn_engine(engine)
+        number = self._check_engine(engine)
+        slots: list[int] | memoryview
         if lengths is None:
-            return _memory.write_many(self._holder, buffers, engine)
-        sizes = int64_copy(lengths)
-        slots = int64_room(len(sizes))
-        _memory.write_packed(self._holder, buffers, sizes, engine, slots)  # type: ignore[arg-type]
+            slots = _memory.write_many(self._holder, buffers, engine)
+        else:
+            sizes = int64_copy(lengths)
+            slots = int64_room(len(sizes))
+            _memory.write_packed(self._holder, buffers, sizes, engine, slots)  # type: ignore[arg-type]
+        self._learn(number, engine)
         return slots
 
     def allocate(self, size: int, engine: int) -> tuple[int, memoryview]:
@@ -399,12 +252,13 @@ class OverflowRegion(RegionControl):
         CapacityExceededError, RegionIOError
             As for `write`; EOPNOTSUPP on a file system (btrfs) where a store might find no block.
         """
-        if engine.__class__ is not EngineId:
-            self._learn_engine(engine)
+        number = self._check_engine(engine)
         length = index(size)
         if not 0 <= length < 1 << 63:
             raise RegionSizeError("size must not be negative, and below 2**63")
-        return _memory.allocate(self._holder, length, engine)
+        room = _memory.allocate(self._holder, length, engine)
+        self._learn(number, engine)
+        return room
 
     def commit(self, slot: int) -> None:
         """Declare the value of an allocated slot complete. Its views stay writable, but should be left alone now."""
@@ -429,11 +283,18 @@ class OverflowRegion(RegionControl):
         return _memory.restore(self._holder, slot)
 
     def read_many(self, slots: Slots) -> list[memoryview]:
-        """View many values, as `read` does, in one call; all or none. `slots` may be a buffer of int64."""
+        """View many values, as `read` does, in one call; all or none. `slots` may be a buffer of int64.
+
+        The disk is asked for all values that are not in RAM, in the order of the file. Under a cache limit, views of
+        more than half of it are for values that stay in RAM: use `read_many_into`, or several calls.
+        """
         return _memory.read_many(self._holder, slot_numbers(slots))
 
     def read_many_into(self, slots: Slots, buffer: Buffer) -> memoryview:
         """Copy many values to a writable buffer, one after the other.
+
+        Values that are not in RAM are asked for, and copied, in the order of the file, in windows that fit under the
+        cache limit.
 
         Returns
         -------
@@ -593,6 +454,20 @@ class OverflowRegion(RegionControl):
         self._warn_if_locked()
         _memory.evict(self._holder, None if slots is None else slot_numbers(slots))
 
+    def prefetch(self, slots: Slots) -> None:
+        """Ask the disk for values that are about to be read one by one. Does not wait for them.
+
+        The disk gets all requests at once, in the order of the file. `read_many` and `read_many_into` do this by
+        themselves. Values in RAM cost little. Of values that need more room than half the cache limit, only a part is
+        asked for.
+
+        Raises
+        ------
+        InvalidSlotError
+            One of `slots` is no live slot; nothing has been asked for.
+        """
+        _memory.prefetch(self._holder, slot_numbers(slots))
+
     def __contains__(self, slot: object) -> bool:
         """Tell whether `slot` is the number of a live slot."""
         try:
@@ -600,10 +475,16 @@ class OverflowRegion(RegionControl):
         except TypeError:
             return False
 
-    def _learn_engine(self, engine: int) -> None:
-        """Remember an engine that is no `EngineId`, so that `slot` gives it back as it was given."""
+    def _check_engine(self, engine: int) -> int:
+        """Give the number of an engine that is to be learnt once the core has accepted it; -1 for others."""
+        if engine.__class__ is EngineId:
+            return -1
         number = index(engine)
         if not 0 <= number <= 255:
             raise ValueError("engine must be 0 to 255")
-        if engine.__class__ is not int and number not in KNOWN_ENGINES:
+        return -1 if engine.__class__ is int or number in KNOWN_ENGINES else number
+
+    def _learn(self, number: int, engine: int) -> None:
+        """Remember an engine, so that `slot` gives it back as it was given."""
+        if number >= 0:
             self._engines = self._engines | {number: engine}

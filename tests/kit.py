@@ -28,7 +28,7 @@ import pyarrow  # noqa: F401
 import pytest
 
 import nodedb_mem
-from nodedb_mem import OverflowRegion
+from nodedb_mem import MemoryGovernor, OverflowRegion
 from nodedb_mem._core import lib
 from nodedb_mem.tools import cli
 
@@ -118,6 +118,7 @@ VERBS: dict[str, Verb] = {
     "raise_max_capacity": _raise_ceiling,
     "evict": lambda region, slot: region.evict(),
     "evict_slots": lambda region, slot: region.evict([slot]),
+    "prefetch": lambda region, slot: region.prefetch([slot]),
     "flush": lambda region, slot: region.flush(),
     "trim": lambda region, slot: region.trim(),
     "compact": lambda region, slot: region.compact(),
@@ -229,6 +230,11 @@ def check() -> Callable[[OverflowRegion], None]:
         assert lib.ndm_region_check(region._handle) == 0
 
     return assert_sound
+
+
+def sound(governor: MemoryGovernor) -> None:
+    """Assert that a governor's books are sound."""
+    assert lib.ndm_governor_check(governor._handle) == 0
 
 
 @pytest.fixture

@@ -7,12 +7,15 @@ import os
 import sys
 import tempfile
 import threading
+import warnings
 
 from nodedb_mem import (
+    BudgetExhaustedError,
     CapacityExceededError,
     EngineId,
     InvalidSlotError,
     MemError,
+    MemoryGovernor,
     MemoryTuning,
     OverflowRegion,
     RegionBusyError,
@@ -30,6 +33,24 @@ def refused(kind: type[BaseException], function, *arguments) -> None:  # type: i
         assert isinstance(error, MemError) or not issubclass(kind, MemError)
     else:
         raise AssertionError(f"{function} raised no {kind.__name__}")
+
+
+def govern(path: str) -> None:
+    """Reserve, privately and shared; leave a reservation unreleased, and keep what the warning has of it."""
+    for governor in (MemoryGovernor(1000, {0: 1000}), MemoryGovernor.shared(path, 1000, {0: 1000})):
+        with governor.reserve(EngineId.VECTOR, 600) as held:
+            refused(BudgetExhaustedError, governor.reserve, 0, 401)
+            held.resize(500)
+            part = held.split(100)
+            assert (held.size, part.size, part.engine) == (400, 100, EngineId.VECTOR)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            del part
+        assert caught[0].category is ResourceWarning and caught[0].source.released
+        del caught
+        assert governor.snapshot().allocated == 0 and governor.snapshot().unreleased == 1
+        assert governor.try_reserve(0, 1001) is None
+        assert lib.ndm_governor_check(governor._handle) == 0
 
 
 def main() -> None:
@@ -75,6 +96,7 @@ def main() -> None:
         with OverflowRegion.temporary(directory) as region:
             assert region.read(region.write(b"gone soon", EngineId.WAL)) == b"gone soon"
         assert sorted(os.listdir(directory)) == ["region", "region.slots"]
+        govern(os.path.join(directory, "governor"))
     print(f"smoke test passed on Python {sys.version.split()[0]}")
 
 

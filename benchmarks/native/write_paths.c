@@ -1,11 +1,10 @@
-/* What the thresholds in csrc/store/store.c and csrc/store/copy.c rest on: the ways into a file, bare, without the core.
+/* What the thresholds in csrc/store rest on: the ways into a file, bare, without the core.
  *
  *   cc -std=c11 -O2 -pthread -Icsrc benchmarks/native/write_paths.c -o write_paths && ./write_paths DIRECTORY [ROUNDS]
  *
  * Prints Markdown tables of us per MiB, medians of interleaved rounds. Every pass but the warm ones has a fresh file,
  * whose creation, sizing and mapping are not timed; what a way asks of the file system on the way is. */
 #define _GNU_SOURCE
-#include "store/copy.c" /* for its streaming loops, each by itself */
 #include "timing.h"
 
 #include <fcntl.h>
@@ -339,50 +338,41 @@ static void measure_fetch(const uint8_t *source)
     }
 }
 
-/* ---- warm copies ---------------------------------------------------------------------------------------------- */
+/* ---- warm space: pages that are in RAM ------------------------------------------------------------------------ */
 
-#if defined(__x86_64__)
-
-static void measure_warm(size_t room, const char *title)
+static void measure_warm(const uint8_t *source)
 {
-    static const char *const names[] = {"memcpy", "AVX-512 streaming", "AVX streaming"};
-    static const size_t sizes[] = {16 * KIB, 64 * KIB, 128 * KIB, 256 * KIB, MIB, 16 * MIB};
-    enum { WAYS = 3 };
-    const bool has[WAYS] = {true, __builtin_cpu_supports("avx512f"), __builtin_cpu_supports("avx")};
-    uint8_t *from = memory(room), *to = memory(room);
-    header(title, names, WAYS, "value");
+    static const char *const names[] = {"memcpy between buffers", "pwrite", "memcpy into mapped pages", "memcpy, then MADV_DONTNEED"};
+    static const size_t sizes[] = {4 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 16 * MIB};
+    enum { WAYS = 4 };
+    uint8_t *buffer = memory(TOTAL);
+    file f = fresh(true);
+    by_pwrite(f, source, GRAIN);
+    header("Warm space, us per MiB (the last two leave, or have had, pages in the RSS)", names, WAYS, "value");
     for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
         static double figures[WAYS][MOST_ROUNDS];
-        if (sizes[s] > room)
-            continue;
-        const size_t repeats = room < 256 * MIB ? 256 * MIB / room : 1;
         for (int r = 0; r < rounds; r++)
             for (int i = 0; i < WAYS; i++) {
                 const int w = turn(i, WAYS);
+                if (w == 2)
+                    by_memcpy(f, source, GRAIN); /* maps them */
                 const double begin = now();
-                for (size_t n = 0; has[w] && n < repeats; n++)
-                    for (size_t at = 0; at < room; at += sizes[s]) {
-                        if (w == 0)
-                            memcpy(to + at, from + at, sizes[s]);
-                        else if (w == 1)
-                            stream_avx512(to + at, from + at, sizes[s] / LINE);
-                        else
-                            stream_avx(to + at, from + at, sizes[s] / LINE);
-                        _mm_sfence();
-                    }
-                figures[w][r] = (now() - begin) / (double)(repeats * room / MIB);
+                for (size_t at = 0; at < TOTAL; at += sizes[s]) {
+                    if (w == 1)
+                        put(f, source, sizes[s], at);
+                    else
+                        memcpy(w == 0 ? buffer + at : f.base + at, source, sizes[s]);
+                    if (w == 3)
+                        madvise(f.base + at, sizes[s], MADV_DONTNEED);
+                }
+                figures[w][r] = (now() - begin) / (TOTAL / MIB);
+                madvise(f.base, TOTAL, MADV_DONTNEED);
             }
         row(sizes[s], WAYS, figures);
     }
-    munmap(from, room);
-    munmap(to, room);
+    finish(f);
+    munmap(buffer, TOTAL);
 }
-
-#else
-
-static void measure_warm(size_t room, const char *title) { (void)room, (void)title; }
-
-#endif
 
 int main(int count, char **arguments)
 {
@@ -398,7 +388,6 @@ int main(int count, char **arguments)
     measure_dropped(source);
     measure_faults(source);
     measure_fetch(source);
-    measure_warm(256 * MIB, "Warm copies between buffers of 256 MiB, us per MiB");
-    measure_warm(512 * KIB, "Warm copies between buffers of 512 KiB, us per MiB");
+    measure_warm(source);
     return 0;
 }

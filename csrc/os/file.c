@@ -3,6 +3,7 @@
 #include "os/file.h"
 
 #include "os/bits.h"
+#include "os/fork.h"
 #include "os/medium.h"
 #include "os/owner.h"
 #include "os/status.h"
@@ -87,6 +88,27 @@ bool ndm_i_file_lock_byte(const ndm_i_file *file, uint64_t byte, bool lock)
     return fcntl(file->fd, F_OFD_SETLK, &range) == 0;
 }
 
+int ndm_i_file_await_byte(const ndm_i_file *file, uint64_t byte)
+{
+    struct flock range = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = (off_t)byte, .l_len = 1};
+    while (fcntl(file->fd, F_OFD_SETLKW, &range) != 0)
+        if (errno != EINTR)
+            return errno;
+    return 0;
+}
+
+bool ndm_i_file_reopen(ndm_i_file *file)
+{
+    char link[sizeof "/proc/self/fd/" + 12];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", file->fd);
+    const int fd = open(link, O_RDWR | O_CLOEXEC | O_NOCTTY), refused = errno;
+    close(file->fd); /* the parent's locks live as long as a copy of its open file does */
+    file->fd = fd;
+    file->process = ndm_i_process();
+    errno = refused;
+    return fd >= 0;
+}
+
 bool ndm_i_file_find_lock(const ndm_i_file *file, uint64_t *start, uint64_t *end)
 {
     /* What a read lock would meet is a write lock. */
@@ -123,20 +145,27 @@ static bool lock_file(const ndm_i_file *file, int lock)
     return lock == NDM_I_LOCK_NONE || ndm_i_file_lock_byte(file, 0, true);
 }
 
+/* Open and note a descriptor. false with errno. */
+static bool open_at(ndm_i_file *file, const char *path, int flags)
+{
+    ndm_i_fork_bar();
+    *file = (ndm_i_file){.fd = open(path, flags | O_CLOEXEC | O_NONBLOCK | O_NOCTTY, 0600)};
+    ndm_i_fork_let();
+    return file->fd >= 0;
+}
+
 int ndm_i_file_open(ndm_i_file *file, const char *path, bool create, int lock)
 {
-    *file = (ndm_i_file){.fd = -1};
-    const int flags = O_RDWR | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY;
+    const int flags = O_RDWR | O_NOFOLLOW;
     int status;
     /* O_EXCL tells whether the file is ours to remove if something fails later. */
-    if (create)
-        file->fd = open(path, flags | O_CREAT | O_EXCL, 0600);
-    if ((file->created = file->fd >= 0))
-        fchmod(file->fd, 0600); /* whatever the umask takes; a refusal is no failure: not every file system has modes */
-    if (!create || (file->fd < 0 && errno == EEXIST))
-        file->fd = open(path, flags);
+    const bool created = create && open_at(file, path, flags | O_CREAT | O_EXCL);
+    if (!created && (!create || errno == EEXIST))
+        open_at(file, path, flags);
     if (file->fd < 0)
         return ndm_i_fail_io(errno, "cannot open the file");
+    if ((file->created = created))
+        fchmod(file->fd, 0600); /* whatever the umask takes; a refusal is no failure: not every file system has modes */
     if ((status = examine(file)) != NDM_OK)
         goto fail;
     if (!ndm_i_file_is_own(file)) { /* who made it may read it, or cut it short */
@@ -166,8 +195,7 @@ fail:
 
 static int open_shared(ndm_i_file *file, const char *path, int mode)
 {
-    *file = (ndm_i_file){.fd = open(path, mode | O_CLOEXEC | O_NONBLOCK | O_NOCTTY)};
-    if (file->fd < 0)
+    if (!open_at(file, path, mode))
         return ndm_i_fail_io(errno, "cannot open the file");
     int status = examine(file);
     if (status != NDM_OK)
@@ -215,8 +243,9 @@ static int unnamed_file(const char *directory)
 
 int ndm_i_file_open_unnamed(ndm_i_file *file, const char *directory)
 {
-    *file = (ndm_i_file){.fd = -1};
-    file->fd = directory ? unnamed_file(directory) : memfd_create("nodedb_mem", MFD_CLOEXEC);
+    ndm_i_fork_bar();
+    *file = (ndm_i_file){.fd = directory ? unnamed_file(directory) : memfd_create("nodedb_mem", MFD_CLOEXEC)};
+    ndm_i_fork_let();
     if (file->fd < 0)
         return ndm_i_fail_io(errno, "cannot create an unnamed file");
     int status = examine(file);
@@ -279,11 +308,14 @@ int ndm_i_file_start(ndm_i_file *file, uint64_t capacity, uint64_t ceiling)
     if (refused)
         return ndm_i_fail_io(refused, "cannot size the file");
     file->capacity = ndm_i_max(before, capacity);
+    const ndm_error last = *ndm_last_error();
+    ndm_i_fork_bar();
     file->mapping = ndm_i_mapping_new(file->fd, ndm_i_max(ceiling, file->capacity));
     if (!file->mapping && ceiling > file->capacity)
         file->mapping = ndm_i_mapping_new(file->fd, file->capacity); /* RLIMIT_AS: growth will remap */
+    ndm_i_fork_let();
     if (file->mapping)
-        return NDM_OK;
+        return (int)ndm_i_ended(NDM_OK, &last);
     if (before < capacity)
         ndm_i_file_shrink(file, before);
     return ndm_last_error()->status;
@@ -297,29 +329,36 @@ int ndm_i_file_empty(const ndm_i_file *file)
     return refused ? ndm_i_fail_io(refused, "cannot size the file") : NDM_OK;
 }
 
+/* Give the file this size, and address space for it. */
+static int grow_to(ndm_i_file *file, uint64_t size, uint64_t ceiling)
+{
+    const int refused = set_size(file->fd, size);
+    if (refused)
+        return ndm_i_fail_io(refused, "cannot extend the file");
+    const ndm_error before = *ndm_last_error();
+    int status = size > file->mapping->length ? ndm_i_mapping_extend(&file->mapping, ceiling) : NDM_OK;
+    if (status != NDM_OK && ceiling > size)
+        status = (int)ndm_i_ended(ndm_i_mapping_extend(&file->mapping, size), &before);
+    if (status != NDM_OK)
+        ndm_i_file_shrink(file, file->capacity);
+    else
+        file->capacity = size;
+    return status;
+}
+
 int ndm_i_file_grow(ndm_i_file *file, uint64_t needed, uint64_t wanted, uint64_t ceiling)
 {
     int status = ndm_i_file_check_writable(file, file->capacity);
     if (status != NDM_OK)
         return status;
-    int refused = set_size(file->fd, wanted);
-    if (refused && wanted > needed) {
-        wanted = needed;
-        refused = set_size(file->fd, wanted);
-    }
-    if (refused)
-        return ndm_i_fail_io(refused, "cannot extend the file");
-    if (wanted > file->mapping->length) {
-        status = ndm_i_mapping_extend(&file->mapping, ceiling);
-        if (status != NDM_OK && ceiling > wanted)
-            status = ndm_i_mapping_extend(&file->mapping, wanted);
-        if (status != NDM_OK) {
-            ndm_i_file_shrink(file, file->capacity);
-            return status;
-        }
-    }
-    file->capacity = wanted;
-    return NDM_OK;
+    const uint64_t spare = wanted - needed;
+    const ndm_error before = *ndm_last_error();
+    status = grow_to(file, wanted, ceiling);
+    for (uint64_t share = 2; status != NDM_OK && spare > 0 && share <= 4; share *= 2)
+        status = grow_to(file, needed + spare / share, ceiling);
+    if (status != NDM_OK && spare > 0)
+        status = grow_to(file, needed, ceiling);
+    return (int)ndm_i_ended(status, &before);
 }
 
 void ndm_i_file_shrink(ndm_i_file *file, uint64_t capacity)
@@ -430,7 +469,7 @@ int ndm_i_file_write_back(const ndm_i_file *file, uint64_t start, uint64_t end, 
 
 void ndm_i_file_drop(const ndm_i_file *file, const ndm_i_mapping *mapping, uint64_t start, uint64_t end)
 {
-    ndm_i_mapping_forget(mapping->base + start, end - start); /* mapped pages are not dropped */
+    ndm_i_mapping_forget(mapping, mapping->base + start, end - start); /* mapped pages are not dropped */
     posix_fadvise(file->fd, (off_t)start, (off_t)(end - start), POSIX_FADV_DONTNEED);
 }
 
@@ -439,7 +478,9 @@ int ndm_i_file_sync(const ndm_i_file *file) { return fdatasync(file->fd) == 0 ? 
 uint64_t ndm_i_file_disk_free(const ndm_i_file *file)
 {
     struct statfs system;
-    return fstatfs(file->fd, &system) == 0 ? (uint64_t)system.f_bavail * (uint64_t)system.f_frsize : UINT64_MAX;
+    if (fstatfs(file->fd, &system) != 0 || system.f_blocks == 0) /* a file in memory has no limit of its own */
+        return UINT64_MAX;
+    return (uint64_t)system.f_bavail * (uint64_t)system.f_frsize;
 }
 
 int ndm_i_file_disk_bytes(const ndm_i_file *file, uint64_t *bytes)
@@ -455,8 +496,11 @@ int ndm_i_file_disk_bytes(const ndm_i_file *file, uint64_t *bytes)
 
 void ndm_i_file_unmap(ndm_i_file *file)
 {
-    ndm_i_mapping_unref(file->mapping);
+    ndm_i_fork_bar();
+    ndm_i_mapping *mapping = file->mapping;
     file->mapping = NULL;
+    ndm_i_mapping_unref(mapping);
+    ndm_i_fork_let();
 }
 
 void ndm_i_file_close(ndm_i_file *file, const char *unlink_path)
@@ -471,9 +515,14 @@ void ndm_i_file_close(ndm_i_file *file, const char *unlink_path)
     ndm_i_file_abandon(file);
 }
 
+/* In a child that ran no handlers the bar is none: better a descriptor too many there than a stranger's that is closed. */
 void ndm_i_file_abandon(ndm_i_file *file)
 {
-    if (file->fd >= 0)
-        close(file->fd);
+    ndm_i_fork_bar();
+    const int fd = file->fd;
     file->fd = -1;
+    atomic_signal_fence(memory_order_seq_cst);
+    if (fd >= 0)
+        close(fd);
+    ndm_i_fork_let();
 }

@@ -13,8 +13,6 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#define NDM_I_GRAIN ((uint64_t)512 << 10) /* every write is cut at multiples of it: see grains.h */
-
 typedef struct {
     ndm_i_mapping *mapping;
     uint64_t capacity;   /* the file's size */
@@ -34,7 +32,8 @@ typedef struct {
     bool linked;         /* it had a name when it was examined */
 } ndm_i_file;
 
-/* Functions that return int give a status with the error set, unless they say "0 or errno". */
+/* Functions that return int give a status with the error set, unless they say "0 or errno". What opens, maps, unmaps or
+ * closes bars forks meanwhile (fork.h). */
 
 /* Open `path` (not through a symlink; regular files of our own user only), create it (0600, whatever the umask) if it is
  * missing and `create` is set, and lock it. The file's size becomes the capacity. Nothing is mapped or changed yet. */
@@ -50,6 +49,13 @@ bool ndm_i_file_is_linked(const ndm_i_file *file);
 
 /* Lock, or unlock, one byte for this open file. false: another has it. */
 bool ndm_i_file_lock_byte(const ndm_i_file *file, uint64_t byte, bool lock);
+
+/* The same, but wait for the byte. 0 or errno. */
+int ndm_i_file_await_byte(const ndm_i_file *file, uint64_t byte);
+
+/* Exchange the open file for another of the same file, with locks of its own: a forked child's copy shares its parent's.
+ * false with errno: the file is closed, no more. */
+bool ndm_i_file_reopen(ndm_i_file *file);
 
 /* Has another open file a byte of [*start, *end)? Then a range that it has is given, cut at those ends. A lock that reading is
  * enough for (F_RDLCK) does not count: what is asked for is a lock that only who may write to the file can hold. Where the
@@ -90,7 +96,8 @@ int ndm_i_file_start(ndm_i_file *file, uint64_t capacity, uint64_t ceiling);
 /* Make all of a file that was started holes. Nobody else may have it mapped. */
 int ndm_i_file_empty(const ndm_i_file *file);
 
-/* Extend the file to `wanted` bytes or, if the system refuses that, to `needed`. The mapping is replaced only
+/* Extend the file to `wanted` bytes or, if the system refuses that, by half or a quarter of what that has to spare, or to
+ * `needed`. The mapping is replaced only
  * when its address space ends below; the new one has room for `ceiling` if it can be had. */
 int ndm_i_file_grow(ndm_i_file *file, uint64_t needed, uint64_t wanted, uint64_t ceiling);
 
@@ -146,7 +153,7 @@ void ndm_i_file_unmap(ndm_i_file *file);
  * parent has locked stays locked. */
 void ndm_i_file_close(ndm_i_file *file, const char *unlink_path);
 
-/* Close the descriptor only, in a forked child: the mapping stays. */
+/* Close the descriptor only: the mapping and what is locked stay. */
 void ndm_i_file_abandon(ndm_i_file *file);
 
 #endif

@@ -7,6 +7,7 @@
 #include "os/fork.h"
 #include "os/status.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <pthread.h>
 #include <stdlib.h>
@@ -20,6 +21,7 @@
  * and less than what devices take at once. */
 #define FETCH_PIECE ((uint64_t)128 << 10)
 
+
 /* Reserve address space that starts at a multiple of 2 MiB: between two such places mremap moves whole page tables
  * (measured 35 times faster than otherwise). */
 static uint8_t *reserve(uint64_t length)
@@ -30,16 +32,24 @@ static uint8_t *reserve(uint64_t length)
         return NULL;
     uint8_t *base = (uint8_t *)ndm_i_round_up((uintptr_t)area, HUGE_PAGE);
     const uint64_t head = (uint64_t)(base - area), tail = room - head - length;
-    if ((head > 0 && munmap(area, head) != 0) || (tail > 0 && munmap(base + length, tail) != 0)) {
-        munmap(area, room); /* cutting needs a mapping more than the process may have: do without */
+    /* Cutting needs a mapping more than the process may have: do without. What was cut off may be another thread's by then. */
+    if (head > 0 && munmap(area, head) != 0) {
+        munmap(area, room);
+        return NULL;
+    }
+    if (tail > 0 && munmap(base + length, tail) != 0) {
+        munmap(base, length + tail);
         return NULL;
     }
     return base;
 }
 
+static void try_again(void);
+
 /* A mapping with its first user; the address space is filled in by the caller. */
 static ndm_i_mapping *mapping_new(void)
 {
+    try_again();
     ndm_i_mapping *mapping = calloc(1, sizeof *mapping);
     if (!mapping)
         ndm_i_fail(NDM_ERR_MEMORY, "no memory for a mapping");
@@ -68,13 +78,9 @@ ndm_i_mapping *ndm_i_mapping_new(int fd, uint64_t length)
         return NULL;
     length = ndm_i_round_up(length, HUGE_PAGE);
     uint8_t *place = reserve(length);
+    /* A failed call may have unmapped the place before, and another thread may have it by now: it is left alone. */
     void *base =
         mmap(place, length, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | (place ? MAP_FIXED : 0), fd, 0);
-    if (base == MAP_FAILED && place) {
-        const int refused = errno;
-        munmap(place, length);
-        errno = refused;
-    }
     if (!(mapping = mapped(mapping, base, length, "cannot map the file")))
         return NULL;
     madvise(base, length, MADV_DONTDUMP);
@@ -106,7 +112,7 @@ ndm_i_mapping *ndm_i_mapping_new_private(int fd, uint64_t offset, uint64_t size,
     return mapping;
 }
 
-int ndm_i_mapping_extend(ndm_i_mapping **mapping, uint64_t length)
+static int extend(ndm_i_mapping **mapping, uint64_t length)
 {
     ndm_i_mapping *old = *mapping, *fresh = mapping_new();
     if (!fresh)
@@ -115,11 +121,6 @@ int ndm_i_mapping_extend(ndm_i_mapping **mapping, uint64_t length)
     length = ndm_i_round_up(length, HUGE_PAGE);
     uint8_t *place = reserve(length);
     void *base = mremap(old->base, viewed ? 0 : old->length, length, MREMAP_MAYMOVE | (place ? MREMAP_FIXED : 0), place);
-    if (base == MAP_FAILED && place) {
-        const int refused = errno;
-        munmap(place, length);
-        errno = refused;
-    }
     if (!(fresh = mapped(fresh, base, length, "cannot extend the mapping")))
         return NDM_ERR_IO;
     if (!viewed) {
@@ -128,34 +129,36 @@ int ndm_i_mapping_extend(ndm_i_mapping **mapping, uint64_t length)
         free(fresh);
         return NDM_OK;
     }
-    ndm_i_mapping_forget(old->base, old->length); /* pages that no view touches could not be dropped otherwise */
+    ndm_i_mapping_forget(old, old->base, old->length); /* pages that no view touches could not be dropped otherwise */
     *mapping = fresh;
     ndm_i_mapping_unref(old);
     return NDM_OK;
 }
 
-/* The whole pages inside [address, address + size), or touching it; 0 if there are none. */
-static uint64_t pages_of(uint8_t **address, uint64_t size, bool inside)
+int ndm_i_mapping_extend(ndm_i_mapping **mapping, uint64_t length)
 {
-    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), start = (uintptr_t)*address;
-    const uint64_t first = inside ? ndm_i_round_up(start, page) : ndm_i_round_down(start, page);
-    const uint64_t last = inside ? ndm_i_round_down(start + size, page) : ndm_i_round_up(start + size, page);
-    *address += (int64_t)(first - start);
-    return last > first ? last - first : 0;
+    ndm_i_fork_bar();
+    const int status = extend(mapping, length);
+    ndm_i_fork_let();
+    return status;
 }
 
-void ndm_i_mapping_forget(void *address, uint64_t size)
+void ndm_i_mapping_forget(const ndm_i_mapping *mapping, const void *address, uint64_t size)
 {
-    uint8_t *start = address;
-    const uint64_t length = pages_of(&start, size, true);
-    if (length > 0)
-        madvise(start, length, MADV_DONTNEED);
+    /* A fault maps the whole folio (Linux 6.18), or what is in RAM of the aligned 64 KiB around it (fault_around_bytes). So a
+     * view of a value maps pages of its neighbours. They would stay for ever if nobody viewed those. */
+    const uint64_t offset = (uint64_t)((const uint8_t *)address - mapping->base);
+    const uint64_t first = ndm_i_round_down(offset, NDM_I_GRAIN);
+    const uint64_t last = ndm_i_min(ndm_i_round_up(offset + size, NDM_I_GRAIN), mapping->length);
+    assert((const uint8_t *)address >= mapping->base && offset + size <= mapping->length);
+    madvise(mapping->base + first, last - first, MADV_DONTNEED);
 }
 
 void ndm_i_mapping_fetch(void *address, uint64_t size)
 {
-    uint8_t *start = address;
-    const uint64_t length = pages_of(&start, size, false);
+    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    uint8_t *start = (uint8_t *)ndm_i_round_down((uintptr_t)address, page);
+    const uint64_t length = ndm_i_round_up((uintptr_t)address + size, page) - (uintptr_t)start;
     for (uint64_t done = 0; done < length; done += FETCH_PIECE)
         madvise(start + done, ndm_i_min(length - done, FETCH_PIECE), MADV_WILLNEED);
 }
@@ -244,23 +247,30 @@ static bool unmap(ndm_i_mapping *mapping)
     return true;
 }
 
-/* Something was unmapped: there may be room for those that were refused. Each that goes may make room for more. */
+/* Something was unmapped, or is going to be mapped: there may be room for those that were refused. Each that goes may make room
+ * for more. */
 static void try_again(void)
 {
     enum { REFUSALS = 8 }; /* in a row: the others are tried next time */
+    if (atomic_load(&refused_count) == 0)
+        return;
+    ndm_i_fork_bar();
     for (int refusals = 0; refusals < REFUSALS && atomic_load(&refused_count) > 0;) {
         ndm_i_mapping *mapping = take_refused();
         if (!mapping)
-            return;
+            break;
         if (!unmap(mapping))
             refusals++;
     }
+    ndm_i_fork_let();
 }
 
 void ndm_i_mapping_unref(ndm_i_mapping *mapping)
 {
-    if (!mapping || atomic_fetch_sub(&mapping->users, 1) > 1)
+    if (!mapping || ndm_i_mapping_unref_shared(mapping))
         return;
-    if (unmap(mapping) && atomic_load(&refused_count) > 0)
+    ndm_i_fork_bar(); /* a child has no mapping without a user */
+    if (atomic_fetch_sub(&mapping->users, 1) == 1 && unmap(mapping))
         try_again();
+    ndm_i_fork_let();
 }

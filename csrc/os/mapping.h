@@ -3,6 +3,8 @@
  *
  * A mapping is counted: each view holds one use, whoever drops the last use unmaps. Its base never changes while more
  * than its first holder uses it. Functions that return a pointer give NULL with the error set.
+ *
+ * Who makes a mapping bars forks (fork.h) until it is noted where a forked child finds it.
  */
 #ifndef NDM_MAPPING_H
 #define NDM_MAPPING_H
@@ -10,6 +12,9 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
+
+/* Every write is cut at multiples of it, so no folio is larger: see grains.h. */
+#define NDM_I_GRAIN ((uint64_t)512 << 10)
 
 typedef struct ndm_i_mapping {
     uint8_t *base;
@@ -33,12 +38,24 @@ int ndm_i_mapping_extend(ndm_i_mapping **mapping, uint64_t length);
 
 void ndm_i_mapping_ref(ndm_i_mapping *mapping);
 
+/* Drop a use that is not the last one. false, and nothing is done: it is. */
+static inline bool ndm_i_mapping_unref_shared(ndm_i_mapping *mapping)
+{
+    uint64_t users = atomic_load_explicit(&mapping->users, memory_order_relaxed);
+    while (users > 1)
+        if (atomic_compare_exchange_weak(&mapping->users, &users, users - 1))
+            return true;
+    return false;
+}
+
 /* Any thread; the last one unmaps; NULL is ignored. To unmap may need one mapping more than the process may have, where it
- * cuts one in two (vm.max_map_count). What is refused is kept, and tried again whenever something else was unmapped. */
+ * cuts one in two (vm.max_map_count). What is refused is kept, and tried again whenever something else was unmapped, or is mapped. */
 void ndm_i_mapping_unref(ndm_i_mapping *mapping);
 
-/* The whole pages in the range leave this process's RSS; their contents stay in the page cache. Any thread. */
-void ndm_i_mapping_forget(void *address, uint64_t size);
+/* The pages of the range leave this process's RSS, with what a fault there has mapped besides: all of its grains. Their
+ * contents stay in the page cache, and views of them still work. Any thread that holds the mapping, which is of a whole
+ * file. */
+void ndm_i_mapping_forget(const ndm_i_mapping *mapping, const void *address, uint64_t size);
 
 /* Read the range from disk in one go, if it is not in RAM. */
 void ndm_i_mapping_fetch(void *address, uint64_t size);

@@ -97,6 +97,14 @@ static void thread_ends(void *argument)
 
 static void make_key(void) { has_key = pthread_key_create(&end_of_thread, thread_ends) == 0; }
 
+/* A program, or a plugin that holds this code, goes. A thread that ends later would call what is not there any more. */
+__attribute__((destructor)) static void delete_key(void)
+{
+    if (has_key)
+        pthread_key_delete(end_of_thread);
+    has_key = false;
+}
+
 /* The calling thread, with one user more. NULL: no memory. */
 static struct ndm_i_thread *thread_ref(void)
 {

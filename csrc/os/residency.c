@@ -3,6 +3,7 @@
 #include "os/residency.h"
 
 #include "os/bits.h"
+#include "os/fork.h"
 #include "os/status.h"
 
 #include <errno.h>
@@ -25,13 +26,30 @@ static bool count_pages(const ndm_i_file *file, uint64_t start, uint64_t end, ca
     return syscall(CACHESTAT, file->fd, &range, counts, 0) == 0;
 }
 
-bool ndm_i_is_cached(const ndm_i_file *file, uint64_t start, uint64_t end)
+/* Pages of [start, end) that are in the page cache, and how many there are. false: the kernel does not tell. */
+static bool count_cached(const ndm_i_file *file, uint64_t start, uint64_t end, uint64_t *cached, uint64_t *all)
 {
     const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
     cachestat_counts counts;
     start = ndm_i_round_down(start, page);
     end = ndm_i_round_up(end, page);
-    return count_pages(file, start, end, &counts) && counts.cached * page >= end - start;
+    if (!count_pages(file, start, end, &counts))
+        return false;
+    *cached = counts.cached;
+    *all = (end - start) / page;
+    return true;
+}
+
+bool ndm_i_is_cached(const ndm_i_file *file, uint64_t start, uint64_t end)
+{
+    uint64_t cached, all;
+    return count_cached(file, start, end, &cached, &all) && cached >= all;
+}
+
+bool ndm_i_is_missing(const ndm_i_file *file, uint64_t start, uint64_t end)
+{
+    uint64_t cached, all;
+    return count_cached(file, start, end, &cached, &all) && cached < all;
 }
 
 /* Does mincore() tell the truth? To those who neither own the file nor may write to it, it shows every page as resident.
@@ -82,8 +100,10 @@ int ndm_i_residency(const ndm_i_file *file, uint64_t *resident, uint64_t *unwrit
         return NDM_OK;
     if (file->mapping)
         return count_resident(file, file->mapping, resident);
+    ndm_i_fork_bar();
     ndm_i_mapping *mapping = ndm_i_mapping_new_to_read(file->fd, file->capacity); /* a reader's file has none of its own */
     const int status = mapping ? count_resident(file, mapping, resident) : ndm_last_error()->status;
     ndm_i_mapping_unref(mapping);
+    ndm_i_fork_let();
     return status;
 }

@@ -16,6 +16,12 @@ int ndm_i_fail_io(int os_errno, const char *message)
     return NDM_ERR_IO;
 }
 
+int ndm_i_fail_again(ndm_error before)
+{
+    last = before;
+    return before.status;
+}
+
 int ndm_i_fail_slot(int status, int64_t slot)
 {
     last = (ndm_error){.status = status, .slot_known = 1, .slot = slot, .message = "the slot is not live"};
@@ -31,9 +37,16 @@ int ndm_i_fail_capacity(uint64_t required, uint64_t limit)
     return NDM_ERR_CAPACITY;
 }
 
+int ndm_i_fail_budget(ndm_error details)
+{
+    last = details;
+    return details.status;
+}
+
 int64_t ndm_i_of_slot(int64_t slot, int64_t result)
 {
-    if (result == NDM_ERR_NO_SLOT || result == NDM_ERR_FREED_SLOT || result == NDM_ERR_UNCOMMITTED) {
+    if (result == NDM_ERR_NO_SLOT || result == NDM_ERR_FREED_SLOT || result == NDM_ERR_UNCOMMITTED ||
+        result == NDM_ERR_STALE || result == NDM_ERR_WAIT) {
         last.slot_known = 1;
         last.slot = slot;
     }
@@ -44,6 +57,13 @@ int64_t ndm_i_of_file(int file, int64_t result)
 {
     if (result < 0)
         last.file = file;
+    return result;
+}
+
+int64_t ndm_i_ended(int64_t result, const ndm_error *before)
+{
+    if (result >= 0)
+        last = *before;
     return result;
 }
 

@@ -14,8 +14,8 @@ static void refuse_pointers(const char *what, PyObject *kind)
 
 /* ---- arrays of NumPy ------------------------------------------------------------------------------------ */
 
-/* A type of a module that is imported already: an object of the type cannot be there before. Kept once found; NULL, without
- * an exception, until then. */
+/* A type of a module that is imported already: an object of the type cannot be there before. Kept once found; NULL until
+ * then, without an exception unless looking failed. */
 static PyObject *type_in(const char *module, const char *name, PyObject **kept)
 {
     if (*kept)
@@ -28,7 +28,8 @@ static PyObject *type_in(const char *module, const char *name, PyObject **kept)
     Py_XDECREF(type);
     Py_XDECREF(found);
     Py_XDECREF(text);
-    PyErr_Clear(); /* a module in the middle of its import */
+    if (PyErr_Occurred() && (PyErr_ExceptionMatches(PyExc_AttributeError) || PyErr_ExceptionMatches(PyExc_ImportError)))
+        PyErr_Clear(); /* a module in the middle of its import */
     return *kept;
 }
 
@@ -69,7 +70,9 @@ static bool holds_objects(PyObject *array)
 static bool array_holds_values(PyObject *array, bool exact)
 {
     static PyObject *masked;
-    if (!exact && is_a(array, type_in("numpy.ma", "MaskedArray", &masked))) {
+    if (!exact && !type_in("numpy.ma", "MaskedArray", &masked) && PyErr_Occurred())
+        return false;
+    if (!exact && is_a(array, masked)) {
         PyErr_SetString(PyExc_TypeError, "the mask of a masked array is not in its buffer: give array.data, and array.mask "
                                          "beside it, or array.filled()");
         return false;
@@ -104,11 +107,15 @@ bool ndm_i_holds_values(PyObject *object)
         return true;
     if (!PyMemoryView_Check(object)) {
         PyObject *type = type_in("numpy", "ndarray", &ndarray);
+        if (!type && PyErr_Occurred())
+            return false;
         if (is_a(object, type))
             return array_holds_values(object, (PyObject *)Py_TYPE(object) == type);
     }
     Py_buffer buffer;
     if (PyObject_GetBuffer(object, &buffer, PyBUF_FULL_RO) != 0) {
+        if (!PyErr_ExceptionMatches(PyExc_TypeError) && !PyErr_ExceptionMatches(PyExc_BufferError))
+            return false;
         PyErr_Clear(); /* the next to ask for the buffer reports it */
         return true;
     }

@@ -12,8 +12,11 @@ static void holder_free(PyObject *self)
     Py_BEGIN_ALLOW_THREADS /* it may wait for the background writer, and unmap much */
     ndm_region_destroy(holder->region);
     ndm_reader_destroy(holder->reader);
+    ndm_governor_destroy(holder->governor);
     Py_END_ALLOW_THREADS
     Py_DECREF(holder->where);
+    Py_XDECREF(holder->facade);
+    Py_XDECREF(holder->names);
     PyObject_Free(self);
     Py_DECREF(type);
 }
@@ -22,7 +25,9 @@ static void holder_free(PyObject *self)
 static int holder_export(PyObject *self, Py_buffer *buffer, int flags)
 {
     Holder *holder = (Holder *)self;
-    void *held = holder->region ? (void *)holder->region : (void *)holder->reader;
+    void *held = holder->region     ? (void *)holder->region
+                 : holder->governor ? (void *)holder->governor
+                                    : (void *)holder->reader;
     return PyBuffer_FillInfo(buffer, self, held, 1, 1, flags);
 }
 
@@ -32,7 +37,11 @@ Holder *ndm_i_holder_new(PyObject *where)
     if (holder) {
         holder->region = NULL;
         holder->reader = NULL;
+        holder->governor = NULL;
         holder->where = Py_NewRef(where);
+        holder->facade = holder->names = NULL;
+        holder->repeated = holder->unreleased = 0;
+        holder->attention = holder->traced = 0;
     }
     return holder;
 }
@@ -57,6 +66,15 @@ ndm_reader *ndm_i_held_reader(PyObject *object)
     if (holder && holder->reader)
         return holder->reader;
     PyErr_SetString(PyExc_TypeError, "the holder of a reader is needed");
+    return NULL;
+}
+
+Holder *ndm_i_held_governor(PyObject *object)
+{
+    Holder *holder = as_holder(object);
+    if (holder && holder->governor)
+        return holder;
+    PyErr_SetString(PyExc_TypeError, "the holder of a governor is needed");
     return NULL;
 }
 

@@ -6,8 +6,9 @@
  * finalizer: the collector frees them after all finalizers have run. Nor can a signal part what the core has given from
  * its owner: the object is there before the core is asked.
  *
- *   Holder  owns a region or a reader. cffi's functions get the pointer through its buffer, which keeps it alive. It
- *           also carries what an error message says of it: a tuple of strings, so that no cycle can pass through it.
+ *   Holder  owns a region, a reader, or a governor. cffi's functions get the pointer through its buffer, which keeps it
+ *           alive. It also carries what an error message says of it: a tuple of strings, so that no cycle can pass through
+ *           it. A governor's has more of that kind (governing.h).
  *   View    owns one view, and the lease that keeps it, if any. Its buffer is the value.
  */
 #ifndef NDM_PYTHON_OBJECTS_H
@@ -24,7 +25,15 @@ typedef struct {
     PyObject_HEAD
     ndm_region *region; /* one of these */
     ndm_reader *reader;
+    ndm_governor *governor;
     PyObject *where; /* a tuple */
+    /* A governor's. */
+    PyObject *facade;              /* a weak reference to the Python object, or NULL */
+    PyObject *names;               /* a dict: the engine that a number stands for; or NULL */
+    unsigned long long repeated;   /* releases of what had been released */
+    unsigned long long unreleased; /* reservations that were collected before they were released */
+    int attention;                 /* not 0: the facade wants to hear of reservations and releases */
+    int traced;                    /* not 0: note where reservations are made */
 } Holder;
 
 typedef struct {
@@ -50,6 +59,7 @@ PyObject *ndm_i_view_memory(View *view);
 /* What a holder holds. NULL with an exception for anything else. */
 ndm_region *ndm_i_held_region(PyObject *holder);
 ndm_reader *ndm_i_held_reader(PyObject *holder);
+Holder *ndm_i_held_governor(PyObject *holder);
 
 /* What an error message says of a holder. A borrowed reference. */
 PyObject *ndm_i_holder_where(PyObject *holder);

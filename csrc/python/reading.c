@@ -53,36 +53,6 @@ static PyObject *restore(PyObject *Py_UNUSED(module), PyObject *const *arguments
     return ndm_i_viewed(view, address, size, arguments[0], arguments[1], &refusal);
 }
 
-/* Memoryviews of views that the core has given; all are released where one cannot be had. The list is made when all are
- * there: a collection on the way would show it to others, half empty. */
-static PyObject *list_of_views(const char **addresses, const uint64_t *sizes, Py_ssize_t count)
-{
-    PyObject **memories = calloc((size_t)count + 1, sizeof *memories), *list = NULL;
-    Py_ssize_t made = 0, taken = 0;
-    if (!memories)
-        PyErr_NoMemory();
-    while (memories && taken < count) {
-        View *view = ndm_i_view_new(false);
-        if (!view)
-            break;
-        view->address = addresses[taken];
-        view->size = sizes[taken++];
-        PyObject *memory = ndm_i_view_memory(view);
-        if (!memory)
-            break;
-        memories[made++] = memory;
-    }
-    if (memories && made == count && (list = PyList_New(count)))
-        for (; made > 0; made--)
-            PyList_SetItem(list, made - 1, memories[made - 1]);
-    while (made > 0)
-        Py_DECREF(memories[--made]);
-    while (taken < count)
-        ndm_view_release(addresses[taken++]);
-    free(memories);
-    return list;
-}
-
 /* read_many(region, buffer of slots) -> list of memoryviews */
 static PyObject *read_many(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
 {
@@ -101,7 +71,8 @@ static PyObject *read_many(PyObject *Py_UNUSED(module), PyObject *const *argumen
         status = ndm_region_read_many(region, slots.at, (uint64_t)slots.count, addresses, sizes);
         ndm_i_noted(status, &refusal);
         Py_END_ALLOW_THREADS
-        result = status < 0 ? ndm_i_refuse(arguments[0], NULL, &refusal) : list_of_views(addresses, sizes, slots.count);
+        result = status < 0 ? ndm_i_refuse(arguments[0], NULL, &refusal)
+                            : ndm_i_list_of_views(addresses, sizes, slots.count);
     } else {
         PyErr_NoMemory();
     }
@@ -165,13 +136,7 @@ static PyObject *read_many_into(PyObject *Py_UNUSED(module), PyObject *const *ar
     total = ndm_region_load_many(region, slots.at, (uint64_t)slots.count, target.buf, (uint64_t)target.len, sizes.at);
     ndm_i_noted(total, &refusal);
     Py_END_ALLOW_THREADS
-    if (total < 0)
-        ndm_i_refuse(arguments[0], NULL, &refusal);
-    else if (total > target.len)
-        PyErr_Format(PyExc_ValueError, "the values have %lld bytes, the buffer has room for %zd", (long long)total,
-                     target.len);
-    else
-        result = Py_NewRef(Py_None);
+    result = ndm_i_loaded(total, target.len, arguments[0], &refusal);
     PyBuffer_Release(&target);
 
 end_sizes:

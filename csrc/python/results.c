@@ -4,6 +4,8 @@
 #include "refusals.h"
 #include "waiting.h"
 
+#include <stdlib.h>
+
 PyObject *ndm_i_viewed(View *view, const char *address, uint64_t size, PyObject *holder, PyObject *slot,
                        const ndm_error *refusal)
 {
@@ -14,6 +16,35 @@ PyObject *ndm_i_viewed(View *view, const char *address, uint64_t size, PyObject 
     view->address = address;
     view->size = size;
     return ndm_i_view_memory(view);
+}
+
+/* The list is made when all are there: a collection on the way would show it to others, half empty. */
+PyObject *ndm_i_list_of_views(const char **addresses, const uint64_t *sizes, Py_ssize_t count)
+{
+    PyObject **memories = calloc((size_t)count + 1, sizeof *memories), *list = NULL;
+    Py_ssize_t made = 0, taken = 0;
+    if (!memories)
+        PyErr_NoMemory();
+    while (memories && taken < count) {
+        View *view = ndm_i_view_new(false);
+        if (!view)
+            break;
+        view->address = addresses[taken];
+        view->size = sizes[taken++];
+        PyObject *memory = ndm_i_view_memory(view);
+        if (!memory)
+            break;
+        memories[made++] = memory;
+    }
+    if (memories && made == count && (list = PyList_New(count)))
+        for (; made > 0; made--)
+            PyList_SetItem(list, made - 1, memories[made - 1]);
+    while (made > 0)
+        Py_DECREF(memories[--made]);
+    while (taken < count)
+        ndm_view_release(addresses[taken++]);
+    free(memories);
+    return list;
 }
 
 int64_t ndm_i_copy(const ndm_i_source *from, void *buffer, int64_t room, ndm_error *refusal)
@@ -28,6 +59,15 @@ int64_t ndm_i_copy(const ndm_i_source *from, void *buffer, int64_t room, ndm_err
         Py_END_ALLOW_THREADS
     } while (size == NDM_ERR_WAIT && ndm_i_go_on(&wait, refusal, NDM_ERR_STALE));
     return size;
+}
+
+PyObject *ndm_i_loaded(int64_t total, Py_ssize_t room, PyObject *holder, const ndm_error *refusal)
+{
+    if (total < 0)
+        return ndm_i_refuse(holder, NULL, refusal);
+    if (total > room)
+        return PyErr_Format(PyExc_ValueError, "the values have %lld bytes, the buffer has room for %zd", (long long)total, room);
+    return Py_NewRef(Py_None);
 }
 
 PyObject *ndm_i_bytes_of(const ndm_i_source *from, PyObject *holder, PyObject *slot)

@@ -66,6 +66,99 @@ static PyObject *read_shared_bytes(PyObject *Py_UNUSED(module), PyObject *const 
     return get_shared(arguments, count, &from) ? ndm_i_bytes_of(&from, arguments[0], arguments[1]) : NULL;
 }
 
+/* Slots and their generations; None stands for any. */
+typedef struct {
+    ndm_reader *reader;
+    ndm_i_numbers slots, generations;
+} shared_numbers;
+
+static void let_go_of_numbers(shared_numbers *from)
+{
+    PyBuffer_Release(&from->slots.buffer);
+    if (from->generations.at)
+        PyBuffer_Release(&from->generations.buffer);
+}
+
+static bool get_many_shared(PyObject *const *arguments, shared_numbers *from)
+{
+    *from = (shared_numbers){.reader = ndm_i_held_reader(arguments[0])};
+    if (!from->reader || !ndm_i_get_numbers(arguments[1], &from->slots))
+        return false;
+    if (arguments[2] != Py_None && !ndm_i_get_numbers(arguments[2], &from->generations)) {
+        PyBuffer_Release(&from->slots.buffer);
+        return false;
+    }
+    if (!from->generations.at || from->generations.count == from->slots.count)
+        return true;
+    PyErr_SetString(PyExc_ValueError, "each slot needs its generation");
+    let_go_of_numbers(from);
+    return false;
+}
+
+/* read_many_shared(reader, buffer of slots, buffer of generations or None) -> list of memoryviews */
+static PyObject *read_many_shared(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
+{
+    shared_numbers from;
+    ndm_error refusal;
+    ndm_i_wait wait = {0};
+    PyObject *result = NULL;
+    if (!ndm_i_has_count(count, 3) || !get_many_shared(arguments, &from))
+        return NULL;
+    const char **addresses = calloc((size_t)from.slots.count + 1, sizeof *addresses);
+    uint64_t *sizes = calloc((size_t)from.slots.count + 1, sizeof *sizes);
+    if (addresses && sizes) {
+        int64_t status;
+        do {
+            Py_BEGIN_ALLOW_THREADS
+            status = ndm_reader_read_many(from.reader, from.slots.at, from.generations.at, (uint64_t)from.slots.count,
+                                          addresses, sizes);
+            ndm_i_noted(status, &refusal);
+            Py_END_ALLOW_THREADS
+        } while (status == NDM_ERR_WAIT && ndm_i_go_on(&wait, &refusal, NDM_ERR_STALE));
+        result = status < 0 ? ndm_i_refuse(arguments[0], NULL, &refusal)
+                            : ndm_i_list_of_views(addresses, sizes, from.slots.count);
+    } else {
+        PyErr_NoMemory();
+    }
+    free(addresses);
+    free(sizes);
+    let_go_of_numbers(&from);
+    return result;
+}
+
+/* read_many_shared_into(reader, buffer of slots, buffer of generations or None, buffer, buffer for the sizes) */
+static PyObject *read_many_shared_into(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
+{
+    Py_buffer target;
+    shared_numbers from;
+    ndm_i_numbers sizes;
+    ndm_error refusal;
+    ndm_i_wait wait = {0};
+    PyObject *result = NULL;
+    if (!ndm_i_has_count(count, 5) || !get_many_shared(arguments, &from))
+        return NULL;
+    if (!ndm_i_get_room(arguments[4], &sizes, from.slots.count))
+        goto end_slots;
+    if (!ndm_i_get_buffer(arguments[3], &target, PyBUF_WRITABLE))
+        goto end_sizes;
+    int64_t total;
+    do {
+        Py_BEGIN_ALLOW_THREADS
+        total = ndm_reader_load_many(from.reader, from.slots.at, from.generations.at, (uint64_t)from.slots.count,
+                                     target.buf, (uint64_t)target.len, sizes.at);
+        ndm_i_noted(total, &refusal);
+        Py_END_ALLOW_THREADS
+    } while (total == NDM_ERR_WAIT && ndm_i_go_on(&wait, &refusal, NDM_ERR_STALE));
+    result = ndm_i_loaded(total, target.len, arguments[0], &refusal);
+    PyBuffer_Release(&target);
+
+end_sizes:
+    PyBuffer_Release(&sizes.buffer);
+end_slots:
+    let_go_of_numbers(&from);
+    return result;
+}
+
 /* borrow(reader, slot, generation) -> memoryview, loan */
 static PyObject *borrow(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
 {
@@ -216,6 +309,8 @@ static PyObject *next_slot(PyObject *Py_UNUSED(module), PyObject *const *argumen
 PyMethodDef ndm_i_sharing[] = {
     NDM_I_VERB("read_shared", read_shared),
     NDM_I_VERB("read_shared_bytes", read_shared_bytes),
+    NDM_I_VERB("read_many_shared", read_many_shared),
+    NDM_I_VERB("read_many_shared_into", read_many_shared_into),
     NDM_I_VERB("borrow", borrow),
     {"is_unchanged", is_unchanged, METH_O, NULL},
     NDM_I_VERB("lease", lease),

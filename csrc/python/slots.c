@@ -1,4 +1,4 @@
-/* Slots by their numbers: free, describe, share, evict. No byte of a value passes here. */
+/* Slots by their numbers: free, describe, share, evict, prefetch. No byte of a value passes here. */
 #include "slots.h"
 
 #include "arguments.h"
@@ -146,6 +146,25 @@ static PyObject *evict(PyObject *Py_UNUSED(module), PyObject *const *arguments, 
     Py_RETURN_NONE;
 }
 
+/* prefetch(region, buffer of slots) */
+static PyObject *prefetch(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
+{
+    ndm_i_numbers slots;
+    int64_t status;
+    ndm_error refusal;
+    ndm_region *region;
+    if (!ndm_i_has_count(count, 2) || !(region = ndm_i_held_region(arguments[0])) ||
+        !ndm_i_get_numbers(arguments[1], &slots))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    status = ndm_i_noted(ndm_region_prefetch(region, slots.at, (uint64_t)slots.count), &refusal);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&slots.buffer);
+    if (status < 0)
+        return ndm_i_refuse(arguments[0], NULL, &refusal);
+    Py_RETURN_NONE;
+}
+
 PyMethodDef ndm_i_slots[] = {
     NDM_I_VERB("free", free_value),
     NDM_I_VERB("free_many", free_many),
@@ -153,5 +172,6 @@ PyMethodDef ndm_i_slots[] = {
     NDM_I_VERB("contains", contains),
     NDM_I_VERB("share", share),
     NDM_I_VERB("evict", evict),
+    NDM_I_VERB("prefetch", prefetch),
     {NULL, NULL, 0, NULL},
 };

@@ -15,7 +15,8 @@ struct plan {
 
 int ndm_i_start_store(ndm_region *region, const ndm_options *options)
 {
-    return ndm_i_store_init(&region->store, &region->data, &region->home.writable, options->cache_limit);
+    return ndm_i_store_init(&region->store, &region->data, &region->home.writable, options->cache_limit,
+                            options->keep_mapped != 0);
 }
 
 /* All that may be refused. The old values stay as they are. */

@@ -5,6 +5,7 @@
 #include "os/status.h"
 #include "store/extents_check.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 int ndm_region_slot(ndm_region *region, int64_t slot, ndm_slot *out)
@@ -39,8 +40,9 @@ int ndm_region_stats(ndm_region *region, ndm_stats *out)
         return status;
     if (ndm_i_limbo_is_unsettled(&region->limbo))
         ndm_i_settle(region);
-    uint64_t disk_bytes;
-    if ((status = ndm_i_file_disk_bytes(&region->data, &disk_bytes)) != NDM_OK)
+    uint64_t disk_bytes, resident, unwritten;
+    if ((status = ndm_i_file_disk_bytes(&region->data, &disk_bytes)) != NDM_OK ||
+        (status = ndm_i_residency(&region->data, &resident, &unwritten)) != NDM_OK)
         return status;
     uint64_t largest;
     const uint64_t free_bytes = ndm_i_free_bytes(region, &largest);
@@ -57,9 +59,9 @@ int ndm_region_stats(ndm_region *region, ndm_stats *out)
                        .moved_bytes = region->moved_bytes,
                        .disk_bytes = disk_bytes,
                        .alignment = (uint64_t)1 << region->unit_shift,
-                       .can_punch = region->data.can_punch};
-    if ((status = ndm_i_residency(&region->data, &out->resident_bytes, &out->unwritten_bytes)) != NDM_OK)
-        return status;
+                       .can_punch = region->data.can_punch,
+                       .resident_bytes = resident,
+                       .unwritten_bytes = unwritten};
     ndm_i_writer_lock(&region->store.writer);
     out->written_back_bytes = region->store.writer.written_back;
     ndm_i_writer_unlock(&region->store.writer);
@@ -126,6 +128,26 @@ static uint64_t check_grains(const ndm_region *region)
     return broken;
 }
 
+/* Are the large values of each grain those of the books? */
+static uint64_t check_large(const ndm_region *region)
+{
+    const ndm_i_grains *kept = &region->store.grains;
+    ndm_i_grains counted = {.large = calloc(kept->room + 1, 1), .room = kept->room};
+    uint64_t broken = 0;
+    if (!counted.large)
+        return 0;
+    for (uint64_t i = 0; i < region->slots.count; i++) {
+        const ndm_i_record *record = ndm_i_slots_record(&region->slots, (int64_t)i);
+        if (ndm_i_record_is_live(record))
+            ndm_i_grains_count_large(&counted, ndm_i_record_offset(record), ndm_i_record_size(record), 1);
+    }
+    for (uint64_t grain = 0; grain < kept->room; grain++)
+        broken += kept->large[grain] != counted.large[grain];
+    broken += kept->large_values != counted.large_values;
+    free(counted.large);
+    return broken;
+}
+
 /* A pinned extent is a live value's; or an orphan, and in limbo. */
 static bool is_pin_sound(void *context, uint32_t extent, bool orphan)
 {
@@ -174,7 +196,7 @@ int64_t ndm_region_check(ndm_region *region)
     broken += check_figures(region, &empty);
     broken += with_extent + empty != region->slots.live;
     broken += limbo_units != region->limbo.units + region->limbo.waiting_units;
-    broken += ndm_i_store_check(&region->store) + check_grains(region);
+    broken += ndm_i_store_check(&region->store) + check_grains(region) + check_large(region);
     broken += ndm_i_pins_check(&region->home, is_pin_sound, region);
     return (int64_t)broken;
 }

@@ -2,6 +2,7 @@
 #include "region/ledger.h"
 
 #include "os/status.h"
+#include "region/place.h"
 
 #include <assert.h>
 #include <errno.h>
@@ -133,7 +134,7 @@ static int take_extents(ndm_region *region, ndm_i_room *rooms, uint64_t count, u
             return ndm_i_fail_capacity(size, ndm_i_ceiling(region->max_capacity));
         if (!ndm_i_extents_reserve(extents))
             return ndm_i_fail(NDM_ERR_MEMORY, "no memory for an extent");
-        const ndm_i_place place = ndm_i_extents_find(extents, units);
+        const ndm_i_place place = ndm_i_place_find(region, units);
         room->offset = ndm_i_bytes(region, place.offset);
         room->vacant = vacant(region, place);
         room->extent = ndm_i_extents_take(extents, place, units, NDM_I_NONE);
@@ -183,6 +184,7 @@ static void count_value(ndm_region *region, uint64_t offset, uint64_t size, uint
     region->engine_bytes[engine] += size;
     region->engine_slots[engine]++;
     region->used_bytes = ndm_i_max(region->used_bytes, offset + size);
+    ndm_i_grains_count_large(&region->store.grains, offset, size, 1);
 }
 
 void ndm_i_enter_values(ndm_region *region, const ndm_i_room *rooms, uint64_t count, ndm_i_before before, uint8_t engine,
@@ -210,6 +212,7 @@ void ndm_i_remove_value(ndm_region *region, uint32_t slot)
     region->live_bytes -= size;
     region->engine_bytes[engine] -= size;
     region->engine_slots[engine]--;
+    ndm_i_grains_count_large(&region->store.grains, ndm_i_record_offset(record), size, -1);
     ndm_i_slots_remove(&region->slots, slot); /* before anybody asks whether it is leased: see leases.h */
     if (extent != NDM_I_NONE)
         ndm_i_limbo_add(&region->limbo, extent, slot, generation);
@@ -220,16 +223,27 @@ int ndm_i_pin(ndm_region *region, uint32_t extent, ndm_i_mapping *mapping, const
               bool writable)
 {
     /* A private mapping goes with its view: nothing is left to be forgotten. */
-    const bool forgets = size >= region->forget_from && mapping == region->data.mapping;
+    const bool forgets = mapping == region->data.mapping &&
+                         ndm_i_store_forgets(&region->store, (uint64_t)((const uint8_t *)address - mapping->base), size);
     return ndm_i_pins_add(&region->home, extent, mapping, address, forgets ? size : 0, writable)
                ? NDM_OK
                : ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
+}
+
+/* Before the record is changed. */
+static void note_move(ndm_region *region, uint32_t slot, uint64_t to)
+{
+    const ndm_i_record *record = ndm_i_slots_record(&region->slots, slot);
+    const uint64_t size = ndm_i_record_size(record);
+    ndm_i_grains_count_large(&region->store.grains, ndm_i_record_offset(record), size, -1);
+    ndm_i_grains_count_large(&region->store.grains, to, size, 1);
 }
 
 void ndm_i_value_moved(ndm_region *region, uint32_t extent, ndm_i_place place)
 {
     ndm_i_extents *extents = &region->extents;
     const uint32_t slot = ndm_i_extents_tag(extents, extent);
+    note_move(region, slot, ndm_i_bytes(region, place.offset));
     const uint32_t fresh = ndm_i_extents_take(extents, place, ndm_i_extents_length(extents, extent), slot);
     ndm_i_slots_move_end(&region->slots, slot, ndm_i_bytes(region, place.offset), fresh);
     ndm_i_extents_release(extents, extent);
@@ -240,6 +254,7 @@ uint32_t ndm_i_value_slid(ndm_region *region, uint32_t hole)
     ndm_i_extents *extents = &region->extents;
     const uint32_t extent = ndm_i_extents_next(extents, hole), slot = ndm_i_extents_tag(extents, extent);
     const uint64_t to = ndm_i_bytes(region, ndm_i_extents_offset(extents, hole));
+    note_move(region, slot, to);
     const uint32_t behind = ndm_i_extents_slide(extents, hole);
     ndm_i_slots_move_end(&region->slots, slot, to, extent);
     return behind;

@@ -40,13 +40,12 @@ struct ndm_region {
     uint64_t moved_bytes;  /* by compact() */
     uint64_t engine_bytes[256]; /* live, by engine */
     uint64_t engine_slots[256];
-    uint64_t forget_from;  /* pages of values of this size and more leave the RSS with the last view; UINT64_MAX where
-                               RAM is not limited */
     unsigned unit_shift;   /* one unit of the extents is 1 << unit_shift bytes: the alignment */
     _Atomic uint64_t handle; /* see native.c; 0 until someone asks for it, and after closing */
     _Atomic unsigned holders; /* of this struct: the handle, and the file until it is closed */
     ndm_i_fork_entry at_fork;
-    bool left;            /* in a forked child: the region was let go of, as far as could be */
+    bool home_left;       /* the region no longer uses its home */
+    bool left;            /* in a forked child: the region was let go of */
 };
 
 /* ---- entering a verb ---- */

@@ -5,7 +5,9 @@
 #include "os/bits.h"
 #include "os/owner.h"
 #include "os/patience.h"
+#include "os/residency.h"
 #include "os/status.h"
+#include "store/store.h"
 
 #include <errno.h>
 #include <string.h>
@@ -66,14 +68,17 @@ static int reach(const ndm_i_file *file, ndm_i_mapping **mapping, uint64_t neede
 {
     if (*mapping && (*mapping)->length >= needed)
         return NDM_OK;
+    const ndm_error before = *ndm_last_error();
+    ndm_i_fork_bar();
     ndm_i_mapping *fresh = ndm_i_mapping_new_to_read(file->fd, wanted);
     if (!fresh && wanted > needed)
         fresh = ndm_i_mapping_new_to_read(file->fd, needed);
-    if (!fresh)
-        return ndm_last_error()->status;
-    ndm_i_mapping_unref(*mapping);
-    *mapping = fresh;
-    return NDM_OK;
+    if (fresh) {
+        ndm_i_mapping_unref(*mapping);
+        *mapping = fresh;
+    }
+    ndm_i_fork_let();
+    return (int)ndm_i_ended(fresh ? NDM_OK : ndm_last_error()->status, &before);
 }
 
 static const ndm_i_record *record_of(const ndm_reader *reader, int64_t slot)
@@ -216,4 +221,30 @@ int ndm_i_reader_load(ndm_reader *reader, const ndm_value *value, char *buffer)
     if (status == NDM_OK && value->size > 0)
         copy_racing(buffer, (const char *)reader->values->base + value->offset, value->size);
     return status;
+}
+
+/* ---- views ---------------------------------------------------------------------------------------------- */
+
+const char *ndm_i_reader_view(ndm_reader *reader, const ndm_value *value)
+{
+    if (value->size == 0)
+        return ndm_i_empty_view;
+    if (ndm_i_reader_reach(reader, value) != NDM_OK)
+        return NULL;
+    const char *view = (const char *)reader->values->base + value->offset;
+    const uint64_t forget = value->size >= NDM_I_LARGE ? value->size : 0;
+    if (!ndm_i_pins_add(&reader->home, (uint32_t)value->slot, reader->values, view, forget, false)) {
+        ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
+        return NULL;
+    }
+    return view;
+}
+
+const char *ndm_i_reader_fetch_view(ndm_reader *reader, const ndm_value *value)
+{
+    const char *view = ndm_i_reader_view(reader, value);
+    if (view && value->size >= NDM_I_LARGE &&
+        !ndm_i_is_cached(&reader->data, value->offset, value->offset + value->size))
+        ndm_i_mapping_fetch(reader->values->base + value->offset, value->size);
+    return view;
 }

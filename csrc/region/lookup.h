@@ -1,5 +1,5 @@
 /* A reader, and how it finds values in a table that its owner, in another thread or process, is writing to. The verbs are in
- * reader.c. Rests on store/ only: the owner's side is not known here. */
+ * reader.c and lease.c. Rests on store/ only: the owner's side is not known here. */
 #ifndef NDM_LOOKUP_H
 #define NDM_LOOKUP_H
 
@@ -29,7 +29,8 @@ struct ndm_reader {
     ndm_i_length slots_length, data_length;
     _Atomic unsigned holders; /* of this struct: the handle, and the files until the last view has ended */
     ndm_i_fork_entry at_fork;
-    bool left; /* in a forked child: the reader was let go of, as far as could be */
+    bool home_left; /* the reader no longer uses its home */
+    bool left;      /* in a forked child: the reader was let go of */
 };
 
 static inline const ndm_i_header *ndm_i_reader_header(const ndm_reader *reader)
@@ -58,6 +59,12 @@ bool ndm_i_reader_is_unchanged(const ndm_reader *reader, const ndm_value *value)
 
 /* Have its bytes mapped. */
 int ndm_i_reader_reach(ndm_reader *reader, const ndm_value *value);
+
+/* A view of its bytes, which keeps their mapping; not fetched. NULL with the error set. */
+const char *ndm_i_reader_view(ndm_reader *reader, const ndm_value *value);
+
+/* The same, and what is not in RAM is fetched. */
+const char *ndm_i_reader_fetch_view(ndm_reader *reader, const ndm_value *value);
 
 /* Copy its bytes. The owner may be writing them: what is copied counts only if the record is unchanged afterwards. */
 int ndm_i_reader_load(ndm_reader *reader, const ndm_value *value, char *buffer);

@@ -14,9 +14,6 @@
 #include <string.h>
 #include <time.h>
 
-/* The pages of a value this large leave the RSS with its last view; for less, the system call costs more. */
-#define FORGET_FROM ((uint64_t)64 << 10)
-
 /* ---- opening and closing -------------------------------------------------------------------------------- */
 
 static void let_go(ndm_region *region)
@@ -35,8 +32,8 @@ static void last_use(ndm_i_home *home)
     uint32_t extent;
     while (ndm_i_pins_collect(home, &extent))
         ;
-    ndm_i_fork_remove(&region->at_fork);
     ndm_i_file_close(&region->data, NULL);
+    ndm_i_fork_remove(&region->at_fork);
     let_go(region);
 }
 
@@ -171,7 +168,20 @@ fail:
     return status;
 }
 
-/* Everything but the data file, which goes with the last view. */
+/* Let go of the data file's mapping, and of the home, unless that has been done. Views keep them. */
+static void unmap(ndm_region *region)
+{
+    ndm_i_fork_bar();
+    ndm_i_file_unmap(&region->data);
+    const bool stays = !region->home_left;
+    region->home_left = true;
+    if (stays)
+        ndm_i_home_leave(&region->home); /* the last thing: the region may go */
+    ndm_i_fork_let();
+}
+
+/* Everything but the data file, which goes with the last view. A child that is forked in the midst of it lets go of what is
+ * left. */
 static void shut(ndm_region *region)
 {
     ndm_i_limbo_forget(&region->limbo);
@@ -180,28 +190,32 @@ static void shut(ndm_region *region)
     ndm_i_slots_close(&region->slots, NULL);
     ndm_i_extents_fini(&region->extents);
     ndm_i_store_fini(&region->store);
-    ndm_i_file_unmap(&region->data);
-    ndm_i_home_leave(&region->home);
+    unmap(region);
 }
 
 /* In a forked child, on its only thread: let go of the copies of what the parent has open. Views that the child inherited
- * keep their mapping. If another thread of the parent's may have been inside a verb, its books may be half-written, and
- * only the descriptors can be closed. */
-static void leave_in_child(void *context)
+ * keep their mapping. The books of a region that another thread owns, or opens, or shuts, may be half-written, and stay in
+ * the child's memory. Its files are as they are noted, if the fork waited for that (fork.h); otherwise its mappings stay. */
+static void leave(ndm_region *region, bool waited)
 {
-    ndm_region *region = context;
     const uint64_t holder = ndm_i_owner_holder(&region->owner);
-    const bool quiet = holder == ndm_i_this_thread || holder == NDM_I_RELEASED;
+    region->left = true;
     ndm_i_fork_remove(&region->at_fork);
     ndm_i_file_abandon(&region->data);
-    if (quiet) {
+    if (holder == ndm_i_this_thread || holder == NDM_I_RELEASED) {
         shut(region);
-    } else if (holder != NDM_I_CLOSED) {
-        ndm_i_file_abandon(&region->slots.table);
-        ndm_i_file_abandon(&region->leases.file);
+        return;
     }
-    region->left = true;
+    ndm_i_file_abandon(&region->slots.table);
+    ndm_i_file_abandon(&region->leases.file);
+    if (!waited)
+        return;
+    ndm_i_writer_leave_in_child(&region->store.writer);
+    ndm_i_file_unmap(&region->slots.table);
+    unmap(region);
 }
+
+static void leave_in_child(void *region) { leave(region, true); }
 
 /* `path` and an ending, to be freed; NULL: no memory, or no path. */
 static char *beside(const char *path, const char *ending)
@@ -213,11 +227,11 @@ static char *beside(const char *path, const char *ending)
 /* A region that has no files yet. */
 static void prepare(ndm_region *region, const ndm_options *options)
 {
-    region->forget_from = options->cache_limit == NDM_I_UNLIMITED ? UINT64_MAX : FORGET_FROM;
     region->unit_shift = (unsigned)__builtin_ctzll(options->alignment);
     region->max_capacity = options->max_capacity;
-    region->leases.file.fd = -1;
+    region->data.fd = region->slots.table.fd = region->leases.file.fd = -1;
     atomic_init(&region->holders, 2);
+    region->at_fork = (ndm_i_fork_entry){.in_child = leave_in_child, .context = region};
     ndm_i_extents_init(&region->extents);
     region->limbo = (ndm_i_limbo){.extents = &region->extents, .home = &region->home, .leases = &region->leases,
                                   .unit_shift = &region->unit_shift};
@@ -227,6 +241,7 @@ static ndm_region *region_new(const char *path, const char *directory, const ndm
 {
     if (check_options(options) != NDM_OK)
         return NULL;
+    const ndm_error before = *ndm_last_error();
     ndm_region *region = calloc(1, sizeof *region);
     char *slots_path = beside(path, ".slots"), *leases_path = beside(path, ".leases");
     if (!region || (path && (!slots_path || !leases_path))) {
@@ -239,13 +254,15 @@ static ndm_region *region_new(const char *path, const char *directory, const ndm
     }
     prepare(region, options);
     region->leases_path = leases_path;
-    if (open_files(region, path, slots_path, directory, options) != NDM_OK)
+    ndm_i_fork_add(&region->at_fork);
+    if (open_files(region, path, slots_path, directory, options) != NDM_OK) {
+        ndm_i_fork_remove(&region->at_fork);
         goto fail;
+    }
     region->initial_capacity = region->data.capacity;
     ndm_i_publish(region);
-    region->at_fork = (ndm_i_fork_entry){.in_child = leave_in_child, .context = region};
-    ndm_i_fork_add(&region->at_fork);
     free(slots_path);
+    ndm_i_ended(NDM_OK, &before);
     return region;
 
 fail:
@@ -285,7 +302,7 @@ void ndm_region_destroy(ndm_region *region)
         return;
     if (!ndm_i_is_process(region->owner.process)) {
         if (!region->left) /* a raw clone() ran no handlers */
-            leave_in_child(region);
+            leave(region, false);
         let_go(region);
         return;
     }
@@ -300,9 +317,10 @@ int ndm_region_close(ndm_region *region)
 {
     if (ndm_i_region_is_closed(region))
         return NDM_OK;
+    const ndm_error before = *ndm_last_error();
     const int status = ndm_i_enter(region);
     if (status == NDM_ERR_CLOSED) /* meanwhile, by its owner */
-        return NDM_OK;
+        return (int)ndm_i_ended(NDM_OK, &before);
     /* a write-back that failed is reported, and the region closes all the same */
     if (status != NDM_ERR_WRONG_THREAD && retire_handle(region) && ndm_i_owner_close(&region->owner))
         shut(region);
@@ -331,12 +349,15 @@ int ndm_region_adopt(ndm_region *region)
     if (ndm_i_region_is_closed(region))
         return ndm_i_fail(NDM_ERR_CLOSED, "the region is closed");
     int refused = ndm_i_owner_adopt(&region->owner);
-    for (int tries = 1; refused == EPERM && tries < ADOPT_TRIES && ndm_i_is_process(region->owner.process); tries++) {
+    for (int tries = 1; refused == EPERM && tries < ADOPT_TRIES && ndm_i_is_process(region->owner.process) &&
+                        !ndm_i_region_is_closed(region); tries++) {
         nanosleep(&(struct timespec){.tv_nsec = ADOPT_PAUSE_NS}, NULL);
         refused = ndm_i_owner_adopt(&region->owner);
     }
     if (refused == ENOMEM)
         return ndm_i_fail(NDM_ERR_MEMORY, "no memory for the owner");
+    if (refused && ndm_i_region_is_closed(region))
+        return ndm_i_fail(NDM_ERR_CLOSED, "the region is closed");
     if (refused)
         return ndm_i_fail(NDM_ERR_WRONG_THREAD, "the region has an owner, which lives and has not released it");
     const uint64_t handle = atomic_load(&region->handle);

@@ -3,8 +3,7 @@
 
 #include "os/status.h"
 
-/* A view of a live value, pinned; it is not fetched yet. NULL with the error set. */
-static const char *add_view(ndm_region *region, const ndm_i_record *record)
+const char *ndm_i_add_view(ndm_region *region, const ndm_i_record *record)
 {
     const uint64_t size = ndm_i_record_size(record);
     ndm_i_mapping *mapping = region->data.mapping;
@@ -16,7 +15,7 @@ static const char *add_view(ndm_region *region, const ndm_i_record *record)
 
 const char *ndm_i_view_value(ndm_region *region, const ndm_i_record *record)
 {
-    const char *view = add_view(region, record);
+    const char *view = ndm_i_add_view(region, record);
     if (view)
         ndm_i_store_fetch(&region->store, ndm_i_record_offset(record), ndm_i_record_size(record));
     return view;
@@ -46,7 +45,7 @@ int ndm_region_try_read(ndm_region *region, int64_t slot, const char **view, uin
     if (ndm_i_store_has_failed(&region->store) ||
         !ndm_i_store_at_hand(&region->store, ndm_i_record_offset(record), ndm_i_record_size(record)))
         return NDM_ERR_WAIT;
-    const char *added = add_view(region, record);
+    const char *added = ndm_i_add_view(region, record);
     if (!added)
         return ndm_last_error()->status;
     *view = added;
@@ -66,14 +65,14 @@ char *ndm_region_restore(ndm_region *region, int64_t slot, uint64_t *size)
         return ndm_i_empty_view;
     }
     char *view;
+    ndm_i_fork_bar();
     ndm_i_mapping *mapping =
         ndm_i_mapping_new_private(region->data.fd, ndm_i_record_offset(record), ndm_i_record_size(record), &view);
-    if (!mapping)
-        return NULL;
-    const int status =
-        ndm_i_pin(region, ndm_i_record_link(record), mapping, view, ndm_i_record_size(record), false);
+    const bool pinned = mapping && ndm_i_pin(region, ndm_i_record_link(record), mapping, view,
+                                             ndm_i_record_size(record), false) == NDM_OK;
     ndm_i_mapping_unref(mapping); /* the view holds it */
-    if (status != NDM_OK)
+    ndm_i_fork_let();
+    if (!pinned)
         return NULL;
     ndm_i_store_fetch(&region->store, ndm_i_record_offset(record), ndm_i_record_size(record));
     *size = ndm_i_record_size(record);

@@ -4,7 +4,10 @@
 
 #include "region/ledger.h"
 
-/* A view of a live value, about to be read. NULL, with the error set, if there is no memory. */
+/* A view of a live value, pinned. NULL, with the error set, if there is no memory. */
+const char *ndm_i_add_view(ndm_region *region, const ndm_i_record *record);
+
+/* The same, about to be read: what is not in RAM is fetched. */
 const char *ndm_i_view_value(ndm_region *region, const ndm_i_record *record);
 
 #endif

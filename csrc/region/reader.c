@@ -8,18 +8,15 @@
 #include "os/patience.h"
 #include "os/residency.h"
 #include "os/status.h"
+#include "store/store.h"
 
 #include <errno.h>
 #include <stddef.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
-/* How often a value that moves while it is leased is leased again; how many slots are looked at in one call. */
-enum { RETRIES = 1000, LOOKS = 100000 };
-
-/* Larger values that are not in RAM are fetched in one go. */
-#define FETCH_FROM ((uint64_t)64 << 10)
+/* How many slots are looked at in one call. */
+enum { LOOKS = 100000 };
 
 /* ---- opening and closing -------------------------------------------------------------------------------- */
 
@@ -42,39 +39,53 @@ static void let_go(ndm_reader *reader)
 static void last_use(ndm_i_home *home)
 {
     ndm_reader *reader = (ndm_reader *)((char *)home - offsetof(ndm_reader, home));
-    ndm_i_fork_remove(&reader->at_fork);
     ndm_i_file_close(&reader->slots, NULL);
+    ndm_i_fork_remove(&reader->at_fork);
     let_go(reader);
+}
+
+static void unmap(ndm_reader *reader)
+{
+    ndm_i_fork_bar();
+    ndm_i_mapping_unref(reader->values);
+    ndm_i_mapping_unref(reader->table);
+    reader->values = reader->table = NULL;
+    ndm_i_fork_let();
 }
 
 static void close_files(ndm_reader *reader)
 {
     ndm_i_leases_close(&reader->leases);
-    ndm_i_mapping_unref(reader->values);
-    ndm_i_mapping_unref(reader->table);
-    reader->values = reader->table = NULL;
+    unmap(reader);
     ndm_i_file_close(&reader->data, NULL);
 }
 
-/* In a forked child: as an owner's region does. A thread of the parent's that held the lock may have been inside a verb. */
-static void leave_in_child(void *context)
+/* Unless that has been done. The reader may go. */
+static void leave_home(ndm_reader *reader)
 {
-    ndm_reader *reader = context;
+    ndm_i_fork_bar();
+    const bool stays = !reader->home_left;
+    reader->home_left = true;
+    if (stays)
+        ndm_i_home_leave(&reader->home);
+    ndm_i_fork_let();
+}
+
+/* In a forked child: as an owner's region does. */
+static void leave(ndm_reader *reader, bool waited)
+{
+    reader->left = true;
     ndm_i_fork_remove(&reader->at_fork);
     ndm_i_file_abandon(&reader->slots);
-    if (pthread_mutex_trylock(&reader->lock) == 0) {
-        const bool open = reader->table != NULL;
-        if (open)
-            close_files(reader);
-        pthread_mutex_unlock(&reader->lock);
-        if (open)
-            ndm_i_home_leave(&reader->home);
-    } else {
-        ndm_i_file_abandon(&reader->data);
-        ndm_i_file_abandon(&reader->leases.file);
-    }
-    reader->left = true;
+    ndm_i_file_abandon(&reader->data);
+    ndm_i_file_abandon(&reader->leases.file);
+    if (!waited && pthread_mutex_trylock(&reader->lock) != 0) /* a thread of the parent's may have been inside a verb */
+        return;
+    unmap(reader);
+    leave_home(reader);
 }
+
+static void leave_in_child(void *reader) { leave(reader, true); }
 
 /* Is it the table of our data file? Read, not mapped: nothing has been locked yet. */
 static int check_table(const ndm_reader *reader)
@@ -95,7 +106,9 @@ static int open_slots(ndm_reader *reader, const char *path)
     if ((status = check_table(reader)) != NDM_OK || (status = ndm_i_file_flock_to_read(&reader->slots)) != NDM_OK ||
         (status = check_table(reader)) != NDM_OK)
         return status;
+    ndm_i_fork_bar();
     reader->table = ndm_i_mapping_new_to_read(reader->slots.fd, ndm_i_file_size(&reader->slots));
+    ndm_i_fork_let();
     if (!reader->table)
         return ndm_last_error()->status;
     const ndm_i_header *header = ndm_i_reader_header(reader);
@@ -129,15 +142,17 @@ static ndm_reader *open_once(const char *data_path, const char *slots_path, cons
     reader->process = ndm_i_process();
     atomic_init(&reader->holders, 2);
     pthread_mutex_init(&reader->lock, NULL);
-    if (!ndm_i_home_init(&reader->home, last_use))
+    reader->at_fork = (ndm_i_fork_entry){.in_child = leave_in_child, .context = reader};
+    if (!ndm_i_home_init(&reader->home, last_use)) {
         ndm_i_fail(NDM_ERR_MEMORY, "no memory for a reader");
-    else if (open_files(reader, data_path, slots_path) == NDM_OK) {
-        reader->at_fork = (ndm_i_fork_entry){.in_child = leave_in_child, .context = reader};
+    } else {
         ndm_i_fork_add(&reader->at_fork);
-        return reader;
+        if (open_files(reader, data_path, slots_path) == NDM_OK)
+            return reader;
     }
     close_files(reader);
     ndm_i_file_close(&reader->slots, NULL);
+    ndm_i_fork_remove(&reader->at_fork);
     pthread_mutex_destroy(&reader->lock);
     free_paths(reader);
     free(reader);
@@ -146,11 +161,13 @@ static ndm_reader *open_once(const char *data_path, const char *slots_path, cons
 
 ndm_reader *ndm_reader_open(const char *data_path, const char *slots_path, const char *leases_path)
 {
+    const ndm_error before = *ndm_last_error();
     ndm_i_patience patience = {0};
     ndm_reader *reader;
     while (!(reader = open_once(data_path, slots_path, leases_path)) && ndm_last_error()->status == NDM_ERR_WAIT &&
            ndm_i_pause(&patience))
         ;
+    ndm_i_ended(reader ? NDM_OK : NDM_ERR_IO, &before);
     return reader;
 }
 
@@ -164,7 +181,7 @@ void ndm_reader_close(ndm_reader *reader)
         close_files(reader);
     pthread_mutex_unlock(&reader->lock);
     if (open)
-        ndm_i_home_leave(&reader->home);
+        leave_home(reader);
 }
 
 void ndm_reader_destroy(ndm_reader *reader)
@@ -174,7 +191,7 @@ void ndm_reader_destroy(ndm_reader *reader)
     if (ndm_i_is_process(reader->process))
         ndm_reader_close(reader);
     else if (!reader->left) /* a raw clone() ran no handlers */
-        leave_in_child(reader);
+        leave(reader, false);
     let_go(reader);
 }
 
@@ -196,36 +213,12 @@ static int find_once(ndm_reader *reader, int64_t slot, int64_t generation, ndm_v
 
 int ndm_reader_find(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out)
 {
+    const ndm_error before = *ndm_last_error();
     ndm_i_patience patience = {0};
     int status;
     while ((status = find_once(reader, slot, generation, out)) == NDM_ERR_WAIT && ndm_i_pause(&patience))
         ;
-    return status;
-}
-
-/* The value is mapped, and about to be read. */
-static void fetch(const ndm_reader *reader, const ndm_value *value)
-{
-    if (value->size >= FETCH_FROM &&
-        !ndm_i_is_cached(&reader->data, value->offset, value->offset + value->size))
-        ndm_i_mapping_fetch(reader->values->base + value->offset, value->size);
-}
-
-/* A view, with the lock held. */
-static const char *view_of(ndm_reader *reader, const ndm_value *value)
-{
-    if (value->size == 0)
-        return ndm_i_empty_view;
-    if (ndm_i_reader_reach(reader, value) != NDM_OK)
-        return NULL;
-    const char *view = (const char *)reader->values->base + value->offset;
-    /* The pages stay mapped after the view: a reader reads again; it is the owner who spills. */
-    if (!ndm_i_pins_add(&reader->home, (uint32_t)value->slot, reader->values, view, 0, false)) {
-        ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
-        return NULL;
-    }
-    fetch(reader, value);
-    return view;
+    return (int)ndm_i_ended(status, &before);
 }
 
 static int read_once(ndm_reader *reader, int64_t slot, int64_t generation, const char **view, ndm_value *out)
@@ -235,7 +228,7 @@ static int read_once(ndm_reader *reader, int64_t slot, int64_t generation, const
     if (status != NDM_OK)
         return status;
     if ((status = ndm_i_reader_look_up(reader, slot, generation, &found)) == NDM_OK) {
-        if ((*view = view_of(reader, &found)))
+        if ((*view = ndm_i_reader_fetch_view(reader, &found)))
             *out = found;
         else
             status = ndm_last_error()->status;
@@ -246,17 +239,19 @@ static int read_once(ndm_reader *reader, int64_t slot, int64_t generation, const
 
 const char *ndm_reader_read(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out)
 {
+    const ndm_error before = *ndm_last_error();
     ndm_i_patience patience = {0};
     const char *view = NULL;
     while (read_once(reader, slot, generation, &view, out) == NDM_ERR_WAIT && ndm_i_pause(&patience))
         ;
+    ndm_i_ended(view ? NDM_OK : NDM_ERR_IO, &before);
     return view;
 }
 
 /* Of a value that is larger than the buffer: a torn table may tell any size, and the caller makes room for it. */
 static int check_size(const ndm_reader *reader, const ndm_value *value)
 {
-    return value->size < FETCH_FROM || value->offset + value->size <= ndm_i_file_size(&reader->data)
+    return value->size < NDM_I_LARGE || value->offset + value->size <= ndm_i_file_size(&reader->data)
                ? NDM_OK
                : ndm_i_fail_io(EIO, "the file is shorter than its table says");
 }
@@ -277,21 +272,23 @@ static int64_t copy_once(ndm_reader *reader, int64_t slot, int64_t generation, v
 
 int64_t ndm_reader_copy(ndm_reader *reader, int64_t slot, int64_t generation, void *buffer, uint64_t capacity)
 {
+    const ndm_error before = *ndm_last_error();
     ndm_i_patience patience = {0};
     int64_t status;
     while ((status = copy_once(reader, slot, generation, buffer, capacity)) == NDM_ERR_WAIT && ndm_i_pause(&patience))
         ;
-    return status;
+    return ndm_i_ended(status, &before);
 }
 
 int ndm_reader_is_unchanged(ndm_reader *reader, const ndm_value *value)
 {
+    const ndm_error before = *ndm_last_error();
     int status = ndm_i_reader_enter(reader);
     if (status != NDM_OK)
         return status;
     status = ndm_i_reader_is_unchanged(reader, value);
     pthread_mutex_unlock(&reader->lock);
-    return status;
+    return (int)ndm_i_ended(status, &before);
 }
 
 /* Go on from *slot; it is where the search has ended. NDM_ERR_WAIT after LOOKS slots, too. */
@@ -319,6 +316,7 @@ static int next_once(ndm_reader *reader, uint64_t *slot, ndm_value *out)
 
 int ndm_reader_next(ndm_reader *reader, int64_t from, ndm_value *out)
 {
+    const ndm_error before = *ndm_last_error();
     ndm_i_patience patience = {0};
     uint64_t slot = from < 0 ? 0 : (uint64_t)from;
     const uint64_t first = slot;
@@ -327,11 +325,12 @@ int ndm_reader_next(ndm_reader *reader, int64_t from, ndm_value *out)
         ;
     if (status == NDM_ERR_WAIT)
         *out = (ndm_value){.slot = (int64_t)slot};
-    return status;
+    return (int)ndm_i_ended(status, &before);
 }
 
 int ndm_reader_stats(ndm_reader *reader, ndm_reader_figures *out)
 {
+    const ndm_error before = *ndm_last_error();
     int status = ndm_i_reader_enter(reader);
     if (status != NDM_OK)
         return status;
@@ -355,120 +354,5 @@ int ndm_reader_stats(ndm_reader *reader, ndm_reader_figures *out)
                                     .leases = leases < 0 ? UINT64_MAX : (uint64_t)leases,
                                     .resident_bytes = resident};
     pthread_mutex_unlock(&reader->lock);
-    return status;
-}
-
-/* ---- leases --------------------------------------------------------------------------------------------- */
-
-static bool is_same(const ndm_i_file *one, const ndm_i_file *other)
-{
-    return one->inode == other->inode && one->born == other->born;
-}
-
-/* Open the leases file. It is found by its path: if other files stand there by now, our owner does not look into it. */
-static int join_leases(ndm_reader *reader)
-{
-    ndm_i_file there;
-    int status = ndm_i_leases_join(&reader->leases, reader->leases_path, false);
-    if (status != NDM_OK)
-        return status;
-    reader->leases.incarnation = reader->incarnation;
-    if (is_same(&reader->leases.file, &reader->data) || is_same(&reader->leases.file, &reader->slots)) {
-        ndm_i_leases_close(&reader->leases); /* a value's bytes may look like leases */
-        return (int)ndm_i_of_file(NDM_FILE_LEASES, ndm_i_fail_io(EINVAL, "the file is not a leases file"));
-    }
-    status = ndm_i_file_open_to_read(&there, reader->data_path);
-    if (status != NDM_OK && ndm_last_error()->os_errno == ENOENT)
-        return NDM_OK; /* gone, but nobody's */
-    if (status == NDM_OK && !is_same(&there, &reader->data))
-        status = ndm_i_fail(NDM_ERR_STALE, "the path leads to another region's files by now");
-    ndm_i_file_close(&there, NULL);
-    if (status != NDM_OK)
-        ndm_i_leases_close(&reader->leases);
-    return status;
-}
-
-/* Claim a lease of a value with the place where it is. What is found afterwards counts: only then the owner is sure to
- * see the lease. An entry that names another place than that would not keep the value past the owner's death. */
-static int64_t claim_in_place(ndm_reader *reader, int64_t slot, int64_t generation, ndm_value *out)
-{
-    for (int tries = 0; tries < RETRIES; tries++) {
-        ndm_value before;
-        int status = ndm_i_reader_look_up(reader, slot, generation, &before);
-        if (status != NDM_OK)
-            return status;
-        const ndm_i_span place = {before.offset, before.size};
-        const int64_t entry = ndm_i_leases_claim(&reader->leases, (uint32_t)slot, before.generation, place);
-        if (entry < 0)
-            return entry;
-        status = ndm_i_reader_look_up(reader, slot, before.generation, out);
-        if (status == NDM_OK)
-            status = ndm_i_reader_check(reader);
-        if (status == NDM_OK && out->place == before.place && out->turns == before.turns)
-            return entry;
-        ndm_i_leases_release(&reader->leases, (uint64_t)entry);
-        if (status != NDM_OK)
-            return status;
-    }
-    return ndm_i_fail(NDM_ERR_STALE, "the value keeps moving");
-}
-
-static int64_t lease_once(ndm_reader *reader, int64_t slot, int64_t generation, const char **view, ndm_value *out)
-{
-    ndm_value value;
-    int64_t status = ndm_i_reader_enter(reader);
-    if (status != NDM_OK)
-        return status;
-    if (!ndm_i_leases_are_open(&reader->leases))
-        status = join_leases(reader);
-    const int64_t entry = status == NDM_OK ? claim_in_place(reader, slot, generation, &value) : status;
-    const char *address = entry >= 0 ? view_of(reader, &value) : NULL;
-    if (address) {
-        *view = address;
-        *out = value;
-        status = entry;
-    } else {
-        status = ndm_last_error()->status;
-        if (entry >= 0)
-            ndm_i_leases_release(&reader->leases, (uint64_t)entry);
-    }
-    pthread_mutex_unlock(&reader->lock);
-    return status;
-}
-
-int64_t ndm_reader_lease(ndm_reader *reader, int64_t slot, int64_t generation, const char **view, ndm_value *out)
-{
-    ndm_i_patience patience = {0};
-    int64_t status;
-    while ((status = lease_once(reader, slot, generation, view, out)) == NDM_ERR_WAIT && ndm_i_pause(&patience))
-        ;
-    return status;
-}
-
-int ndm_reader_release(ndm_reader *reader, int64_t lease)
-{
-    if (!reader)
-        return NDM_OK;
-    if (!ndm_i_is_process(reader->process))
-        return ndm_i_fail(NDM_ERR_WRONG_THREAD, "the reader belongs to the process that opened it");
-    pthread_mutex_lock(&reader->lock);
-    if (lease >= 0 && lease < NDM_I_LEASES && ndm_i_leases_are_open(&reader->leases)) /* else it went with the files */
-        ndm_i_leases_release(&reader->leases, (uint64_t)lease);
-    pthread_mutex_unlock(&reader->lock);
-    return NDM_OK;
-}
-
-int64_t ndm_reader_leases(ndm_reader *reader, ndm_leased *places, uint64_t capacity)
-{
-    int64_t status = ndm_i_reader_enter(reader);
-    if (status != NDM_OK)
-        return status;
-    ndm_i_span *found = malloc(NDM_I_LEASES * sizeof *found);
-    status = found ? ndm_i_leases_look(reader->leases_path, found)
-                   : ndm_i_fail(NDM_ERR_MEMORY, "no memory to look at the leases");
-    for (int64_t i = 0; i < status && (uint64_t)i < capacity; i++)
-        places[i] = (ndm_leased){found[i].offset, found[i].size};
-    free(found);
-    pthread_mutex_unlock(&reader->lock);
-    return status;
+    return (int)ndm_i_ended(status, &before);
 }

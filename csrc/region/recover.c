@@ -77,7 +77,7 @@ static int finish_move(ndm_region *region, const move *moving)
     }
     ndm_i_grains_adopt(&region->store.grains, moving->from, moving->size);
     ndm_i_grains_adopt(&region->store.grains, moving->to, moving->size);
-    int status = ndm_i_store_move(&region->store, moving->from, moving->to, moving->size,
+    int status = ndm_i_store_move(&region->store, moving->from, moving->to, moving->size, moving->to,
                                   &ndm_i_slots_header(&region->slots)->moved);
     if (status == NDM_OK)
         ndm_i_slots_move_end(&region->slots, slot, moving->to, NDM_I_NONE);

@@ -1,15 +1,19 @@
 /* One value: write, gather, allocate, commit, free. */
-#include "region/ledger.h"
+#include "region/room.h"
 
 #include "os/status.h"
+#include "store/direct.h"
+
+#include <stdlib.h>
 
 /* What every writing verb checks first, and room for its value. */
-static int begin(ndm_region *region, int64_t engine, ndm_i_room *room, ndm_i_before *before)
+static inline __attribute__((always_inline)) int begin(ndm_region *region, int64_t engine, ndm_i_room *room,
+                                                       ndm_i_before *before)
 {
     int status = ndm_i_enter(region);
     if (status == NDM_OK)
         status = ndm_i_check_engine(engine);
-    return status == NDM_OK ? ndm_i_take(region, room, 1, before) : status;
+    return status == NDM_OK ? ndm_i_room_take(region, room, 1, before) : status;
 }
 
 /* Enter the value if its bytes were stored; undo all if not. */
@@ -34,6 +38,8 @@ int64_t ndm_region_write(ndm_region *region, const void *data, uint64_t size, in
         return status;
     if (size > 0)
         status = ndm_i_store_put(&region->store, room.offset, data, size, room.vacant);
+    if (status != NDM_OK && ndm_i_room_other(region, &room, 1, &before, status))
+        status = ndm_i_store_put(&region->store, room.offset, data, size, room.vacant);
     return end(region, status, &room, before, engine, NDM_I_LIVE);
 }
 
@@ -50,10 +56,32 @@ static uint64_t vectored_size(const uint64_t *sizes, uint64_t count, uint64_t al
     return total;
 }
 
+static const uint8_t padding[4096]; /* between parts: less than an alignment */
+
+/* A large value is gathered by the system, so that its pages are not mapped here. */
+static int gather_parts(ndm_region *region, const ndm_i_room *room, const void *const *parts, const uint64_t *sizes,
+                        uint64_t count, uint64_t alignment)
+{
+    struct iovec *pieces = malloc(2 * count * sizeof *pieces);
+    uint64_t at = 0, used = 0;
+    if (!pieces)
+        return ndm_i_fail(NDM_ERR_MEMORY, "no memory to gather a value");
+    for (uint64_t i = 0; i < count; i++) {
+        const uint64_t gap = ((at + alignment - 1) & ~(alignment - 1)) - at;
+        if (gap > 0)
+            pieces[used++] = (struct iovec){(void *)padding, gap};
+        if (sizes[i] > 0)
+            pieces[used++] = (struct iovec){(void *)parts[i], sizes[i]};
+        at += gap + sizes[i];
+    }
+    const int status = ndm_i_direct_gather(&region->store, room->offset, pieces, used, room->size);
+    free(pieces);
+    return status;
+}
+
 static int store_parts(ndm_region *region, const ndm_i_room *room, const void *const *parts, const uint64_t *sizes,
                        uint64_t count, uint64_t alignment)
 {
-    static const uint8_t padding[4096];
     uint64_t at = 0;
     for (uint64_t i = 0; i < count; i++) {
         const uint64_t start = (at + alignment - 1) & ~(alignment - 1);
@@ -69,6 +97,13 @@ static int store_parts(ndm_region *region, const ndm_i_room *room, const void *c
     return NDM_OK;
 }
 
+static int put_parts(ndm_region *region, const ndm_i_room *room, const void *const *parts, const uint64_t *sizes,
+                     uint64_t count, uint64_t alignment)
+{
+    return room->size >= NDM_I_LARGE ? gather_parts(region, room, parts, sizes, count, alignment)
+                                     : store_parts(region, room, parts, sizes, count, alignment);
+}
+
 int64_t ndm_region_write_vectored(ndm_region *region, const void *const *parts, const uint64_t *sizes, uint64_t count,
                                   int aligned, int64_t engine)
 {
@@ -80,7 +115,9 @@ int64_t ndm_region_write_vectored(ndm_region *region, const void *const *parts, 
     int status = begin(region, engine, &room, &before);
     if (status != NDM_OK)
         return status;
-    status = store_parts(region, &room, parts, sizes, count, alignment);
+    status = put_parts(region, &room, parts, sizes, count, alignment);
+    if (status != NDM_OK && ndm_i_room_other(region, &room, 1, &before, status))
+        status = put_parts(region, &room, parts, sizes, count, alignment);
     return end(region, status, &room, before, engine, NDM_I_LIVE);
 }
 
@@ -94,6 +131,8 @@ int64_t ndm_region_allocate(ndm_region *region, uint64_t size, int64_t engine, c
     char *address = ndm_i_empty_view;
     if (size > 0) {
         status = ndm_i_store_clear(&region->store, room.offset, size, room.vacant);
+        if (status != NDM_OK && ndm_i_room_other(region, &room, 1, &before, status))
+            status = ndm_i_store_clear(&region->store, room.offset, size, room.vacant);
         address = (char *)region->data.mapping->base + room.offset;
         if (status == NDM_OK)
             status = ndm_i_pin(region, room.extent, region->data.mapping, address, size, true);

@@ -1,5 +1,5 @@
 /* Free space, see extents.h; what the nodes hold, see extents_node.h. */
-#include "store/extents_node.h"
+#include "store/extents_bins.h"
 
 #include <assert.h>
 #include <stdlib.h>
@@ -57,8 +57,11 @@ static void node_link(extents_t *extents, uint32_t index, uint32_t prev)
 /* Take a node out of the address list and keep it for reuse. */
 static void node_drop(extents_t *extents, uint32_t index)
 {
+    const uint32_t beside = extents->nodes[index].prev != NONE ? extents->nodes[index].prev : extents->nodes[index].next;
     if (extents->lowest == index)
-        extents->lowest = extents->nodes[index].prev != NONE ? extents->nodes[index].prev : extents->nodes[index].next;
+        extents->lowest = beside;
+    if (extents->cursor == index)
+        extents->cursor = beside;
     node_unlink(extents, index);
     extents->nodes[index].up = SPARE;
     extents->nodes[index].next = extents->spare;
@@ -66,161 +69,14 @@ static void node_drop(extents_t *extents, uint32_t index)
     extents->spare_count++;
 }
 
-/* ---- bins: the free extents by length ---- */
-
-static unsigned bin_of(uint64_t length)
-{
-    return 63u - (unsigned)__builtin_clzll(length);
-}
-
-/* Index a free extent by its length, and count it. */
-static void bin_insert(extents_t *extents, uint32_t index)
-{
-    node_t *nodes = extents->nodes;
-    node_t *node = &nodes[index];
-    uint64_t length = node->length;
-    unsigned bin = bin_of(length);
-    unsigned shift = bin;
-    uint32_t up = ROOT;
-    uint32_t *link = &extents->bins[bin];
-
-    extents->free_count++;
-    extents->free_units += length;
-    while (*link != NONE) {
-        node_t *at = &nodes[*link];
-        if (at->length == length) {
-            node->child[0] = *link;
-            node->up = MEMBER;
-            node->same = at->same;
-            if (at->same != NONE)
-                nodes[at->same].child[0] = index;
-            at->same = index;
-            return;
-        }
-        assert(shift > 0); /* with no bit left the lengths are equal */
-        up = *link;
-        link = &at->child[length >> --shift & 1];
-    }
-    *link = index;
-    node->child[0] = node->child[1] = NONE;
-    node->up = up;
-    node->same = NONE;
-    extents->bin_map |= UINT64_C(1) << bin;
-}
-
-/* The link that leads to a trie node from above. */
-static uint32_t *link_to(extents_t *extents, uint32_t index)
-{
-    const node_t *node = &extents->nodes[index];
-    if (node->up == ROOT)
-        return &extents->bins[bin_of(node->length)];
-    node_t *parent = &extents->nodes[node->up];
-    return &parent->child[parent->child[1] == index];
-}
-
-/* Cut off some leaf below a trie node and return it; NONE if the node is a leaf itself. */
-static uint32_t cut_leaf(extents_t *extents, uint32_t index)
-{
-    node_t *nodes = extents->nodes;
-    uint32_t *link = NULL;
-    for (;;) {
-        node_t *at = &nodes[index];
-        unsigned side = at->child[1] != NONE;
-        if (at->child[side] == NONE)
-            break;
-        link = &at->child[side];
-        index = *link;
-    }
-    if (link == NULL)
-        return NONE;
-    *link = NONE;
-    return index;
-}
-
-/* Undo bin_insert(). The length must still be the one inserted. */
-static void bin_remove(extents_t *extents, uint32_t index)
-{
-    node_t *nodes = extents->nodes;
-    node_t *node = &nodes[index];
-    assert(is_free(node));
-
-    extents->free_count--;
-    extents->free_units -= node->length;
-    if (node->up == MEMBER) {
-        nodes[node->child[0]].same = node->same;
-        if (node->same != NONE)
-            nodes[node->same].child[0] = node->child[0];
-        return;
-    }
-    uint32_t heir = node->same != NONE ? node->same : cut_leaf(extents, index);
-    *link_to(extents, index) = heir;
-    if (heir == NONE) {
-        if (node->up == ROOT)
-            extents->bin_map &= ~(UINT64_C(1) << bin_of(node->length));
-        return;
-    }
-    nodes[heir].up = node->up;
-    for (int side = 0; side < 2; side++) {
-        nodes[heir].child[side] = node->child[side];
-        if (node->child[side] != NONE)
-            nodes[node->child[side]].up = heir;
-    }
-}
-
-/* The trie node with the shortest (side 0) or longest (side 1) length in a subtree. It is on the path that keeps to
- * that side. */
-static uint32_t subtree_extreme(const node_t *nodes, uint32_t index, unsigned side)
-{
-    uint32_t best = index;
-    while (index != NONE) {
-        const node_t *at = &nodes[index];
-        if (side == 0 ? at->length < nodes[best].length : at->length > nodes[best].length)
-            best = index;
-        index = at->child[at->child[side] != NONE ? side : 1 - side];
-    }
-    return best;
-}
-
-/* The trie node with the shortest length of at least `length` in the bin of `length`, or NONE. */
-static uint32_t bin_best(const extents_t *extents, uint64_t length)
-{
-    const node_t *nodes = extents->nodes;
-    unsigned shift = bin_of(length);
-    uint32_t index = extents->bins[shift];
-    uint32_t best = NONE;
-    uint32_t above = NONE; /* the nearest subtree of greater lengths that the path left aside */
-    uint64_t best_length = UINT64_MAX;
-
-    while (index != NONE) {
-        const node_t *at = &nodes[index];
-        if (at->length == length)
-            return index;
-        if (at->length > length && at->length < best_length) {
-            best = index;
-            best_length = at->length;
-        }
-        assert(shift > 0);
-        unsigned side = length >> --shift & 1;
-        if (side == 0 && at->child[1] != NONE)
-            above = at->child[1];
-        index = at->child[side];
-    }
-    if (above != NONE) {
-        above = subtree_extreme(nodes, above, 0);
-        if (nodes[above].length < best_length)
-            best = above;
-    }
-    return best;
-}
-
 /* ---- the interface ---- */
 
 void ndm_i_extents_init(ndm_i_extents *extents)
 {
     memset(extents, 0, sizeof *extents);
-    extents->spare = extents->first = extents->last = extents->lowest = NONE;
+    extents->spare = extents->first = extents->last = extents->lowest = extents->cursor = NONE;
     for (int bin = 0; bin < 64; bin++)
-        extents->bins[bin] = NONE;
+        extents->bins.roots[bin] = extents->near.roots[bin] = NONE;
 }
 
 void ndm_i_extents_fini(ndm_i_extents *extents)
@@ -229,21 +85,41 @@ void ndm_i_extents_fini(ndm_i_extents *extents)
     ndm_i_extents_init(extents);
 }
 
+/* One that is near is as good as one of half its length. */
+static __attribute__((noinline)) ndm_i_place near_or(const extents_t *extents, uint64_t length, uint32_t best)
+{
+    const node_t *nodes = extents->nodes;
+    const uint32_t near = bins_best(nodes, &extents->near, length);
+    if (near != NONE && (best == NONE || nodes[near].length / 2 <= nodes[best].length))
+        return (ndm_i_place){nodes[near].offset, near, true};
+    if (best == NONE && is_free(&nodes[extents->last]))
+        best = extents->last;
+    return (ndm_i_place){best != NONE ? nodes[best].offset : extents->mark, best, false};
+}
+
 ndm_i_place ndm_i_extents_find(const ndm_i_extents *extents, uint64_t length)
 {
     const node_t *nodes = extents->nodes;
     assert(length > 0);
-    uint32_t best = bin_best(extents, length);
-    if (best == NONE) {
-        uint64_t longer = extents->bin_map & ~((UINT64_C(2) << bin_of(length)) - 1);
-        if (longer != 0)
-            best = subtree_extreme(nodes, extents->bins[__builtin_ctzll(longer)], 0);
-    }
-    if (best != NONE && nodes[best].same != NONE)
-        best = nodes[best].same;
+    uint32_t best = bins_best(nodes, &extents->bins, length);
+    if (extents->near.map != 0)
+        return near_or(extents, length, best);
     if (best == NONE && extents->last != NONE && is_free(&nodes[extents->last]))
         best = extents->last;
-    return (ndm_i_place){best != NONE ? nodes[best].offset : extents->mark, best};
+    return (ndm_i_place){best != NONE ? nodes[best].offset : extents->mark, best, false};
+}
+
+ndm_i_place ndm_i_extents_find_in(const ndm_i_extents *extents, bool near, uint64_t length)
+{
+    const uint32_t best = bins_best(extents->nodes, near ? &extents->near : &extents->bins, length);
+    return (ndm_i_place){best != NONE ? extents->nodes[best].offset : extents->mark, best, near};
+}
+
+void ndm_i_extents_prefer(ndm_i_extents *extents, uint32_t extent, bool near)
+{
+    assert(extent < extents->node_count && is_free(&extents->nodes[extent]));
+    bin_remove(extents, extent);
+    bin_insert(extents, near ? &extents->near : &extents->bins, extent);
 }
 
 bool ndm_i_extents_reserve(ndm_i_extents *extents)
@@ -289,7 +165,7 @@ uint32_t ndm_i_extents_take(ndm_i_extents *extents, ndm_i_place place, uint64_t 
             extents->nodes[rest].offset = place.offset + length;
             extents->nodes[rest].length = node->length - length;
             node_link(extents, rest, index);
-            bin_insert(extents, rest);
+            bin_insert(extents, place.near ? &extents->near : &extents->bins, rest);
             if (extents->lowest == NONE)
                 extents->lowest = rest;
         } else if (node->length < length) {
@@ -328,7 +204,7 @@ void ndm_i_extents_release(ndm_i_extents *extents, uint32_t extent)
         node_drop(extents, extent);
         extent = prev;
     }
-    bin_insert(extents, extent);
+    bin_insert(extents, &extents->bins, extent);
     if (extents->lowest == NONE || nodes[extent].offset < nodes[extents->lowest].offset)
         extents->lowest = extent;
 }
@@ -399,12 +275,19 @@ uint32_t ndm_i_extents_first_hole(ndm_i_extents *extents)
     return extents->lowest = index;
 }
 
+uint32_t ndm_i_extents_longest(const ndm_i_extents *extents)
+{
+    const uint32_t far = bins_longest(extents->nodes, &extents->bins);
+    const uint32_t near = bins_longest(extents->nodes, &extents->near);
+    if (far == NONE || near == NONE)
+        return far == NONE ? near : far;
+    return extents->nodes[near].length > extents->nodes[far].length ? near : far;
+}
+
 uint64_t ndm_i_extents_largest(const ndm_i_extents *extents)
 {
-    if (extents->bin_map == 0)
-        return 0;
-    uint32_t root = extents->bins[bin_of(extents->bin_map)];
-    return extents->nodes[subtree_extreme(extents->nodes, root, 1)].length;
+    const uint32_t longest = ndm_i_extents_longest(extents);
+    return longest == NONE ? 0 : extents->nodes[longest].length;
 }
 
 uint32_t ndm_i_extents_slide(ndm_i_extents *extents, uint32_t hole)
@@ -424,7 +307,7 @@ uint32_t ndm_i_extents_slide(ndm_i_extents *extents, uint32_t hole)
         bin_remove(extents, hole);
         nodes[hole].length += nodes[next].length;
         node_drop(extents, next);
-        bin_insert(extents, hole);
+        bin_insert(extents, &extents->bins, hole);
     }
     return hole;
 }
@@ -452,7 +335,7 @@ void ndm_i_extents_lower(ndm_i_extents *extents, uint64_t mark)
         node_drop(extents, last);
     } else {
         node->length = mark - node->offset;
-        bin_insert(extents, last);
+        bin_insert(extents, &extents->bins, last);
     }
     extents->mark = mark;
 }

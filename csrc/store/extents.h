@@ -9,6 +9,7 @@
  *   by address  every extent is a node in one doubly linked list, so neighbours are one step away;
  *   by size     free extents sit in bins, one per power of two; a bin is a bitwise trie on the length, and
  *               extents of the same length form a chain, newest first. A bit map tells which bins are empty.
+ *               Those that the holder has brought near, to be used first, have bins of their own.
  * Finding the best fit, taking and releasing cost O(log length) steps, whatever the number of extents.
  *
  * An extent is named by the index of its node, which stays the same until it is released. A used extent carries
@@ -24,6 +25,12 @@
 
 typedef struct ndm_i_node ndm_i_node;
 
+/* Free extents by length. */
+typedef struct {
+    uint64_t map;       /* bit b: bin b has an extent */
+    uint32_t roots[64]; /* trie roots; bin b holds lengths in [2^b, 2^(b+1)) */
+} ndm_i_bins;
+
 typedef struct {
     ndm_i_node *nodes;
     uint32_t node_count;    /* nodes ever used; the rest of `nodes` is room */
@@ -35,8 +42,9 @@ typedef struct {
     uint32_t free_count;
     uint64_t mark;          /* end of the last extent: the high-water mark, in units */
     uint64_t free_units;    /* sum over the free extents */
-    uint64_t bin_map;       /* bit b: bin b has an extent */
-    uint32_t bins[64];      /* trie roots; bin b holds lengths in [2^b, 2^(b+1)) */
+    uint32_t cursor;        /* where a walk through the extents goes on; NDM_I_NONE: at the first */
+    ndm_i_bins bins;
+    ndm_i_bins near;        /* the free extents that were brought near */
 } ndm_i_extents;
 
 /* Where a value would go. `hole` is the free extent whose start it would take, or NDM_I_NONE for fresh space at
@@ -44,6 +52,7 @@ typedef struct {
 typedef struct {
     uint64_t offset;
     uint32_t hole;
+    bool near; /* the hole was brought near */
 } ndm_i_place;
 
 void ndm_i_extents_init(ndm_i_extents *extents);
@@ -51,8 +60,16 @@ void ndm_i_extents_fini(ndm_i_extents *extents);
 
 /* The best place for `length` units (1 or more): the start of the shortest free extent that holds them; if none
  * does, the start of the free extent that touches the mark; if there is none, the mark. Changes nothing. In the
- * last two cases offset + length lies beyond the mark: the caller sees to the room there before taking it. */
+ * last two cases offset + length lies beyond the mark: the caller sees to the room there before taking it. An extent
+ * that was brought near is taken for the best while it is no more than twice as long. */
 ndm_i_place ndm_i_extents_find(const ndm_i_extents *extents, uint64_t length);
+
+/* The start of the shortest free extent that holds `length` units, of those that are near, or of the others. */
+ndm_i_place ndm_i_extents_find_in(const ndm_i_extents *extents, bool near, uint64_t length);
+
+/* From now on a free extent is `near`, to be used before others of its size, and so is what is left of it; or it is like
+ * any other again. Released or slid it is like any other, too, if it joins a neighbour. Cannot fail. */
+void ndm_i_extents_prefer(ndm_i_extents *extents, uint32_t extent, bool near);
 
 /* Make sure that the next ndm_i_extents_take() needs no memory. false: malloc failed, or 2^32 - 5 nodes exist. */
 bool ndm_i_extents_reserve(ndm_i_extents *extents);
@@ -84,7 +101,8 @@ uint32_t ndm_i_extents_last(const ndm_i_extents *extents);
  * unless something has been released below since. */
 uint32_t ndm_i_extents_first_hole(ndm_i_extents *extents);
 
-/* Length of the longest free extent, 0 if there is none. */
+/* The longest free extent, NDM_I_NONE if there is none; its length, or 0. */
+uint32_t ndm_i_extents_longest(const ndm_i_extents *extents);
 uint64_t ndm_i_extents_largest(const ndm_i_extents *extents);
 
 /* Exchange a free extent with the used one right after it: the used one starts where the hole started, the hole

@@ -11,7 +11,7 @@ static uint64_t check_list(const extents_t *extents, uint64_t *listed)
 {
     uint64_t broken = 0, offset = 0, free_units = 0, free_count = 0;
     uint32_t prev = NONE;
-    bool prev_free = false, reached = false;
+    bool prev_free = false, reached = false, met = extents->cursor == NONE;
     uint32_t index = extents->first;
     *listed = 0;
     while (index != NONE) {
@@ -25,6 +25,7 @@ static uint64_t check_list(const extents_t *extents, uint64_t *listed)
         broken += node->length == 0 || node->length > UINT64_MAX - offset;
         broken += prev_free && is_free(node);
         reached = reached || index == extents->lowest;
+        met = met || index == extents->cursor;
         broken += is_free(node) && !reached;
         prev_free = is_free(node);
         free_count += prev_free;
@@ -36,6 +37,7 @@ static uint64_t check_list(const extents_t *extents, uint64_t *listed)
     }
     broken += extents->last != prev;
     broken += extents->lowest != NONE && !reached;
+    broken += !met;
     broken += extents->mark != offset;
     broken += extents->free_units != free_units;
     broken += extents->free_count != free_count;
@@ -84,6 +86,16 @@ static uint64_t check_trie(const extents_t *extents, uint32_t index, uint32_t up
            check_trie(extents, node->child[1], index, prefix << 1 | 1, shift - 1, left);
 }
 
+static uint64_t check_bins(const extents_t *extents, const ndm_i_bins *bins, uint64_t *left)
+{
+    uint64_t broken = 0;
+    for (unsigned bin = 0; bin < 64; bin++) {
+        broken += (bins->map >> bin & 1) != (bins->roots[bin] != NONE);
+        broken += check_trie(extents, bins->roots[bin], ROOT, 1, bin, left);
+    }
+    return broken;
+}
+
 uint64_t ndm_i_extents_check(const ndm_i_extents *extents)
 {
     if (extents->node_count > extents->node_room || (extents->node_room != 0 && extents->nodes == NULL))
@@ -94,9 +106,8 @@ uint64_t ndm_i_extents_check(const ndm_i_extents *extents)
     broken += listed + extents->spare_count != extents->node_count;
 
     uint64_t left = extents->free_count;
-    for (unsigned bin = 0; bin < 64; bin++) {
-        broken += (extents->bin_map >> bin & 1) != (extents->bins[bin] != NONE);
-        broken += check_trie(extents, extents->bins[bin], ROOT, 1, bin, &left);
-    }
+    broken += check_bins(extents, &extents->bins, &left) + check_bins(extents, &extents->near, &left);
+    for (unsigned bin = 0; bin < 64; bin++) /* a trie is in one set */
+        broken += extents->bins.roots[bin] != NONE && extents->bins.roots[bin] == extents->near.roots[bin];
     return broken + (left != 0);
 }

@@ -4,29 +4,38 @@
 #include <stdlib.h>
 #include <string.h>
 
+static void free_tables(const ndm_i_grains *grains)
+{
+    free((void *)grains->states);
+    free((void *)grains->marks);
+    free(grains->large);
+}
+
 bool ndm_i_grains_reserve(ndm_i_grains *grains, uint64_t count)
 {
     if (count <= grains->room)
         return true;
-    uint8_t *states = calloc(count, 1), *marks = calloc(count, 1);
-    if (!states || !marks) {
+    uint8_t *states = calloc(count, 1), *marks = calloc(count, 1), *large = calloc(count, 1);
+    if (!states || !marks || !large) {
         free(states);
         free(marks);
+        free(large);
         return false;
     }
     if (grains->room > 0) {
         memcpy(states, (void *)grains->states, grains->room);
         memcpy(marks, (void *)grains->marks, grains->room);
+        memcpy(large, grains->large, grains->room);
     }
-    ndm_i_grains_fini(grains);
-    *grains = (ndm_i_grains){(_Atomic uint8_t *)states, (_Atomic uint8_t *)marks, count};
+    const ndm_i_grains old = *grains;
+    *grains = (ndm_i_grains){(_Atomic uint8_t *)states, (_Atomic uint8_t *)marks, large, old.large_values, count};
+    free_tables(&old);
     return true;
 }
 
 void ndm_i_grains_fini(ndm_i_grains *grains)
 {
-    free((void *)grains->states);
-    free((void *)grains->marks);
+    free_tables(grains);
     *grains = (ndm_i_grains){0};
 }
 
@@ -53,12 +62,12 @@ bool ndm_i_grains_have(const ndm_i_grains *grains, uint64_t offset, uint64_t end
 
 uint64_t ndm_i_grains_check(const ndm_i_grains *grains, uint64_t capacity)
 {
-    const uint8_t known = NDM_I_QUEUED | NDM_I_RECENT | NDM_I_DIRECT;
+    const uint8_t known = NDM_I_QUEUED | NDM_I_RECENT;
     uint64_t broken = grains->room < ndm_i_grains_end(capacity);
     for (uint64_t grain = 0; grain < grains->room; grain++) {
         const uint8_t state = atomic_load(&grains->states[grain]), marks = atomic_load(&grains->marks[grain]);
         broken += state > NDM_I_DROPPED || (marks & ~known) != 0;
-        broken += grain >= ndm_i_grains_end(capacity) && (state != NDM_I_EMPTY || marks != 0);
+        broken += grain >= ndm_i_grains_end(capacity) && (state != NDM_I_EMPTY || marks != 0 || grains->large[grain] != 0);
     }
     return broken;
 }

@@ -33,14 +33,15 @@ enum { NDM_I_EMPTY, NDM_I_HOLE, NDM_I_PARTIAL, NDM_I_READY, NDM_I_BEGUN, NDM_I_D
 /* What a grain is to the background writer. */
 enum {
     NDM_I_QUEUED = 1, /* some of it may be in RAM; it stands in the queue */
-    NDM_I_RECENT = 2, /* read since it was queued: it gets a second round */
-    NDM_I_DIRECT = 4  /* pwrite has written to it: where its pages are mapped, it is by views, and read-only */
+    NDM_I_RECENT = 2  /* read since it was queued: it gets a second round */
 };
 
 typedef struct {
     _Atomic uint8_t *states;
     _Atomic uint8_t *marks; /* NDM_I_QUEUED, ... */
-    uint64_t room;          /* grains that both have room for */
+    uint8_t *large;         /* how many large values have bytes in it, in the books. Owner only. */
+    uint64_t large_values;  /* the same, of the file */
+    uint64_t room;          /* grains that all have room for */
 } ndm_i_grains;
 
 /* The grains that bytes [start, end) touch are [start / NDM_I_GRAIN, ndm_i_grains_end(end)). */
@@ -75,6 +76,29 @@ static inline void ndm_i_grain_unmark(ndm_i_grains *grains, uint64_t grain, uint
     atomic_fetch_and(&grains->marks[grain], (uint8_t)~mark);
 }
 
+/* Large values are not to stay mapped, and a fault maps all of a folio: who looks at a small one among them has to forget.
+ * Of a value that is entered (1) or removed (-1), if it is large: */
+#define NDM_I_LARGE ((uint64_t)64 << 10)
+
+static inline void ndm_i_grains_count_large(ndm_i_grains *grains, uint64_t offset, uint64_t size, int change)
+{
+    if (size < NDM_I_LARGE)
+        return;
+    grains->large_values += (uint64_t)change;
+    for (uint64_t grain = offset / NDM_I_GRAIN; grain <= (offset + size - 1) / NDM_I_GRAIN; grain++) {
+        assert(grain < grains->room && (change > 0 || grains->large[grain] > 0));
+        grains->large[grain] = (uint8_t)(grains->large[grain] + change);
+    }
+}
+
+/* Has a large value bytes in the grains of [offset, end), which a small one fits into? */
+static inline bool ndm_i_grains_hold_large(const ndm_i_grains *grains, uint64_t offset, uint64_t end)
+{
+    assert(end > offset && end <= grains->room * NDM_I_GRAIN);
+    return grains->large_values > 0 &&
+           (grains->large[offset / NDM_I_GRAIN] > 0 || grains->large[(end - 1) / NDM_I_GRAIN] > 0);
+}
+
 /* Make room for `count` grains; new ones are EMPTY. false: no memory. */
 bool ndm_i_grains_reserve(ndm_i_grains *grains, uint64_t count);
 void ndm_i_grains_fini(ndm_i_grains *grains);
@@ -95,7 +119,7 @@ static inline bool ndm_i_grains_are_ready(const ndm_i_grains *grains, uint64_t o
 /* Has a grain of [offset, end) this state? */
 bool ndm_i_grains_have(const ndm_i_grains *grains, uint64_t offset, uint64_t end, uint8_t state);
 
-/* How many states or marks are none; how many grains past `capacity` are not EMPTY and unmarked. */
+/* How many states or marks are none; how many grains past `capacity` are not EMPTY, unmarked and without large values. */
 uint64_t ndm_i_grains_check(const ndm_i_grains *grains, uint64_t capacity);
 
 #endif

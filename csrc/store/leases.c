@@ -3,6 +3,7 @@
 #include "store/leases.h"
 
 #include "os/bits.h"
+#include "os/fork.h"
 #include "os/owner.h"
 #include "os/status.h"
 
@@ -153,9 +154,16 @@ static int complete(ndm_i_leases *leases)
 
 static int in_leases(int64_t status) { return (int)ndm_i_of_file(NDM_FILE_LEASES, status); }
 
+static void begin(ndm_i_leases *leases)
+{
+    ndm_i_fork_bar(); /* all zeros would be descriptor 0 */
+    *leases = (ndm_i_leases){.file.fd = -1};
+    ndm_i_fork_let();
+}
+
 static int start(ndm_i_leases *leases, const char *path)
 {
-    *leases = (ndm_i_leases){.file.fd = -1};
+    begin(leases);
     int found = NONE;
     int status = path ? open_to_start(&leases->file, path, &found) : ndm_i_file_open_unnamed(&leases->file, NULL);
     if (status != NDM_OK)
@@ -173,7 +181,7 @@ int ndm_i_leases_start(ndm_i_leases *leases, const char *path) { return in_lease
 
 static int join(ndm_i_leases *leases, const char *path, bool as_owner)
 {
-    *leases = (ndm_i_leases){.file.fd = -1};
+    begin(leases);
     int status = as_owner ? ndm_i_file_open(&leases->file, path, false, NDM_I_LOCK_NONE)
                           : ndm_i_file_open_to_lease(&leases->file, path);
     if (status == NDM_ERR_IO)
@@ -400,7 +408,7 @@ void ndm_i_leases_reap(ndm_i_leases *leases)
 
 /* ---- anybody -------------------------------------------------------------------------------------------- */
 
-int64_t ndm_i_leases_look(const char *path, ndm_i_span *places)
+static int64_t look(const char *path, ndm_i_span *places)
 {
     ndm_i_file file;
     int64_t count = ndm_i_file_open_to_read(&file, path);
@@ -413,4 +421,12 @@ int64_t ndm_i_leases_look(const char *path, ndm_i_span *places)
         count = ndm_i_fail_io(EINVAL, "the leases file is of another version, or is not one");
     ndm_i_file_close(&file, NULL);
     return count < 0 ? in_leases(count) : count;
+}
+
+int64_t ndm_i_leases_look(const char *path, ndm_i_span *places)
+{
+    ndm_i_fork_bar(); /* no child finds the file listed */
+    const int64_t count = look(path, places);
+    ndm_i_fork_let();
+    return count;
 }

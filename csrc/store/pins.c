@@ -168,10 +168,24 @@ bool ndm_i_home_init(ndm_i_home *home, void (*last)(ndm_i_home *))
     return table_here() != NULL; /* before what rests on it is listed for forks */
 }
 
+/* Drop a use that is not the last one. */
+static bool leave_shared(ndm_i_home *home)
+{
+    uint64_t users = atomic_load(&home->users);
+    while (users > 1)
+        if (atomic_compare_exchange_weak(&home->users, &users, users - 1))
+            return true;
+    return false;
+}
+
 void ndm_i_home_leave(ndm_i_home *home)
 {
+    if (leave_shared(home))
+        return;
+    ndm_i_fork_bar(); /* a child has no home without a user, whose last() has not been called */
     if (atomic_fetch_sub(&home->users, 1) == 1)
         home->last(home);
+    ndm_i_fork_let();
 }
 
 bool ndm_i_pins_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, const void *address, uint64_t forget,
@@ -218,49 +232,77 @@ static bool unmaps(const struct ndm_i_entry *view)
                                 (pin->count == 1 && atomic_load(&pin->home->users) == 1));
 }
 
+/* Take a pin without views out of the table, with the lock held. */
+static inline void pin_ends(struct table *table, struct ndm_i_entry *pin)
+{
+    ndm_i_home *home = pin->home;
+    *find(table, home, pin->extent) = pin->next;
+    table->entry_count--;
+    if (pin->writable)
+        atomic_fetch_sub(&home->writable, 1);
+    if (pin->orphan) {
+        pin->next = atomic_load(&home->returned);
+        atomic_store(&home->returned, pin);
+    } else {
+        give_spare(table, pin);
+    }
+}
+
+/* What is left to do when a view has left the table, and the lock is free. */
+struct ending {
+    uint64_t forget;
+    ndm_i_mapping *mapping; /* NULL: its use has been dropped */
+    ndm_i_home *home;       /* the same */
+};
+
+/* End one view, with the lock held, for which forks wait: what only counts is done at once. */
+static inline void view_ends(struct table *table, struct ndm_i_entry **link, struct ending *ending)
+{
+    struct ndm_i_entry *view = *link, *pin = view->pin;
+    *link = view->next;
+    table->entry_count--;
+    assert(pin->count > 0 && pin->extent != VIEW);
+    ndm_i_home *home = --pin->count == 0 ? pin->home : NULL;
+    if (home)
+        pin_ends(table, pin);
+    *ending = (struct ending){.forget = view->forget, .mapping = view->mapping, .home = home};
+    give_spare(table, view);
+    if (ending->forget == 0 && ndm_i_mapping_unref_shared(ending->mapping)) /* what is forgotten has to be there still */
+        ending->mapping = NULL;
+    if (home && leave_shared(home))
+        ending->home = NULL;
+}
+
 bool ndm_i_pins_drop(const void *address, bool may_unmap)
 {
     struct table *table = atomic_load(&current);
     if (!table || !ndm_i_is_process(table->process))
         return true;
-    ndm_i_home *home = NULL;
+    struct ending ending = {.forget = 0};
 
     pthread_mutex_lock(&table->lock);
     struct ndm_i_entry **link = find(table, address, VIEW);
-    struct ndm_i_entry *view = *link;
-    const bool refused = view && !may_unmap && unmaps(view);
-    if (!view || refused || --view->count > 0) { /* none: a view of before a fork, in the child */
+    const bool last = *link && unmaps(*link), refused = last && !may_unmap;
+    if (last && may_unmap) { /* a child finds the view with its mapping and its home, or none of them */
         pthread_mutex_unlock(&table->lock);
-        return !refused;
+        ndm_i_fork_bar();
+        pthread_mutex_lock(&table->lock);
+        link = find(table, address, VIEW);
     }
-    *link = view->next;
-    table->entry_count--;
-    struct ndm_i_entry *pin = view->pin;
-    assert(pin->count > 0 && pin->extent != VIEW);
-    if (--pin->count == 0) {
-        home = pin->home;
-        *find(table, home, pin->extent) = pin->next;
-        table->entry_count--;
-        if (pin->writable)
-            atomic_fetch_sub(&home->writable, 1);
-        if (pin->orphan) {
-            pin->next = atomic_load(&home->returned);
-            atomic_store(&home->returned, pin);
-        } else {
-            give_spare(table, pin);
-        }
-    }
-    ndm_i_mapping *mapping = view->mapping;
-    const uint64_t forget = view->forget;
-    give_spare(table, view);
+    const bool ends = *link && !refused && --(*link)->count == 0; /* none: a view of before a fork, in the child */
+    if (ends)
+        view_ends(table, link, &ending);
     pthread_mutex_unlock(&table->lock);
 
-    if (forget > 0)
-        ndm_i_mapping_forget((void *)address, forget);
-    ndm_i_mapping_unref(mapping);
-    if (home)
-        ndm_i_home_leave(home);
-    return true;
+    if (ending.forget > 0)
+        ndm_i_mapping_forget(ending.mapping, address, ending.forget);
+    if (ending.mapping)
+        ndm_i_mapping_unref(ending.mapping);
+    if (ending.home)
+        ndm_i_home_leave(ending.home);
+    if (last && may_unmap)
+        ndm_i_fork_let();
+    return !refused;
 }
 
 /* The pin of an extent, NULL if it has none; with the lock held. */

@@ -80,8 +80,11 @@ static int write_copy(const piece *grain)
 static int keep_dirty(const piece *grain)
 {
     const int failed = ndm_i_file_write_back(grain->file, grain->start, grain->end, true);
+    const ndm_i_mapping *mapping = grain->file->mapping;
     for (uint64_t at = grain->start, stop; failed && (stop = next_run(grain, &at)) > at; at = stop)
-        ndm_i_mapping_populate(grain->file->mapping->base + at, stop - at); /* for writing: that makes them dirty */
+        ndm_i_mapping_populate(mapping->base + at, stop - at); /* for writing: that makes them dirty */
+    if (failed)
+        ndm_i_mapping_forget(mapping, mapping->base + grain->start, grain->end - grain->start); /* they stay dirty */
     return failed;
 }
 

@@ -2,6 +2,7 @@
 #include "store/slots.h"
 
 #include "os/bits.h"
+#include "os/fork.h"
 #include "os/owner.h"
 #include "os/status.h"
 #include "store/kinship.h"
@@ -91,7 +92,9 @@ static int in_table(int status) { return (int)ndm_i_of_file(NDM_FILE_SLOTS, stat
 
 int ndm_i_slots_open(ndm_i_slots *slots, const char *path, bool create)
 {
+    ndm_i_fork_bar(); /* all zeros would be descriptor 0 */
     *slots = (ndm_i_slots){.first_free = NDM_I_NO_SLOT, .table.fd = -1, .named = path != NULL};
+    ndm_i_fork_let();
     if (!path)
         return in_table(ndm_i_file_open_unnamed(&slots->table, NULL));
     int status = ndm_i_file_open(&slots->table, path, create, NDM_I_LOCK_BYTE);
@@ -248,24 +251,46 @@ ndm_i_record *ndm_i_slots_record(const ndm_i_slots *slots, int64_t slot)
     return &records_of(slots)[slot];
 }
 
+/* Give the table this size. */
+static int grow_to(ndm_i_slots *slots, uint64_t size)
+{
+    const uint64_t old = slots->table.capacity;
+    int status = ndm_i_file_grow(&slots->table, size, size, size);
+    if (status != NDM_OK)
+        return status;
+    status = fill(&slots->table, old);
+    if (status != NDM_OK)
+        ndm_i_file_shrink(&slots->table, old);
+    return status;
+}
+
+/* Room for `count` records more. The table doubles, while that takes no more than a quarter of what the disk has left; where
+ * it would, or is refused, it grows by half of what that has to spare, a quarter, and so on, or by the need itself. */
+static __attribute__((noinline)) int grow(ndm_i_slots *slots, uint64_t count)
+{
+    enum { LEAST_SHARE = 64 };
+    if (count > MOST_SLOTS - slots->count)
+        return ndm_i_fail(NDM_ERR_MEMORY, "the region has as many slots as can be numbered");
+    const uint64_t old = slots->table.capacity, unit = (uint64_t)sysconf(_SC_PAGESIZE);
+    const uint64_t needed = ndm_i_round_up(NDM_I_HEADER_ROOM + (slots->count + count) * sizeof(ndm_i_record), unit);
+    const uint64_t left = ndm_i_file_disk_free(&slots->table) / 4;
+    uint64_t twice = old * 2;
+    while (twice < needed)
+        twice *= 2;
+    for (uint64_t share = 1; share <= LEAST_SHARE; share *= 2) {
+        const uint64_t wanted = ndm_i_round_up(needed + (twice - needed) / share, unit);
+        if (wanted - old <= left && grow_to(slots, wanted) == NDM_OK)
+            return NDM_OK;
+    }
+    return in_table(grow_to(slots, needed));
+}
+
 int ndm_i_slots_reserve(ndm_i_slots *slots, uint64_t count)
 {
     const uint64_t reusable = slots->count - slots->live - slots->retired;
     if (count <= reusable || count - reusable <= room(slots) - slots->count)
         return NDM_OK;
-    if (count - reusable > MOST_SLOTS - slots->count)
-        return ndm_i_fail(NDM_ERR_MEMORY, "the region has as many slots as can be numbered");
-    const uint64_t old = slots->table.capacity, needed = slots->count + (count - reusable);
-    uint64_t wanted = old * 2;
-    while (wanted < NDM_I_HEADER_ROOM + needed * sizeof(ndm_i_record))
-        wanted *= 2;
-    int status = ndm_i_file_grow(&slots->table, wanted, wanted, wanted);
-    if (status != NDM_OK)
-        return in_table(status);
-    status = fill(&slots->table, old);
-    if (status != NDM_OK)
-        ndm_i_file_shrink(&slots->table, old);
-    return in_table(status);
+    return grow(slots, count - reusable);
 }
 
 static uint32_t ndm_i_slots_next(const ndm_i_slots *slots)

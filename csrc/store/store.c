@@ -5,7 +5,9 @@
 #include "os/bits.h"
 #include "os/residency.h"
 #include "os/status.h"
-#include "store/copy.h"
+#include "store/blocks.h"
+#include "store/direct.h"
+#include "store/warm.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -16,18 +18,6 @@
 
 /* ---- thresholds, each with its reason; ext4 figures, us per MiB, Linux 6.18, benchmarks/native/write_paths.c ---- */
 
-/* Cold values of 64 B to 1 MiB by memcpy: into a sparse mapping 350-540, into fallocated space 275-450, into fallocated
- * space zeroed by pwrite, a grain at a time, 120-200. In a mapping with MADV_RANDOM, such as ours, a store into a hole
- * gets one page instead of a large folio: 1200-1700, and with MADV_POPULATE_WRITE no less than 1040; so no store may
- * meet a page that is not there. Asking for blocks in large pieces keeps the file's extents few. Zeroing 64 KiB at a
- * time is 50 % slower than a grain, 2 MiB 5 % faster. */
-#define ALLOCATE_STEP ((uint64_t)16 << 20)
-
-/* Cold values by pwrite, at odd offsets / at page-aligned ones, against zeroing and memcpy: 64 KiB 230 / 126 / 130,
- * 256 KiB 145 / 101 / 136, 1 MiB 114 / 102 / 140. It also leaves the pages out of this process's RSS, so it is used as
- * soon as it costs little. */
-#define PWRITE_FROM ((uint64_t)256 << 10)
-
 /* tmpfs zeroes whole pages unless pwrite fills them: 4 KiB by pwrite 408, by memcpy 530-680. Without large folios (ext2,
  * ext3, older kernels) each page of a zeroed grain faults by itself, and pwrite wins from a page up, too. */
 #define PWRITE_FROM_SMALL_FOLIOS ((uint64_t)4 << 10)
@@ -37,15 +27,8 @@
  * dropped is known, and fetched in one go whatever its size.) */
 #define FETCH_FROM ((uint64_t)64 << 10)
 
-/* A store to a page that is mapped read-only takes 3.2 us, to one that is not mapped 0.25, to a writable one nothing. So
- * what pwrite has written, and a view may have mapped, is unmapped before a large value is stored there: 1 MiB then takes
- * 65 us instead of 780. */
-#define UNMAP_FROM PWRITE_FROM
-
-static uint64_t moment(const ndm_i_store *store)
-{
-    return ndm_i_seen_moment(atomic_load_explicit(&store->writer.drops, memory_order_acquire));
-}
+/* What a move has mapped of a large value is forgotten each time that so much has been moved. */
+#define MOVE_STEP ((uint64_t)2 << 20)
 
 /* ---- size ----------------------------------------------------------------------------------------------- */
 
@@ -58,10 +41,12 @@ static int make_room(ndm_i_store *store, uint64_t count)
     return done ? NDM_OK : ndm_i_fail(NDM_ERR_MEMORY, "no memory for grain states");
 }
 
-int ndm_i_store_init(ndm_i_store *store, ndm_i_file *file, const _Atomic uint64_t *storing, uint64_t cache_limit)
+int ndm_i_store_init(ndm_i_store *store, ndm_i_file *file, const _Atomic uint64_t *storing, uint64_t cache_limit,
+                     bool keep_mapped)
 {
     *store = (ndm_i_store){.file = file, .writer.limit = NDM_I_UNLIMITED, .seen = calloc(1, sizeof *store->seen)};
-    store->pwrite_from = file->large_folios ? PWRITE_FROM : PWRITE_FROM_SMALL_FOLIOS;
+    store->pwrite_from = file->large_folios ? NDM_I_LARGE : PWRITE_FROM_SMALL_FOLIOS;
+    store->forget_from = keep_mapped ? UINT64_MAX : NDM_I_LARGE;
     int status = store->seen ? make_room(store, ndm_i_grains_end(file->capacity)) : ndm_i_fail(NDM_ERR_MEMORY, "no memory for the store");
     if (status == NDM_OK)
         status = ndm_i_writer_init(&store->writer, file, &store->grains, storing, cache_limit);
@@ -120,30 +105,6 @@ void ndm_i_store_shrink(ndm_i_store *store, uint64_t capacity)
 
 /* ---- writing -------------------------------------------------------------------------------------------- */
 
-/* Ask for blocks in large steps. A refusal is no failure: later calls will find out what is really there. Blocks that
- * are not kept are not worth a call. */
-static void allocate_ahead(ndm_i_store *store, uint64_t end)
-{
-    if (store->file->in_memory || !store->file->keeps_blocks || end <= store->allocated)
-        return;
-    const uint64_t upto = ndm_i_min((end + ALLOCATE_STEP - 1) / ALLOCATE_STEP * ALLOCATE_STEP, store->file->capacity);
-    if (ndm_i_file_allocate(store->file, store->allocated, upto) == 0 && store->file->can_allocate)
-        store->allocated = upto;
-}
-
-/* Give a grain all its blocks. Returns 0 or errno. */
-static int allocate_grain(ndm_i_store *store, uint64_t grain)
-{
-    const uint64_t start = grain * GRAIN, end = ndm_i_min(start + GRAIN, store->file->capacity);
-    const uint8_t state = ndm_i_grain_state(&store->grains, grain);
-    if (state >= NDM_I_READY || (state == NDM_I_EMPTY && end <= store->allocated))
-        return 0;
-    int refused = ndm_i_file_allocate(store->file, start, end);
-    if (!refused && !store->file->can_allocate)
-        return EOPNOTSUPP;
-    return refused;
-}
-
 /* Make a grain ready for memcpy; a `vacant` one holds no value, and its pages may be zeroed. Returns 0 or errno. */
 static int make_ready(ndm_i_store *store, uint64_t grain, bool vacant)
 {
@@ -153,7 +114,7 @@ static int make_ready(ndm_i_store *store, uint64_t grain, bool vacant)
     if (ndm_i_grain_state(&store->grains, grain) == NDM_I_DROPPED && !vacant)
         return ESTALE;
     /* Blocks first: a write that failed for want of them would leave a folio behind that has none. */
-    int refused = allocate_grain(store, grain);
+    int refused = ndm_i_blocks_of_grain(store, grain);
     if (refused && !(refused == EOPNOTSUPP && vacant)) /* where blocks come by writing, zeroing gets them */
         return refused;
     refused = 0;
@@ -181,7 +142,7 @@ static int make_rest_ready(ndm_i_store *store, uint64_t grain, uint64_t offset, 
  * be written by pwrite all the same. */
 static int make_all_ready(ndm_i_store *store, uint64_t offset, uint64_t end, uint64_t vacant)
 {
-    allocate_ahead(store, end);
+    ndm_i_blocks_ahead(store, end);
     for (uint64_t grain = offset / GRAIN; grain < ndm_i_grains_end(end); grain++) {
         const uint8_t state = ndm_i_grain_state(&store->grains, grain);
         const bool inside = grain * GRAIN >= offset && ndm_i_min((grain + 1) * GRAIN, store->file->capacity) <= vacant;
@@ -220,7 +181,7 @@ int ndm_i_store_clear(ndm_i_store *store, uint64_t offset, uint64_t size, uint64
     int status = ndm_i_file_check_writable(store->file, end);
     if (status != NDM_OK)
         return status;
-    allocate_ahead(store, end);
+    ndm_i_blocks_ahead(store, end);
     for (uint64_t start = offset; start < end;) {
         const uint64_t stop = ndm_i_min((start / GRAIN + 1) * GRAIN, end);
         int refused = clear_grain(store, start, stop, offset, vacant);
@@ -232,45 +193,27 @@ int ndm_i_store_clear(ndm_i_store *store, uint64_t offset, uint64_t size, uint64
     return NDM_OK;
 }
 
-/* Write by pwrite, and note what that makes of the grains. */
-static int store_directly(ndm_i_store *store, uint64_t offset, const uint8_t *data, uint64_t size)
+/* A small value, in a grain with a large one, is touched through the mapping. */
+static __attribute__((noinline, cold)) void note_strays(ndm_i_store *store, uint64_t offset, uint64_t end)
 {
-    const uint64_t end = offset + size, capacity = store->file->capacity;
-    allocate_ahead(store, end);
-    bool all = store->file->keeps_blocks; /* do the grains have all their blocks? */
-    for (uint64_t grain = offset / GRAIN; all && grain < ndm_i_grains_end(end); grain++)
-        all = allocate_grain(store, grain) == 0;
-    int refused = ndm_i_file_write(store->file, data, size, offset);
-    if (refused)
-        return ndm_i_fail_io(refused, "cannot write to the file");
-    ndm_i_writer_lock(&store->writer); /* the thread may be dropping one of them */
+    const ndm_i_mapping *mapping = store->file->mapping;
     for (uint64_t grain = offset / GRAIN; grain < ndm_i_grains_end(end); grain++) {
-        const bool to_end = ndm_i_min((grain + 1) * GRAIN, capacity) <= end;
-        const uint8_t state = ndm_i_grain_state(&store->grains, grain);
-        const bool keeps = store->file->keeps_blocks;
-        ndm_i_grain_mark(&store->grains, grain, NDM_I_DIRECT);
-        /* Values come in order more often than not: one that ends a begun grain has filled it. */
-        if (keeps && to_end && (grain * GRAIN >= offset || state == NDM_I_BEGUN))
-            ndm_i_grain_set_state(&store->grains, grain, NDM_I_READY);
-        else if (keeps && all && state < NDM_I_READY)
-            ndm_i_grain_set_state(&store->grains, grain, NDM_I_BEGUN);
-        else if (state <= NDM_I_HOLE)
-            ndm_i_grain_set_state(&store->grains, grain, NDM_I_PARTIAL);
+        unsigned at = 0;
+        while (at < NDM_I_STRAYS && store->strays[at] != grain + 1)
+            at++;
+        if (at < NDM_I_STRAYS || store->grains.large[grain] == 0)
+            continue;
+        uint64_t *oldest = &store->strays[store->next_stray++ % NDM_I_STRAYS];
+        if (*oldest > 0 && *oldest * GRAIN <= mapping->length)
+            ndm_i_mapping_forget(mapping, mapping->base + (*oldest - 1) * GRAIN, GRAIN);
+        *oldest = grain + 1;
     }
-    ndm_i_writer_unlock(&store->writer);
-    ndm_i_writer_admit(&store->writer, offset / GRAIN, ndm_i_grains_end(end));
-    return NDM_OK;
 }
 
-static void unmap_direct(ndm_i_store *store, uint64_t offset, uint64_t end)
+static inline void note_touched(ndm_i_store *store, uint64_t offset, uint64_t end)
 {
-    for (uint64_t grain = offset / GRAIN; grain < ndm_i_grains_end(end); grain++) {
-        if (!ndm_i_grain_is(&store->grains, grain, NDM_I_DIRECT))
-            continue;
-        ndm_i_grain_unmark(&store->grains, grain, NDM_I_DIRECT);
-        const uint64_t start = grain * GRAIN;
-        ndm_i_mapping_forget(store->file->mapping->base + start, ndm_i_min(GRAIN, store->file->capacity - start));
-    }
+    if (ndm_i_grains_hold_large(&store->grains, offset, end) && store->forget_from != UINT64_MAX)
+        note_strays(store, offset, end);
 }
 
 /* Of a file that may be written to `offset` + `size`, into grains that are all `ready` or not. */
@@ -281,51 +224,75 @@ static int put(ndm_i_store *store, uint64_t offset, const void *data, uint64_t s
         /* If a grain cannot be had, there may yet be room for these bytes. */
         ready = size < store->pwrite_from && make_all_ready(store, offset, end, vacant) == 0;
         if (!ready)
-            return store_directly(store, offset, data, size);
+            return ndm_i_direct_put(store, offset, data, size);
         ndm_i_writer_admit(&store->writer, offset / GRAIN, ndm_i_grains_end(end));
     }
-    if (size >= UNMAP_FROM)
-        unmap_direct(store, offset, end);
-    ndm_i_copy(store->file->mapping->base + offset, data, size);
+    note_touched(store, offset, end);
+    memcpy(store->file->mapping->base + offset, data, size);
     return NDM_OK;
 }
 
 int ndm_i_store_put(ndm_i_store *store, uint64_t offset, const void *data, uint64_t size, uint64_t vacant)
 {
-    const uint64_t before = size >= FETCH_FROM ? moment(store) : 0; /* as in ndm_i_store_fetch() */
+    if (size >= NDM_I_LARGE)
+        return ndm_i_direct_put_large(store, offset, data, size);
     const bool ready = ndm_i_grains_are_ready(&store->grains, offset, offset + size);
-    int status = ready ? NDM_OK : ndm_i_file_check_writable(store->file, offset + size);
-    if (status == NDM_OK)
-        status = put(store, offset, data, size, vacant, ready);
-    if (status == NDM_OK && size >= FETCH_FROM)
-        ndm_i_seen_note(store->seen, offset, before);
-    return status;
+    const int status = ready ? NDM_OK : ndm_i_file_check_writable(store->file, offset + size);
+    return status == NDM_OK ? put(store, offset, data, size, vacant, ready) : status;
 }
 
-int ndm_i_store_move(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t size, _Atomic uint64_t *moved)
+/* Forget what a move has mapped of a large value. */
+static void forget_moved(const ndm_i_store *store, uint64_t from, uint64_t to, uint64_t size)
+{
+    const ndm_i_mapping *mapping = store->file->mapping;
+    ndm_i_mapping_forget(mapping, mapping->base + from, size);
+    ndm_i_mapping_forget(mapping, mapping->base + to, size);
+}
+
+/* One piece of a move; no byte of it lies in both places. */
+static int move_piece(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t size, uint64_t vacant)
+{
+    const uint8_t *data = store->file->mapping->base + from;
+    if (size >= NDM_I_LARGE)
+        return ndm_i_direct_put(store, to, data, size);
+    const bool ready = ndm_i_grains_are_ready(&store->grains, to, to + size);
+    return put(store, to, data, size, ndm_i_max(vacant, to + size), ready);
+}
+
+int ndm_i_store_move(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t size, uint64_t vacant,
+                     _Atomic uint64_t *moved)
 {
     const uint64_t distance = from > to ? from - to : to - from;
-    uint8_t *base = store->file->mapping->base;
     /* What can be refused is refused before the value is written over itself: size, limits, and all blocks. */
-    int status = ndm_i_file_check_writable(store->file, from + size);
+    int status = NDM_OK;
+    if (!ndm_i_grains_are_ready(&store->grains, to, to + size))
+        status = ndm_i_file_check_writable(store->file, ndm_i_max(from, to) + size);
     if (status != NDM_OK)
         return status;
     for (uint64_t grain = to / GRAIN; grain < ndm_i_grains_end(to + size); grain++) {
-        int refused = allocate_grain(store, grain);
+        int refused = ndm_i_blocks_of_grain(store, grain);
         if (refused && refused != EOPNOTSUPP) /* without fallocate() no blocks were ever given back */
             return ndm_i_fail_io(refused, "cannot get room in the file");
     }
-    ndm_i_store_fetch(store, from, size);
-    for (uint64_t done = atomic_load_explicit(moved, memory_order_relaxed); done < size;) {
-        const uint64_t piece = ndm_i_min(size - done, distance);
-        const bool ready = ndm_i_grains_are_ready(&store->grains, to + done, to + done + piece);
-        status = put(store, to + done, base + from + done, piece, to + done + piece, ready);
-        if (status != NDM_OK)
-            return status;
-        done += piece;
+    if (size < FETCH_FROM)
+        ndm_i_store_fetch_around(store, from, size);
+    else
+        ndm_i_store_fetch(store, from, size);
+    uint64_t done = atomic_load_explicit(moved, memory_order_relaxed), forgotten = done;
+    while (done < size && status == NDM_OK) {
+        const uint64_t piece = ndm_i_min(ndm_i_min(size - done, distance), MOVE_STEP);
+        status = move_piece(store, from + done, to + done, piece, vacant);
+        if (status == NDM_OK)
+            done += piece;
         atomic_store_explicit(moved, done, memory_order_release); /* the next piece may overwrite what this one read */
+        if (size < NDM_I_LARGE)
+            note_touched(store, from, from + size);
+        else if (store->forget_from != UINT64_MAX && (done - forgotten >= MOVE_STEP || done == size)) {
+            forget_moved(store, from + forgotten, to + forgotten, done - forgotten);
+            forgotten = done;
+        }
     }
-    return NDM_OK;
+    return status;
 }
 
 /* ---- reading -------------------------------------------------------------------------------------------- */
@@ -349,7 +316,7 @@ bool ndm_i_store_at_hand(const ndm_i_store *store, uint64_t offset, uint64_t siz
 {
     if (ndm_i_writer_is_limited(&store->writer) && !is_queued(store, offset, size))
         return false;
-    return !is_suspect(store, offset, size) || ndm_i_seen_at(store->seen, offset, moment(store));
+    return !is_suspect(store, offset, size) || ndm_i_seen_at(store->seen, offset, ndm_i_store_moment(store));
 }
 
 void ndm_i_store_fetch(ndm_i_store *store, uint64_t offset, uint64_t size)
@@ -357,10 +324,12 @@ void ndm_i_store_fetch(ndm_i_store *store, uint64_t offset, uint64_t size)
     if (ndm_i_store_at_hand(store, offset, size))
         return;
     if (is_suspect(store, offset, size)) {
-        const uint64_t before = moment(store); /* what is dropped meanwhile is not seen */
+        const uint64_t before = ndm_i_store_moment(store); /* what is dropped meanwhile is not seen */
         /* For pages that are there, madvise would look at each: 15 us for 1 MiB, against 0.3 for the count. */
-        if (!ndm_i_is_cached(store->file, offset, offset + size))
+        if (!ndm_i_is_cached(store->file, offset, offset + size)) {
             ndm_i_mapping_fetch(store->file->mapping->base + offset, size);
+            store->misses++;
+        }
         ndm_i_seen_note(store->seen, offset, before);
     }
     if (!ndm_i_writer_is_limited(&store->writer))
@@ -370,16 +339,22 @@ void ndm_i_store_fetch(ndm_i_store *store, uint64_t offset, uint64_t size)
     ndm_i_writer_admit(&store->writer, offset / GRAIN, ndm_i_grains_end(offset + size));
 }
 
+int ndm_i_store_copy_out(ndm_i_store *store, uint64_t offset, void *buffer, uint64_t size)
+{
+    /* pread maps no page: nothing is added to RSS, and a later memcpy there meets no page that is mapped read-only. */
+    if (size >= FETCH_FROM)
+        return ndm_i_file_load(store->file, offset, buffer, size);
+    note_touched(store, offset, offset + size);
+    memmove(buffer, store->file->mapping->base + offset, size);
+    return NDM_OK;
+}
+
 int ndm_i_store_load(ndm_i_store *store, uint64_t offset, void *buffer, uint64_t size)
 {
-    if (size < FETCH_FROM) {
+    if (size < FETCH_FROM)
         ndm_i_store_fetch(store, offset, size);
-        memmove(buffer, store->file->mapping->base + offset, size);
-        return NDM_OK;
-    }
-    /* pread maps no page: nothing is added to RSS, and a later memcpy there meets no page that is mapped read-only. */
-    int status = ndm_i_file_load(store->file, offset, buffer, size);
-    if (status == NDM_OK)
+    const int status = ndm_i_store_copy_out(store, offset, buffer, size);
+    if (size >= FETCH_FROM && status == NDM_OK)
         ndm_i_writer_admit(&store->writer, offset / GRAIN, ndm_i_grains_end(offset + size));
     return status;
 }

@@ -3,6 +3,11 @@
  * The promise: a byte is stored through the mapping only after the file system has given its whole neighbourhood blocks,
  * so that a full disk is a status and never SIGBUS. By which way bytes go, memcpy or pwrite, follows from their number and
  * from the states of the grains they touch (grains.h).
+ *
+ * Values of NDM_I_LARGE and more are not mapped unless a view of them lives: they are stored by pwrite, and what a view, or
+ * a move, has mapped of them is forgotten after it. Small values are stored and copied out through the mapping. That maps
+ * their neighbours, too; where one of these is large, the grain is a stray, and a new stray has the oldest forgotten. A
+ * store that keeps things mapped does none of this.
  */
 #ifndef NDM_STORE_H
 #define NDM_STORE_H
@@ -11,18 +16,27 @@
 #include "store/seen.h"
 #include "store/writer.h"
 
+enum { NDM_I_STRAYS = 8 };
+
 typedef struct {
     ndm_i_file *file;
     ndm_i_grains grains;
     ndm_i_writer writer;
     ndm_i_seen *seen;     /* what need not be fetched */
+    uint64_t misses;      /* times that something had to be fetched */
     uint64_t allocated;   /* EMPTY grains below have their blocks */
-    uint64_t pwrite_from; /* cold values from this size on go by pwrite */
+    uint64_t pwrite_from; /* cold values from this size on go by pwrite; large ones always */
+    uint64_t strays[NDM_I_STRAYS]; /* grains and one; 0: none */
+    unsigned next_stray;
+    uint64_t forget_from; /* pages of values from this size on are forgotten: NDM_I_LARGE, or UINT64_MAX to keep them mapped */
+    uint64_t fetched;     /* bytes of grains that were read as a whole */
+    uint64_t asked;       /* the last of them that is about to be read from, plus 1 */
 } ndm_i_store;
 
 /* For a file that has been started. `storing` counts the extents that others may be storing to through the mapping;
- * `cache_limit`: bytes, or NDM_I_UNLIMITED. */
-int ndm_i_store_init(ndm_i_store *store, ndm_i_file *file, const _Atomic uint64_t *storing, uint64_t cache_limit);
+ * `cache_limit`: bytes, or NDM_I_UNLIMITED; `keep_mapped`: large values stay mapped after a view. */
+int ndm_i_store_init(ndm_i_store *store, ndm_i_file *file, const _Atomic uint64_t *storing, uint64_t cache_limit,
+                     bool keep_mapped);
 void ndm_i_store_fini(ndm_i_store *store); /* ends the writer's thread */
 
 /* As ndm_i_file_grow() and ndm_i_file_shrink(). */
@@ -36,8 +50,10 @@ int ndm_i_store_put(ndm_i_store *store, uint64_t offset, const void *data, uint6
 int ndm_i_store_clear(ndm_i_store *store, uint64_t offset, uint64_t size, uint64_t vacant);
 
 /* Copy `size` bytes from one place of the file to another, from `*moved` on, front to back in pieces that overlap only
- * what has been copied; `*moved` counts what has, so that a copy cut off by a crash can go on. */
-int ndm_i_store_move(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t size, _Atomic uint64_t *moved);
+ * what has been copied; `*moved` counts what has, so that a copy cut off by a crash can go on. No value lies in
+ * [to, vacant). */
+int ndm_i_store_move(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t size, uint64_t vacant,
+                     _Atomic uint64_t *moved);
 
 /* [offset, offset + size) is about to be read through the mapping: large or dropped ranges are fetched in one go. */
 void ndm_i_store_fetch(ndm_i_store *store, uint64_t offset, uint64_t size);
@@ -47,6 +63,9 @@ bool ndm_i_store_at_hand(const ndm_i_store *store, uint64_t offset, uint64_t siz
 
 /* Copy [offset, offset + size) out. */
 int ndm_i_store_load(ndm_i_store *store, uint64_t offset, void *buffer, uint64_t size);
+
+/* The same, where the writer knows already, and nothing is left to fetch. */
+int ndm_i_store_copy_out(ndm_i_store *store, uint64_t offset, void *buffer, uint64_t size);
 
 /* Give back the blocks of the whole pages in [offset, offset + size), which hold no value; if `stored_to`, somebody may
  * be storing through the mapping anywhere else, and only whole grains lose their blocks. Does nothing where the file
@@ -64,6 +83,19 @@ int ndm_i_store_flush(ndm_i_store *store);
 static inline bool ndm_i_store_has_failed(const ndm_i_store *store)
 {
     return atomic_load_explicit(&store->writer.error, memory_order_relaxed) != 0;
+}
+
+/* Does a view of this value have to be forgotten after it? Of a large one, and of a small one in a grain with a large one. */
+static inline bool ndm_i_store_forgets(const ndm_i_store *store, uint64_t offset, uint64_t size)
+{
+    return size >= store->forget_from || (ndm_i_grains_hold_large(&store->grains, offset, offset + size) &&
+                                          store->forget_from != UINT64_MAX);
+}
+
+/* To be taken before what it is noted with: see seen.h. */
+static inline uint64_t ndm_i_store_moment(const ndm_i_store *store)
+{
+    return ndm_i_seen_moment(atomic_load_explicit(&store->writer.drops, memory_order_acquire));
 }
 
 /* How many invariants of the grains and of the writer are broken. */

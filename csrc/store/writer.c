@@ -3,6 +3,7 @@
 #include "store/writer.h"
 
 #include "os/bits.h"
+#include "os/fork.h"
 #include "os/owner.h"
 #include "os/status.h"
 #include "store/salvage.h"
@@ -41,10 +42,15 @@ int ndm_i_writer_init(ndm_i_writer *writer, ndm_i_file *file, ndm_i_grains *grai
     return NDM_OK;
 }
 
+void ndm_i_writer_leave_in_child(ndm_i_writer *writer)
+{
+    ndm_i_mapping_unref(atomic_exchange(&writer->looking, NULL));
+}
+
 /* The thread stayed with the parent, and may have been in the midst of something. */
 static void fini_in_child(ndm_i_writer *writer)
 {
-    ndm_i_mapping_unref(atomic_exchange(&writer->looking, NULL));
+    ndm_i_writer_leave_in_child(writer);
     if (pthread_mutex_trylock(&writer->lock) == 0)
         free(writer->queue);
     writer->queue = NULL;
@@ -179,9 +185,11 @@ static void drop(ndm_i_writer *writer, uint64_t stop)
         if (ndm_i_grain_state(writer->grains, grain) >= NDM_I_READY)
             ndm_i_grain_set_state(writer->grains, grain, NDM_I_DROPPED);
     }
+    ndm_i_fork_bar();
     ndm_i_mapping *mapping = writer->file->mapping;
     ndm_i_mapping_ref(mapping);
-    atomic_store(&writer->looking, mapping); /* after it: a fork in between leaves the child a use too many, not too few */
+    atomic_store(&writer->looking, mapping);
+    ndm_i_fork_let();
     const uint64_t start = first * GRAIN;
     const uint64_t end = ndm_i_min((first + count) * GRAIN, writer->file->capacity);
     pthread_mutex_unlock(&writer->lock);
@@ -192,8 +200,10 @@ static void drop(ndm_i_writer *writer, uint64_t stop)
     else if (end > start)
         ndm_i_file_drop(writer->file, mapping, start, end);
     pthread_mutex_unlock(&writer->disk);
+    ndm_i_fork_bar();
     atomic_store(&writer->looking, NULL);
     ndm_i_mapping_unref(mapping);
+    ndm_i_fork_let();
     pthread_mutex_lock(&writer->lock);
     for (uint64_t grain = first; refused && grain < first + count; grain++) /* what did not reach the disk stays */
         if (!is_queued(writer, grain) && push(writer, grain))

@@ -43,6 +43,9 @@ int ndm_i_writer_init(ndm_i_writer *writer, ndm_i_file *file, ndm_i_grains *grai
                       uint64_t limit);
 void ndm_i_writer_fini(ndm_i_writer *writer); /* ends the thread; a forked child has none, and frees what it can */
 
+/* In a forked child: the thread that is gone uses no mapping. Of one that was never started, or has ended: does nothing. */
+void ndm_i_writer_leave_in_child(ndm_i_writer *writer);
+
 /* The owner has brought bytes of the grains [first, last) to RAM. May wait until there is room. */
 void ndm_i_writer_admit(ndm_i_writer *writer, uint64_t first, uint64_t last);
 

@@ -16,10 +16,10 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 
 from nodedb_mem.errors import MemError
 from nodedb_mem.tools.shown import shown
@@ -30,6 +30,12 @@ if TYPE_CHECKING:  # rich and zict are extras: --help works without them
     from nodedb_mem.tools.inspect import Snapshot
     from nodedb_mem.tools.spill import Piece, Report
 
+
+class _Seen(Protocol):
+    def as_json(self) -> dict[str, Any]: ...
+
+
+_Shot = TypeVar("_Shot", bound=_Seen)
 _UNITS: dict[str, int] = {"": 1} | {
     letter + ending: base**power
     for power, letter in enumerate("kmgt", 1)
@@ -113,7 +119,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> _Parser:
-    parser = _Parser(prog="nodedb-mem", description="Overflow regions for data that does not fit in memory.")
+    parser = _Parser(prog="nodedb-mem", description="Overflow regions and a memory governor for data engines.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     spill = commands.add_parser(
         "spill",
@@ -155,6 +161,17 @@ def _parser() -> _Parser:
     add("--watch", action="store_true", help="refresh every second until Ctrl-C")
     add("--plot", type=_picture_path, metavar="OUT.png", help="draw it into a PNG file, too")
     inspect.set_defaults(command=_inspect)
+    governor = commands.add_parser(
+        "governor",
+        help="show a shared memory governor",
+        description="Show what engines and processes have reserved under a shared governor, from its file. Nothing is "
+        "claimed there.",
+    )
+    add = governor.add_argument
+    add("path", metavar="PATH", help="the governor's file")
+    add("--json", action="store_true", help="print the figures as one JSON object (with --watch: one a line)")
+    add("--watch", action="store_true", help="refresh every second until Ctrl-C")
+    governor.set_defaults(command=_governor)
     return parser
 
 
@@ -267,6 +284,25 @@ def _inspect(arguments: argparse.Namespace) -> int:
             told = True
         return shot
 
+    def draw(shot: Snapshot, console: Console) -> RenderableType:
+        height = max(4, min(16, console.height - 24)) if arguments.watch else 16
+        return inspect.picture(shot, console.width, height)
+
+    return _show(arguments, look, draw)
+
+
+def _governor(arguments: argparse.Namespace) -> int:
+    from nodedb_mem.governor import MemoryGovernor
+    from nodedb_mem.tools import govern
+
+    governor = MemoryGovernor.look(arguments.path)
+    return _show(arguments, governor.snapshot, lambda shot, console: govern.picture(shot, console.width))
+
+
+def _show(
+    arguments: argparse.Namespace, look: Callable[[], _Shot], draw: Callable[[_Shot, Console], RenderableType]
+) -> int:
+    """Print what is seen: as JSON, once, or again and again."""
     if arguments.json:
         print(json.dumps(look().as_json()), flush=True)
         with suppress(KeyboardInterrupt):
@@ -280,8 +316,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     console = _console()
 
     def show() -> RenderableType:
-        height = max(4, min(16, console.height - 24)) if arguments.watch else 16
-        return inspect.picture(look(), console.width, height)
+        return draw(look(), console)
 
     if not arguments.watch:
         console.print(show())

@@ -28,11 +28,17 @@ def test_no_function_of_the_core_is_called_through_both_bindings() -> None:
     def used(folder: str, pattern: str, call: str) -> set[str]:
         return {name for file in (ROOT / folder).glob(pattern) for name in re.findall(call, file.read_text())}
 
-    extension = used("csrc/python", "*.c", r"\b(ndm_(?:region|reader|view|h|path)_\w+)\(")
-    control = used("csrc/python", "control.h", r"\b(ndm_(?:region|reader)_\w+)\(")  # which cffi compiles in
+    extension = used("csrc/python", "*.c", r"\b(ndm_(?:region|reader|view|h|path|governor)_\w+)\(")
+    control = used("csrc/python", "control.h", r"\b(ndm_(?:region|reader|governor)_\w+)\(")  # which cffi compiles in
     cffi = control | used("nodedb_mem", "**/*.py", r"\blib\.(ndm_\w+)")
     assert len(extension) > 20 and len(cffi) > 15
     assert extension & cffi == set()
+
+
+def test_each_public_function_is_held_to_leaving_the_last_error_alone() -> None:
+    public = set(re.findall(r"\b(ndm_[a-z_]+)\(", (ROOT / "csrc/nodedb_mem.h").read_text()))
+    assert len(public) > 60
+    assert public <= set(re.findall(r"\b(ndm_[a-z_]+)\(", (ROOT / "tests/core/test_last_error.c").read_text()))
 
 
 REFUSED: dict[str, Callable[[OverflowRegion], object]] = {
@@ -45,6 +51,7 @@ REFUSED: dict[str, Callable[[OverflowRegion], object]] = {
     "slot": lambda region: region.slot(77),
     "share": lambda region: region.share(77),
     "evict": lambda region: region.evict([77]),
+    "prefetch": lambda region: region.prefetch([77]),
     "write": lambda region: region.write(bytes(1 << 25), 0),
     "write_packed": lambda region: region.write_many(bytes(1 << 25), 0, lengths=memoryview(LENGTHS).cast("q")),
     "allocate": lambda region: region.allocate(1 << 25, 0),

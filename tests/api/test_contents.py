@@ -4,13 +4,38 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from kit import Check, NewRegion
+from kit import Check, NewRegion, RunPython
 from nodedb_mem import OverflowRegion
+
+SCRIPT = """
+import sys, types
+from array import array
+from nodedb_mem import OverflowRegion
+
+class Short(types.ModuleType):
+    def __getattr__(self, name):
+        raise MemoryError(name)
+
+sys.modules["numpy"] = Short("numpy")
+with OverflowRegion.temporary(sys.argv[1], initial_capacity=1 << 20) as region:
+    try:
+        region.write(array("q", [1]), 0)
+    except MemoryError as error:
+        print(error, len(region))
+    sys.modules["numpy"] = types.ModuleType("numpy")  # in the middle of its import
+    print(region.write(array("q", [1]), 0))
+"""
+
+
+def test_no_memory_to_look_at_the_contents_is_an_error(run_python: RunPython, tmp_path: Path) -> None:
+    assert run_python(SCRIPT, tmp_path).splitlines() == ["ndarray 0", "0"]
+
 
 STRINGS: Any = getattr(getattr(np, "dtypes", None), "StringDType", None)  # NumPy 2
 

@@ -19,6 +19,7 @@ from nodedb_mem import (
     CapacityExceededError,
     EngineId,
     GlobalCeilingExceededError,
+    GovernorIOError,
     InvalidSlotError,
     MemError,
     OverflowRegion,
@@ -51,12 +52,13 @@ from nodedb_mem import (
         (BudgetExhaustedError, [MemError]),
         (GlobalCeilingExceededError, [MemError]),
         (UnknownEngineError, [MemError]),
+        (GovernorIOError, [MemError, OSError]),
     ],
 )
 def test_the_family(kind: type[BaseException], parents: list[type[BaseException]]) -> None:
     for parent in parents:
         assert issubclass(kind, parent)
-    if kind.__name__.startswith(("Budget", "Global", "UnknownEngine")):
+    if kind.__name__.startswith(("Budget", "Global", "UnknownEngine", "Governor")):
         assert not issubclass(kind, RegionError)
     assert kind.__doc__
 
@@ -144,9 +146,14 @@ def test_raised_errors_travel_whole(
     assert [getattr(twin, name) for name in attributes] == [getattr(error, name) for name in attributes]
 
 
+HOLDERS = ((EngineId.QUERY, 3000), (EngineId.VECTOR, 2000), (200, 1))
 BUILT = [
     (BudgetExhaustedError, {"engine": EngineId.VECTOR, "requested": 1234, "available": 99, "limit": 5678}),
+    (BudgetExhaustedError, {"engine": 7, "requested": 1234, "available": 99, "limit": 5678, "holders": HOLDERS}),
     (GlobalCeilingExceededError, {"allocated": 1234, "ceiling": 5678, "requested": 910}),
+    (GlobalCeilingExceededError, {"allocated": 1234, "ceiling": 5678, "requested": 910, "holders": HOLDERS}),
+    (UnknownEngineError, {"engine": 78}),
+    (UnknownEngineError, {"engine": EngineId.WAL, "holders": HOLDERS}),
     (InvalidSlotError, {"slot": 17}),
     (RepeatedSlotError, {"slot": 17}),
     (CapacityExceededError, {"required": 1001, "max_capacity": 1000}),
@@ -162,10 +169,11 @@ def test_errors_carry_their_figures_and_say_them(kind: Any, attributes: dict[str
     for name, value in attributes.items():
         assert getattr(error, name) == value
         for part in value if isinstance(value, tuple) else (value,):
-            assert str(part) in str(error)
+            shown = f"{part[0]}: {part[1]}" if isinstance(part, tuple) else str(part)
+            assert shown in str(error)
 
 
-@pytest.mark.parametrize("kind", [StaleSlotError, UnknownEngineError, WrongThreadError, RegionClosedError])
+@pytest.mark.parametrize("kind", [StaleSlotError, WrongThreadError, RegionClosedError])
 def test_plain_errors_travel(kind: type[MemError]) -> None:
     twin = pickle.loads(pickle.dumps(kind("why")))
     assert type(twin) is kind

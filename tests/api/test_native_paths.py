@@ -64,3 +64,64 @@ def test_a_core_of_another_abi_is_refused(program: Path, other_abi: Path, tmp_pa
     assert python.returncode == 1
     assert "ImportError: the C core in this process is not the one that nodedb_mem was built for: " in python.stderr
     assert "has ABI 77 and version" in python.stderr
+
+
+UNLOAD = """
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <nodedb_mem.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+static void *library;
+static const char *folder;
+static pthread_barrier_t owned, unloaded;
+
+static void *own(void *unused)
+{
+    ndm_region *(*open_region)(const char *, const ndm_options *) = dlsym(library, "ndm_region_open_temporary");
+    void (*destroy)(ndm_region *) = dlsym(library, "ndm_region_destroy");
+    ndm_options options = {.initial_capacity = 1 << 20, .max_capacity = 1 << 20, .alignment = 64};
+    ndm_region *region = open_region(folder, &options);
+    if (!region)
+        _exit(2);
+    destroy(region);
+    pthread_barrier_wait(&owned);
+    pthread_barrier_wait(&unloaded);
+    return unused; /* and ends */
+}
+
+int main(int count, char **arguments)
+{
+    pthread_t thread;
+    folder = arguments[2];
+    library = count == 3 ? dlopen(arguments[1], RTLD_NOW | RTLD_LOCAL) : NULL;
+    pthread_barrier_init(&owned, NULL, 2);
+    pthread_barrier_init(&unloaded, NULL, 2);
+    if (!library || pthread_create(&thread, NULL, own, NULL) != 0)
+        return 3;
+    pthread_barrier_wait(&owned);
+    dlclose(library);
+    pthread_barrier_wait(&unloaded);
+    pthread_join(thread, NULL);
+    if (fork() == 0) /* no handler of what is gone is called */
+        _exit(0);
+    return 0;
+}
+"""
+
+
+@pytest.mark.parametrize("kind", ["shared", "static in a plugin"])
+def test_a_thread_that_owned_a_region_ends_after_dlclose(tmp_path: Path, kind: str) -> None:
+    (folder,) = map(Path, nodedb_mem.get_library_dirs())
+    (library,) = folder.glob("libnodedb_mem.so.[0-9]*")
+    if kind != "shared":
+        library = tmp_path / "plugin.so"
+        archive = ["-Wl,--whole-archive", str(folder / "libnodedb_mem.a"), "-Wl,--no-whole-archive"]
+        subprocess.run(["gcc", "-shared", "-fPIC", "-pthread", *archive, "-o", str(library)], check=True)
+    source, program = tmp_path / "unload.c", tmp_path / "unload"
+    source.write_text(UNLOAD)
+    header = f"-I{nodedb_mem.get_include()}"
+    subprocess.run(["gcc", "-pthread", header, str(source), "-ldl", "-o", str(program)], check=True)
+    assert subprocess.run([program, library, tmp_path]).returncode == 0

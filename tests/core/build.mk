@@ -5,7 +5,14 @@
 PROGRAMS ?= $(sort $(notdir $(basename $(wildcard tests/core/test_*.c))))
 BASE     := -std=c11 -pthread -Wall -Wextra -Wshadow -Werror -Icsrc
 HEADERS  := $(wildcard csrc/*.h csrc/*/*.h tests/core/*.h)
+COMMA    := ,
 OBJECTS  := $(patsubst %.c,$(OUT)/%.o,$(filter-out csrc/python/%,$(sort $(wildcard csrc/*/*.c))))
+
+# What is given to the linker for one program: which system calls of the core are led to the program.
+LINK-test_forks := $(addprefix -Wl$(COMMA)--wrap=,open memfd_create close mmap munmap mremap madvise)
+LINK-test_last_error := $(addprefix -Wl$(COMMA)--wrap=,mmap mremap)
+LINK-test_mapping := $(addprefix -Wl$(COMMA)--wrap=,mmap munmap mremap)
+LINK-test_adopt := -Wl,--wrap=nanosleep
 
 .PHONY: run $(addprefix run-,$(PROGRAMS))
 .DELETE_ON_ERROR:
@@ -21,4 +28,4 @@ $(OUT)/csrc/%.o: csrc/%.c $(HEADERS)
 	@$(CC) $(BASE) $(FLAGS) -c -o $@ $<
 
 $(OUT)/%: tests/core/%.c $(OBJECTS) $(HEADERS)
-	@$(CC) $(BASE) $(FLAGS) -o $@ $< $(OBJECTS)
+	@$(CC) $(BASE) $(FLAGS) -o $@ $< $(OBJECTS) $(LINK-$*)

@@ -141,6 +141,7 @@ static int64_t do_compact(ndm_region *region)
 }
 
 static int64_t do_evict(ndm_region *region) { return ndm_region_evict(region, NULL, 0); }
+static int64_t do_prefetch(ndm_region *region) { return ndm_region_prefetch(region, &first_slot, 1); }
 static int64_t do_flush(ndm_region *region) { return ndm_region_flush(region); }
 static int64_t do_allow_leases(ndm_region *region) { return ndm_region_allow_leases(region); }
 
@@ -165,7 +166,7 @@ static int64_t (*const verbs[])(ndm_region *) = {
     do_try_read,  do_restore,        do_read_into,  do_read_many,    do_load_many,        do_pin,          do_free,
     do_free_many, do_contains,       do_slot,       do_stats,        do_info,             do_trim,         do_compact,
     do_evict,     do_flush,          do_share,      do_check,        do_set_max_capacity, do_allow_leases, do_handle,
-    do_close,
+    do_prefetch,  do_close,
 };
 enum { VERBS = sizeof verbs / sizeof *verbs };
 
@@ -174,7 +175,7 @@ static const char *const names[] = {
     "try_read", "restore",        "read_into",  "read_many",    "load_many",        "pin",          "free",
     "free_many", "contains",      "slot",       "stats",        "info",             "trim",         "compact",
     "evict",    "flush",          "share",      "check",        "set_max_capacity", "allow_leases", "handle",
-    "close",
+    "prefetch", "close",
 };
 _Static_assert(sizeof names / sizeof *names == VERBS, "a name for each verb");
 

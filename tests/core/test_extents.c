@@ -142,7 +142,9 @@ static void model_take(model_t *m, uint64_t length)
             tail = at;
     }
     if (best != UINT64_MAX) {
-        CHECK(place.hole != NONE && ndm_i_extents_length(e, place.hole) == best);
+        CHECK(place.hole != NONE);
+        const uint64_t found = ndm_i_extents_length(e, place.hole);
+        CHECK(place.near ? found / 2 <= best && found >= length : found == best);
         CHECK(ndm_i_extents_is_free(e, place.hole) && ndm_i_extents_offset(e, place.hole) == place.offset);
     } else {
         CHECK(place.offset == tail && (place.hole == NONE) == (tail == m->mark));
@@ -222,6 +224,16 @@ static void model_trim(model_t *m)
     CHECK(ndm_i_extents_trim(&m->extents) == m->mark);
 }
 
+/* Prefer one hole or another, or not any more; let the cursor stand at one. */
+static void model_prefer(model_t *m)
+{
+    for (uint32_t i = ndm_i_extents_first(&m->extents); i != NONE; i = ndm_i_extents_next(&m->extents, i))
+        if (ndm_i_extents_is_free(&m->extents, i) && random_below(3) == 0) {
+            ndm_i_extents_prefer(&m->extents, i, random_below(2) == 0);
+            m->extents.cursor = i;
+        }
+}
+
 static void test_model(uint64_t number)
 {
     static const uint64_t spaces[] = {8, 64, 300, 1024, SPACE};
@@ -251,6 +263,8 @@ static void test_model(uint64_t number)
             model_trim(&m);
         if (random_below(3) == 0)
             model_first_hole(&m);
+        if (number % 2 && random_below(5) == 0)
+            model_prefer(&m);
         model_compare(&m);
     }
     while (m.live_count > 0) {
@@ -481,7 +495,7 @@ static void test_huge_bins(void)
     }
     for (unsigned bit = 0; bit < 62; bit++)
         release(&e, x[bit]);
-    CHECK(e.bin_map == (UINT64_C(1) << 62) - 1);
+    CHECK(e.bins.map == (UINT64_C(1) << 62) - 1);
     for (unsigned bit = 0; bit < 62; bit++) {
         uint64_t length = UINT64_C(1) << bit;
         CHECK(ndm_i_extents_length(&e, ndm_i_extents_find(&e, length).hole) == length);
@@ -541,6 +555,11 @@ static void build_mixture(ndm_i_extents *e)
         release(e, x[i]);
     release(e, x[20]);
     release(e, x[30]);
+    uint32_t holes = 0;
+    for (uint32_t i = ndm_i_extents_first(e); i != NONE; i = ndm_i_extents_next(e, i))
+        if (ndm_i_extents_is_free(e, i) && holes++ % 3 == 0)
+            ndm_i_extents_prefer(e, i, true);
+    CHECK(e->near.map != 0);
     CHECK(e->spare_count > 0 && e->free_count > 20);
 }
 
@@ -580,10 +599,12 @@ static void test_damage(void)
         }
         words[i] = sound;
     }
-    /* The fields of the head: everything but the pointer, the room, and `lowest`, which may be any early extent. */
+    /* The fields of the head: everything but the pointer, the room, `lowest`, which may be any early extent, and
+     * `cursor`, which may be any. */
     uint32_t *head = (uint32_t *)(void *)&e;
     for (size_t i = offsetof(ndm_i_extents, node_count) / 4; i < sizeof e / 4; i++) {
-        if (i == offsetof(ndm_i_extents, node_room) / 4 || i == offsetof(ndm_i_extents, lowest) / 4)
+        if (i == offsetof(ndm_i_extents, node_room) / 4 || i == offsetof(ndm_i_extents, lowest) / 4 ||
+            (i >= offsetof(ndm_i_extents, cursor) / 4 && i < offsetof(ndm_i_extents, bins) / 4)) /* padding follows it */
             continue;
         uint32_t sound = head[i];
         for (int how = 0; how < 50; how++) {
@@ -618,8 +639,8 @@ static void test_free_neighbours(void)
     uint32_t *node = (uint32_t *)(void *)e.nodes + x[1] * NODE_WORDS;
     node[WORD_CHILD0] = node[WORD_CHILD1] = node[WORD_SAME] = NONE;
     node[WORD_UP] = NONE - 3; /* ROOT */
-    e.bins[1] = x[1];
-    e.bin_map |= 2;
+    e.bins.roots[1] = x[1];
+    e.bins.map |= 2;
     e.free_count++;
     e.free_units += 3;
     CHECK(ndm_i_extents_check(&e) == 1);

@@ -37,14 +37,14 @@ static void test_states(void)
 
 static void test_marks(void)
 {
-    static const uint8_t marks[] = {NDM_I_QUEUED, NDM_I_RECENT, NDM_I_DIRECT};
+    static const uint8_t marks[] = {NDM_I_QUEUED, NDM_I_RECENT};
     ndm_i_grains grains;
     start(&grains);
-    for (int i = 0; i < 3; i++) {
+    for (int i = 0; i < 2; i++) {
         CHECK(!ndm_i_grain_is(&grains, 3, marks[i]));
         ndm_i_grain_mark(&grains, 3, marks[i]);
         ndm_i_grain_mark(&grains, 3, marks[i]);
-        for (int k = 0; k < 3; k++)
+        for (int k = 0; k < 2; k++)
             CHECK(ndm_i_grain_is(&grains, 3, marks[k]) == (k <= i));
     }
     CHECK(!ndm_i_grain_is(&grains, 2, UINT8_MAX) && !ndm_i_grain_is(&grains, 4, UINT8_MAX));
@@ -63,7 +63,7 @@ static void test_reserve(void)
     start(&grains);
     for (uint64_t grain = 0; grain < COUNT; grain++) {
         ndm_i_grain_set_state(&grains, grain, (uint8_t)(grain % 6));
-        ndm_i_grain_mark(&grains, grain, (uint8_t)(grain % 8));
+        ndm_i_grain_mark(&grains, grain, (uint8_t)(grain % 4));
     }
     const _Atomic uint8_t *before = grains.states;
     CHECK(ndm_i_grains_reserve(&grains, 0) && ndm_i_grains_reserve(&grains, COUNT));
@@ -72,7 +72,7 @@ static void test_reserve(void)
         CHECK(ndm_i_grains_reserve(&grains, room) && grains.room == room);
         for (uint64_t grain = 0; grain < room; grain++) {
             CHECK(ndm_i_grain_state(&grains, grain) == (grain < COUNT ? grain % 6 : NDM_I_EMPTY));
-            for (int bit = 0; bit < 3; bit++)
+            for (int bit = 0; bit < 2; bit++)
                 CHECK(ndm_i_grain_is(&grains, grain, (uint8_t)(1 << bit)) == (grain < COUNT && (grain >> bit & 1)));
         }
     }
@@ -159,16 +159,16 @@ static void test_damage(void)
         atomic_store(&grains.states[grain], NDM_I_EMPTY);
         for (unsigned marks = 0; marks <= UINT8_MAX; marks++) {
             atomic_store(&grains.marks[grain], (uint8_t)marks);
-            CHECK(ndm_i_grains_check(&grains, capacity) == (marks > 7));
+            CHECK(ndm_i_grains_check(&grains, capacity) == (marks > 3));
         }
         atomic_store(&grains.marks[grain], 0);
     }
     ndm_i_grain_set_state(&grains, 9, NDM_I_HOLE); /* past the end of the file */
     CHECK(ndm_i_grains_check(&grains, capacity) == 1 && ndm_i_grains_check(&grains, COUNT * GRAIN) == 0);
     ndm_i_grain_set_state(&grains, 9, NDM_I_EMPTY);
-    ndm_i_grain_mark(&grains, 9, NDM_I_DIRECT);
+    ndm_i_grain_mark(&grains, 9, NDM_I_RECENT);
     CHECK(ndm_i_grains_check(&grains, capacity) == 1 && ndm_i_grains_check(&grains, COUNT * GRAIN) == 0);
-    ndm_i_grain_unmark(&grains, 9, NDM_I_DIRECT);
+    ndm_i_grain_unmark(&grains, 9, NDM_I_RECENT);
     CHECK(ndm_i_grains_check(&grains, COUNT * GRAIN + 1) == 1); /* more file than table */
     CHECK(ndm_i_grains_check(&grains, capacity) == 0);
     stop(&grains);

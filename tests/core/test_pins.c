@@ -181,25 +181,32 @@ static void test_may_unmap(void)
     ndm_i_mapping_unref(mapping);
 }
 
-/* The pages leave the RSS with the last view at that address. */
+/* The pages leave the RSS with the last view at that address; so do those that its faults map besides, and no others. */
 static void test_forget(void)
 {
     ndm_i_home home;
-    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
+    const uint64_t window = NDM_I_GRAIN;
     CHECK(ftruncate(fd, LENGTH) == 0);
     ndm_i_mapping *private = ndm_i_mapping_new(fd, LENGTH);
     CHECK(private);
     start(&home);
     /* Pages of a private mapping show it: what was stored to them is gone once they are forgotten. */
-    CHECK(mmap(private->base, 4 * page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) ==
+    CHECK(mmap(private->base, LENGTH, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) ==
           private->base);
-    memset(private->base, 7, 4 * page);
+    memset(private->base, 7, LENGTH);
     for (int i = 0; i < 2; i++)
-        CHECK(ndm_i_pins_add(&home, 1, private, private->base, 2 * page + 1, false));
-    drop(private, 0);
-    CHECK(private->base[0] == 7);
-    drop(private, 0);
-    CHECK(private->base[0] == 0 && private->base[2 * page - 1] == 0 && private->base[2 * page] == 7);
+        CHECK(ndm_i_pins_add(&home, 1, private, private->base + 2 * window - 1, 2, false));
+    drop(private, 2 * window - 1);
+    CHECK(private->base[window] == 7);
+    drop(private, 2 * window - 1);
+    for (uint64_t at = 0; at < LENGTH; at += window) { /* it lies in two grains */
+        const uint8_t is = at == window || at == 2 * window ? 0 : 7;
+        CHECK(private->base[at] == is && private->base[at + window - 1] == is);
+    }
+    /* Never past the end of the mapping. */
+    CHECK(ndm_i_pins_add(&home, 1, private, private->base + LENGTH - 1, 1, false));
+    drop(private, LENGTH - 1);
+    CHECK(private->base[LENGTH - window] == 0 && private->base[0] == 7);
     ndm_i_home_leave(&home);
     ndm_i_mapping_unref(private);
     CHECK(ftruncate(fd, 0) == 0);

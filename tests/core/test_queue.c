@@ -98,7 +98,7 @@ static void test_admit(void)
         CHECK(entry(at) == order[at] && is_queued(order[at]));
     CHECK(!is_queued(3) && !is_queued(4));
 
-    ndm_i_grain_mark(&grains, 1, NDM_I_RECENT | NDM_I_DIRECT);
+    ndm_i_grain_mark(&grains, 1, NDM_I_RECENT);
     forget(1, 5); /* grains 3 and 4 were not there */
     CHECK(writer.resident == 2 && writer.tail == 4 && !ndm_i_grain_is(&grains, 1, UINT8_MAX));
     admit(1, 2); /* comes anew, at the end; its old entry is stale */

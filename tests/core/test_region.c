@@ -255,7 +255,9 @@ static void test_reads_that_must_not_wait(void)
     /* What ends at once, and what would unmap. */
     CHECK(ndm_view_try_release(NULL) == NDM_OK && ndm_view_try_release(view_of(region, slots[0])) == NDM_OK);
     view = view_of(region, slots[2]);
-    CHECK(ndm_view_try_release(view_of(region, slots[2])) == NDM_OK && ndm_view_try_release(view) == NDM_OK);
+    CHECK(ndm_view_try_release(view_of(region, slots[2])) == NDM_OK && ndm_view_try_release(view) == NDM_ERR_WAIT);
+    CHECK(holds(view, MIB, 2));
+    ndm_view_release(view);
     const char *restored = ndm_region_restore(region, slots[2], &size);
     CHECK(restored && ndm_view_try_release(restored) == NDM_ERR_WAIT && holds(restored, MIB, 2));
     ndm_view_release(restored);
@@ -264,6 +266,11 @@ static void test_reads_that_must_not_wait(void)
     view = view_of(region, slots[2]);
     CHECK(ndm_region_close(region) == NDM_OK && ndm_view_try_release(view) == NDM_ERR_WAIT && holds(view, MIB, 2));
     ndm_view_release(view);
+    ndm_region_destroy(region);
+    ndm_options keeps = small;
+    keeps.keep_mapped = 1;
+    region = open_new(&keeps);
+    CHECK(ndm_view_try_release(view_of(region, store(region, MIB, 3))) == NDM_OK);
     ndm_region_destroy(region);
     group("what must not wait says where it would");
 }

@@ -86,6 +86,21 @@ ssize_t disk_pwrite(int fd, const void *data, size_t size, off_t offset)
     return pwrite(fd, data, end - (uint64_t)offset, offset);
 }
 
+/* Part by part: a refusal after the first leaves a short write, as the system's does. */
+ssize_t disk_pwritev(int fd, const struct iovec *parts, int count, off_t offset)
+{
+    ssize_t total = 0;
+    for (int i = 0; i < count; i++) {
+        const ssize_t done = disk_pwrite(fd, parts[i].iov_base, parts[i].iov_len, offset + total);
+        if (done < 0)
+            return total > 0 ? total : done;
+        total += done;
+        if ((size_t)done < parts[i].iov_len)
+            break;
+    }
+    return total;
+}
+
 static int punch(int fd, off_t offset, off_t size)
 {
     if (size == 0) { /* only asking */
@@ -148,6 +163,8 @@ int disk_fstat(int fd, struct stat *facts)
 int disk_fstatfs(int fd, struct statfs *facts)
 {
     int status = fstatfs(fd, facts);
+    if (disk.free_blocks <= DISK_BLOCKS)
+        facts->f_bavail = disk.free_blocks * DISK_BLOCK / (uint64_t)facts->f_frsize;
     facts->f_type = disk.in_memory ? TMPFS_MAGIC : disk.moves_blocks ? BTRFS_SUPER_MAGIC : EXT4_SUPER_MAGIC;
     return status;
 }
@@ -160,16 +177,25 @@ int disk_close(int fd)
 
 /* ---- address space and memory --------------------------------------------------------------------------- */
 
+/* As kernels may: what was at a fixed target is gone already when the call fails. */
+static void *refuse_map(void *target, size_t length)
+{
+    if (target) {
+        munmap(target, length);
+        disk.mapped -= (int64_t)length;
+    }
+    errno = ENOMEM;
+    return MAP_FAILED;
+}
+
 void *disk_mmap(void *address, size_t length, int protection, int flags, int fd, off_t offset)
 {
     if (length > disk.address_limit) {
         errno = ENOMEM;
         return MAP_FAILED;
     }
-    if (fails(FAIL_MAP)) {
-        errno = ENOMEM;
-        return MAP_FAILED;
-    }
+    if (fails(FAIL_MAP))
+        return refuse_map(flags & MAP_FIXED ? address : NULL, length);
     void *place = mmap(address, length, protection, flags, fd, offset);
     if (place != MAP_FAILED && !(flags & MAP_FIXED))
         disk.mapped += (int64_t)length;
@@ -178,10 +204,8 @@ void *disk_mmap(void *address, size_t length, int protection, int flags, int fd,
 
 void *disk_mremap(void *old, size_t old_length, size_t length, int flags, void *address)
 {
-    if (fails(FAIL_MAP) || length > disk.address_limit) {
-        errno = ENOMEM;
-        return MAP_FAILED;
-    }
+    if (fails(FAIL_MAP) || length > disk.address_limit)
+        return refuse_map(flags & MREMAP_FIXED ? address : NULL, length);
     void *place = mremap(old, old_length, length, flags, address);
     if (place != MAP_FAILED)
         disk.mapped += (flags & MREMAP_FIXED ? 0 : (int64_t)length) - (int64_t)old_length;

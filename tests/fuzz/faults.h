@@ -12,10 +12,12 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/uio.h>
 #include <sys/vfs.h>
 #include <unistd.h>
 
 ssize_t disk_pwrite(int fd, const void *data, size_t size, off_t offset);
+ssize_t disk_pwritev(int fd, const struct iovec *parts, int count, off_t offset);
 int disk_fallocate(int fd, int mode, off_t offset, off_t size);
 int disk_ftruncate(int fd, off_t size);
 int disk_fstat(int fd, struct stat *facts);
@@ -34,6 +36,7 @@ void *disk_realloc(void *old, size_t size);
 
 #ifndef NDM_FUZZ_DISK
 #define pwrite disk_pwrite
+#define pwritev disk_pwritev
 #define fallocate disk_fallocate
 #define ftruncate disk_ftruncate
 #define fstat disk_fstat

@@ -107,10 +107,12 @@ static void take(ndm_i_extents *extents, uint64_t length, uint32_t tag)
     const uint32_t extent = ndm_i_extents_take(extents, place, length, tag);
     const struct piece taken = {place.offset, length, extent, tag, true};
     if (best != UINT64_MAX) {
-        CHECK(at < count && !model[at].used && model[at].length == best);
+        CHECK(at < count && !model[at].used && model[at].length >= length);
+        CHECK(place.near ? model[at].length / 2 <= best : model[at].length == best);
+        const uint64_t found = model[at].length;
         model[at] = taken;
-        if (best > length)
-            model_insert(at + 1, (struct piece){place.offset + length, best - length, NONE, NONE, false});
+        if (found > length)
+            model_insert(at + 1, (struct piece){place.offset + length, found - length, NONE, NONE, false});
     } else if (count > 0 && !model[count - 1].used) {
         CHECK(at == count - 1);
         model[at] = taken;
@@ -181,6 +183,18 @@ static void set_tag(ndm_i_extents *extents, size_t at, uint32_t tag)
     model[at].tag = tag;
 }
 
+/* A hole is to be used before others, or not any more; a walk stands there. */
+static void prefer(ndm_i_extents *extents, size_t at, bool near)
+{
+    if (at == count)
+        return;
+    uint32_t hole = ndm_i_extents_first(extents);
+    while (ndm_i_extents_offset(extents, hole) != model[at].offset)
+        hole = ndm_i_extents_next(extents, hole);
+    ndm_i_extents_prefer(extents, hole, near);
+    extents->cursor = hole;
+}
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     ndm_i_extents extents;
@@ -205,7 +219,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             slide(&extents, pick(false, number));
             break;
         case 6:
-            set_tag(&extents, pick(true, number), (uint32_t)number * 77);
+            if (number % 3)
+                prefer(&extents, pick(false, number), number % 3 == 1);
+            else
+                set_tag(&extents, pick(true, number), (uint32_t)number * 77);
             break;
         default:
             if (number % 2)

@@ -131,12 +131,30 @@ static ndm_stats snapshot(void)
 
 static void check_unchanged(const ndm_stats *before)
 {
-    const ndm_stats after = snapshot();
+    ndm_stats after = snapshot();
     const ndm_error *error = ndm_last_error();
+    if (after.moved_bytes > before->moved_bytes) { /* the disk refused it after room had been made */
+        CHECK(error->status != NDM_ERR_CAPACITY);
+        after.moved_bytes = before->moved_bytes;
+        after.largest_free_bytes = before->largest_free_bytes;
+        /* A hole that comes to the end loses what is behind used_bytes, which ends with a value, within a unit. */
+        CHECK(after.free_bytes <= before->free_bytes && before->free_bytes - after.free_bytes < options.alignment);
+        after.free_bytes = before->free_bytes;
+    }
     CHECK(memcmp(before, &after, sizeof after) == 0);
     CHECK(error->status != NDM_ERR_IO || (error->os_errno != 0 && error->os_errno != EINTR));
     CHECK(error->status != NDM_ERR_CAPACITY || error->required > error->limit);
     CHECK(error->status == NDM_ERR_IO || error->status == NDM_ERR_CAPACITY || error->status == NDM_ERR_MEMORY);
+}
+
+/* What the ceiling refuses does not fit, however the values that have no view are moved. */
+static void check_refusal(uint64_t size)
+{
+    uint64_t padded = 0;
+    for (size_t i = 0; i < value_count; i++)
+        padded += (values[i].size + options.alignment - 1) / options.alignment * options.alignment;
+    CHECK(ndm_last_error()->status != NDM_ERR_CAPACITY || view_count > 0 || padded + size > options.max_capacity ||
+          !region->data.keeps_blocks || disk.fail > 0);
 }
 
 /* ---- verbs ---- */
@@ -157,10 +175,12 @@ static void write_value(void)
     }
     const ndm_stats before = snapshot();
     value.slot = ndm_region_write(region, data, value.size, value.engine);
-    if (value.slot < 0)
+    if (value.slot < 0) {
         check_unchanged(&before);
-    else
+        check_refusal(value.size);
+    } else {
         values[value_count++] = value;
+    }
 }
 
 static void write_many(void)
@@ -240,6 +260,28 @@ static void restore(void)
     const uint32_t at = byte();
     memcpy(start, bytes + at, size); /* seen by nobody else */
     views[view_count++] = (struct view){start, size, at};
+}
+
+static void read_batch(void)
+{
+    enum { MOST = 8 };
+    int64_t slots[MOST], lengths[MOST];
+    const char *starts[MOST];
+    uint64_t sizes[MOST], count = value_count ? byte() % MOST : 0, at = 0;
+    static char copies[MOST * LARGEST];
+    const struct value *wanted[MOST];
+    for (uint64_t i = 0; i < count; i++)
+        slots[i] = (wanted[i] = &values[byte() % value_count])->slot;
+    if (byte() % 2)
+        CHECK(ndm_region_prefetch(region, slots, count) == NDM_OK);
+    if (ndm_region_read_many(region, slots, count, starts, sizes) == NDM_OK)
+        for (uint64_t i = 0; i < count; i++) {
+            CHECK(sizes[i] == wanted[i]->size && memcmp(starts[i], bytes + wanted[i]->at, sizes[i]) == 0);
+            ndm_view_release(starts[i]);
+        }
+    if (ndm_region_load_many(region, slots, count, copies, sizeof copies, lengths) >= 0)
+        for (uint64_t i = 0; i < count; at += wanted[i++]->size)
+            CHECK(lengths[i] == (int64_t)wanted[i]->size && memcmp(copies + at, bytes + wanted[i]->at, wanted[i]->size) == 0);
 }
 
 static void evict(void)
@@ -403,7 +445,7 @@ static void step(void)
 {
     static void (*const verbs[])(void) = {
         write_value, write_value, write_value,   write_many, write_vectored, allocate,   free_value,
-        free_value,  free_value,  read_value,    read_value, restore,        release_view, release_view,
+        free_value,  free_value,  read_value,    read_batch, restore,        release_view, release_view,
         evict,       trim,        raise_ceiling, compact,    compact,        copy_value, misuse};
     const uint32_t choice = byte();
     if (choice >= 240)

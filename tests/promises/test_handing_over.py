@@ -10,6 +10,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from nodedb_mem import (
     RegionBusyError,
     RegionClosedError,
     WrongThreadError,
+    _control,
 )
 
 MIB = 1 << 20
@@ -216,6 +218,27 @@ def test_a_child_holds_no_descriptor_and_no_unused_mapping(tmp_path: Path) -> No
     region.close()
 
 
+@pytest.mark.parametrize("owner", ["idle", "ended"])
+def test_a_child_of_another_thread_holds_no_descriptor_and_no_mapping(tmp_path: Path, owner: str) -> None:
+    path = str(tmp_path / "r")
+
+    def open_region() -> OverflowRegion:
+        region = OverflowRegion.open(path, initial_capacity=1 << 20)
+        region.share(region.write(blob(100_000), 0))
+        return region
+
+    def holds_nothing() -> bool:
+        maps = Path("/proc/self/maps").read_text()
+        return not any(link.startswith(path) for link in _open_files()) and path not in maps
+
+    region = open_region() if owner == "idle" else in_thread(open_region)
+    assert any(link.startswith(path) for link in _open_files()) and path in Path("/proc/self/maps").read_text()
+    assert in_thread(lambda: _in_child(holds_nothing)) is None
+    if owner == "ended":
+        region.adopt()
+    region.close()
+
+
 def test_a_childs_views_stay_readable_and_end_there(tmp_path: Path) -> None:
     path = str(tmp_path / "r")
     region = OverflowRegion.open(path, initial_capacity=1 << 20)
@@ -398,3 +421,25 @@ def test_details_of_a_refusal_are_that_calls(tmp_path: Path) -> None:
         signal.signal(signal.SIGALRM, before)
     region.close()
     other.close()
+
+
+def test_details_of_a_refused_figure_are_that_calls(new_region: NewRegion, monkeypatch: pytest.MonkeyPatch) -> None:
+    region, real = new_region(), _control._info
+    asked, closed = threading.Event(), threading.Event()
+
+    def late(handle: object, out: object) -> int:
+        details = real(handle, out)
+        if threading.current_thread() is not threading.main_thread():
+            asked.set()
+            closed.wait(10)
+        return int(details)
+
+    monkeypatch.setattr(_control, "_info", late)
+    with ThreadPoolExecutor(1) as pool:
+        refused = pool.submit(lambda: region.capacity)
+        assert asked.wait(10)
+        region.close()
+        with pytest.raises(RegionClosedError):
+            len(region)
+        closed.set()
+        assert isinstance(refused.exception(10), WrongThreadError)

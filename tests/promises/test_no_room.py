@@ -42,6 +42,7 @@ def test_the_ceiling_says_what_is_scattered_and_what_is_pinned(
     slots = region.write_many([bytes(MIB // 16)] * 16, 0)
     views = [region.read(slot) for slot in (slots[1], slots[1], slots[3])]
     more = region.restore(slots[3])
+    between = region.read(slots[9])  # or the free bytes on both sides of it would be brought together
     region.free_many([*slots[1:4:2], *slots[6:12:2], slots[7]])
     before = region.stats()
     with pytest.raises(CapacityExceededError) as caught:
@@ -56,7 +57,7 @@ def test_the_ceiling_says_what_is_scattered_and_what_is_pinned(
     assert "131072 freed bytes are pinned by 4 live views" in str(error)
     again = pickle.loads(pickle.dumps(error))
     assert (str(again), again.views) == (str(error), 4)
-    del views, more
+    del views, more, between
 
 
 def test_nothing_pinned_is_not_spoken_of_and_leases_are(new_region: NewRegion) -> None:

@@ -8,7 +8,9 @@ import pickle
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterator
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,14 @@ import numpy as np
 import pytest
 
 from kit import VERBS, Check, NewRegion, StartPython, blob, in_thread, raw_fork
-from nodedb_mem import OverflowRegion, RegionBusyError, RegionClosedError, RegionError, WrongThreadError
+from nodedb_mem import (
+    CapacityExceededError,
+    OverflowRegion,
+    RegionBusyError,
+    RegionClosedError,
+    RegionError,
+    WrongThreadError,
+)
 
 MIB = 1 << 20
 
@@ -93,6 +102,41 @@ def test_a_refused_write_does_not_read_its_data_or_judge_it(new_region: NewRegio
     region.write(b"12345678", 0)
     assert type(in_thread(lambda: region.read_into(0, buffer))) is WrongThreadError
     assert buffer == bytes(8)
+
+
+def test_a_refused_write_teaches_the_region_no_engine(new_region: NewRegion) -> None:
+    class Mine(IntEnum):
+        SPILL = 77
+
+    class Theirs(IntEnum):
+        OTHER = 77
+
+    region = new_region(max_capacity=1 << 16)
+    slot = region.write(b"x", Mine.SPILL)
+    writes: list[Callable[[], object]] = [
+        lambda: region.write(b"y", Theirs.OTHER),
+        lambda: region.write_vectored([b"y"], Theirs.OTHER),
+        lambda: region.write_many([b"y"], Theirs.OTHER),
+        lambda: region.write_many(b"y", Theirs.OTHER, lengths=array("q", [1])),
+        lambda: region.allocate(1, Theirs.OTHER),
+    ]
+    for write in writes:
+        assert type(in_thread(write)) is WrongThreadError
+        assert region.slot(slot).engine is Mine.SPILL
+    with pytest.raises(CapacityExceededError):
+        region.write(bytes(1 << 20), Theirs.OTHER)
+    assert region.slot(slot).engine is Mine.SPILL
+
+    def while_writing() -> Iterator[bytes]:
+        region.write(b"z", Theirs.OTHER)
+        yield b"y"
+
+    region.write_many(while_writing(), 5)
+    assert region.slot(slot).engine is Theirs.OTHER
+    for write in writes:
+        region.write(b"x", Mine.SPILL)
+        write()
+        assert region.slot(slot).engine is Theirs.OTHER
 
 
 def test_a_region_belongs_to_the_thread_that_opened_it(tmp_path: Path) -> None:

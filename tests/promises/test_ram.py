@@ -379,14 +379,15 @@ def test_a_cold_value_is_fetched_whole(new: Open, mib: int) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_majflt - before < mib * MIB // PAGE // 16
 
 
-# RSS
+# RSS: of what is viewed; for what is stored, see test_rss.py
 
 
+@pytest.mark.parametrize("limit", [None, 1 << 50])
 @pytest.mark.parametrize("size", [64 * KIB, 70_000, MIB])
 def test_the_pages_of_a_large_value_leave_rss_with_its_last_view(
-    new: Open, mapped_kib: Callable[[Path | str], int], size: int
+    new: Open, mapped_kib: Callable[[Path | str], int], size: int, limit: int | None
 ) -> None:
-    region = new(alignment=4096, cache_limit=1 << 50)  # as good as none
+    region = new(alignment=4096, cache_limit=limit)
     assert region.path is not None
     slot = region.write(blob(size), 0)
     view = region.read(slot)
@@ -401,30 +402,17 @@ def test_the_pages_of_a_large_value_leave_rss_with_its_last_view(
     assert region.read(slot) == blob(size)
 
 
-def test_spilling_and_reading_back_leaves_rss_as_it_was(new: Open, mapped_kib: Callable[[Path | str], int]) -> None:
-    region = new(cache_limit=1 << 50)
+@pytest.mark.parametrize("limit", [None, 1 << 50])
+def test_spilling_and_reading_back_leaves_rss_as_it_was(
+    new: Open, mapped_kib: Callable[[Path | str], int], limit: int | None
+) -> None:
+    region = new(cache_limit=limit)
     assert region.path is not None
     data = blob(MIB)
     slots = [region.write(data, 0) for _ in range(32)]
     assert mapped_kib(region.path) <= 64
     assert all(region.read(slot) == data for slot in slots)
     assert mapped_kib(region.path) <= 64
-
-
-def test_without_a_limit_what_was_read_stays_mapped_until_it_is_evicted(
-    new: Open, mapped_kib: Callable[[Path | str], int]
-) -> None:
-    region = new(cache_limit=None)
-    assert region.path is not None
-    data = blob(MIB)
-    slots = [region.write(data, 0) for _ in range(8)]
-    assert all(region.read(slot) == data for slot in slots)
-    assert mapped_kib(region.path) >= 8 * MIB // KIB
-    for _ in range(3):  # often enough for the views to be kept
-        assert all(region.read(slot) == data for slot in slots)
-    region.evict()
-    assert mapped_kib(region.path) <= 64
-    assert all(region.read(slot) == data for slot in slots)
 
 
 # tmpfs

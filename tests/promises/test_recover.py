@@ -172,11 +172,13 @@ def test_a_reader_stays_through_a_recovery(new_region: NewRegion) -> None:
 
 # Tells each value only after write() has returned, and each free before it begins. A seed tells a value's bytes.
 _OWNER = """
-import random, sys
-from nodedb_mem import OverflowRegion
+import os, random, sys
+from nodedb_mem import CapacityExceededError, OverflowRegion
 path, turn, recover = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "True"
 chance = random.Random(turn)
-region = OverflowRegion(path, initial_capacity=1 << 16, max_capacity=1 << 26, recover=recover)
+# In half of the turns the ceiling is low, and writes make room by moving values.
+ceiling = 1 << 26 if turn % 2 else max(1 << 22, os.path.getsize(path) if recover else 0)
+region = OverflowRegion(path, initial_capacity=1 << 16, max_capacity=ceiling, recover=recover)
 region.share(0 if recover else region.write(b"", 0))
 live = [slot for slot in range(1, region.slot_count) if slot in region]
 tell = sys.stdout.write
@@ -185,17 +187,22 @@ while True:
     step += 1
     kind = chance.randrange(20)
     if kind == 0:
+        if chance.randrange(3) == 0:
+            region.evict()  # what is moved has to be read then
         region.compact(chance.choice([None, 200_000]))
     elif kind == 1:
         region.trim()
-    elif kind < 10 and len(live) > 30 or len(live) > 80:
+    elif kind < 10 and len(live) > 20 or len(live) > 80:
         slot = live.pop(chance.randrange(len(live)))
         tell(f"free {slot}\\n")
         sys.stdout.flush()
         region.free(slot)
     else:
         size = chance.choice([0, 100, 5000, 70_000, 400_000])
-        slot = region.write(random.Random(step).randbytes(size), step % 256)
+        try:
+            slot = region.write(random.Random(step).randbytes(size), step % 256)
+        except CapacityExceededError:
+            continue
         live.append(slot)
         ref = region.share(slot)
         tell(f"live {slot} {step} {size} {ref.generation}\\n")

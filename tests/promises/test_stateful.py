@@ -123,8 +123,21 @@ class RegionMachine(RuleBasedStateMachine):
         # The tail below the mark counts as far as the mark, to the byte.
         return self.used - end >= size
 
-    def tail(self) -> int:
-        return max((stop for _, stop in self.taken()), default=0)
+    def has_room(self, sizes: list[int]) -> bool:
+        """Do the values fit one behind the other, once all is moved together that is not shown?"""
+        sizes = [size for size in sizes if size]
+        padded = sum(map(self.round_up, sizes))
+        needed = padded - self.round_up(sizes[-1]) + sizes[-1] if sizes else 0
+        stored = [*self.live.values(), *(pinned for pinned in self.pinned if pinned.views)]
+        fixed = sorted((s.offset, s.offset + self.round_up(len(s.data))) for s in stored if s.views and s.data)
+        start = 0
+        for stays, stop in [*fixed, (1 << 62, 1 << 62)]:
+            moves = [s for s in stored if not s.views and s.data and start <= s.offset < stays]
+            end = start + sum(self.round_up(len(s.data)) for s in moves)
+            if stays - end >= padded and (stays < 1 << 62 or end + needed <= self.maximum):
+                return True
+            start = stop
+        return False
 
     # Rules
 
@@ -133,20 +146,28 @@ class RegionMachine(RuleBasedStateMachine):
 
     def store_by(self, write: Callable[[], int], data: bytes, engine: int) -> None:
         fits = not data or self.has_gap(len(data))
+        has_room = fits or self.has_room([len(data)])
         before = self.region.stats()
         try:
             slot = write()
         except CapacityExceededError as error:
-            assert not fits, "refused, though free space would hold it"
-            assert self.tail() + len(data) > self.maximum, "refused, though it fits under the ceiling"
+            assert not has_room, "refused, though free space would hold it"
             assert error.max_capacity == self.maximum < error.required
             assert self.region.stats() == before
             return
+        self.follow()
         self.enter(slot, data, engine, before.slot_count)
         if fits:
             # A free extent at the mark ends where its last unit does, a few bytes above used_bytes perhaps.
             assert self.region.used_bytes <= self.round_up(self.used), "the mark moved past free space"
         self.used = max(self.used, self.live[slot].offset + len(data)) if data else self.used
+
+    def follow(self) -> None:
+        """Room may have been made by moving values that are not shown."""
+        for slot, stored in self.live.items():
+            offset = self.region.slot(slot).offset
+            assert offset == stored.offset or not stored.views
+            stored.offset = offset
 
     def enter(self, slot: int, data: bytes, engine: int, slot_count: int) -> None:
         assert slot not in self.live
@@ -175,10 +196,11 @@ class RegionMachine(RuleBasedStateMachine):
             else:
                 slots = self.region.write_many(list(map(kind, values)), engine)
         except CapacityExceededError as error:
-            assert self.tail() + sum(map(self.round_up, sizes)) > self.maximum, "refused, though all fit at the end"
+            assert not self.has_room(sizes), "refused, though all fit together"
             assert error.max_capacity == self.maximum < error.required
             assert self.region.stats() == before
             return
+        self.follow()
         slot_count = before.slot_count
         for slot, data in zip(slots, values, strict=True):
             self.enter(slot, data, engine, slot_count)

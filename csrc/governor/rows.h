@@ -1,0 +1,36 @@
+/* What rows have: claimed, granted, swept, and given back when a claim has ended. All of it is done with the lock. */
+#ifndef NDM_GOVERNOR_ROWS_H
+#define NDM_GOVERNOR_ROWS_H
+
+#include "governor/governor.h"
+
+#define NDM_I_EVERY_ENGINE NDM_I_ENGINES
+
+/* Have a row of one's own. NDM_ERR_IO with EAGAIN if all are claimed. */
+int ndm_i_row_claim(ndm_governor *governor);
+
+/* What rows have whose process is gone is given back. How many there were. */
+uint32_t ndm_i_rows_reap(ndm_governor *governor);
+
+/* End this governor's own claim. */
+void ndm_i_row_leave(ndm_governor *governor);
+
+/* Grant a row more: the totals first. */
+void ndm_i_grant(ndm_governor *governor, ndm_i_row *row, uint32_t engine, uint64_t size);
+
+/* What was granted and is neither used nor slack goes back into the totals. */
+void ndm_i_ungrant(ndm_governor *governor, ndm_i_row *row, uint32_t engine, uint64_t size);
+
+/* Take back what a cell has of slack beyond `leave`. Bytes taken. */
+uint64_t ndm_i_sweep(ndm_governor *governor, ndm_i_row *row, uint32_t engine, uint64_t leave);
+
+/* Sweep an engine, or every one, in all rows. Bytes taken. */
+uint64_t ndm_i_sweep_all(ndm_governor *governor, uint32_t engine);
+
+/* After a change of totals or limits: is anything over its limit? Where something is, no slack of it stays. */
+void ndm_i_books_settle(ndm_governor *governor);
+
+/* Have the waiters look again. */
+void ndm_i_notify(ndm_governor *governor);
+
+#endif

@@ -1,0 +1,12 @@
+/* Parts that follow each other go into a file by few system calls. */
+#ifndef NDM_GATHER_H
+#define NDM_GATHER_H
+
+#include "os/file.h"
+
+#include <sys/uio.h>
+
+/* pwritev all of it from `offset` on, cut at grains, of a file that may be written there. Uses the array up. 0 or errno. */
+int ndm_i_file_gather(const ndm_i_file *file, struct iovec *parts, uint64_t count, uint64_t offset);
+
+#endif

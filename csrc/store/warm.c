@@ -1,0 +1,44 @@
+/* See warm.h. */
+#include "store/warm.h"
+
+#include "os/bits.h"
+#include "os/residency.h"
+
+#define GRAIN NDM_I_GRAIN
+
+static void fetch_grain(ndm_i_store *store, uint64_t grain)
+{
+    const uint64_t start = grain * GRAIN, end = ndm_i_min(start + GRAIN, store->file->capacity);
+    if (!ndm_i_is_cached(store->file, start, end)) {
+        ndm_i_mapping_fetch(store->file->mapping->base + start, end - start);
+        store->fetched += end - start;
+    }
+}
+
+bool ndm_i_store_warm(ndm_i_store *store, uint64_t offset)
+{
+    ndm_i_file *file = store->file;
+    const uint64_t grain = offset / GRAIN, start = grain * GRAIN, end = ndm_i_min(start + GRAIN, file->capacity);
+    if (!file->keeps_blocks || ndm_i_file_size(file) < end)
+        return false;
+    if (ndm_i_grain_state(&store->grains, grain) == NDM_I_PARTIAL &&
+        (ndm_i_file_allocate(file, start, end) != 0 || !file->can_allocate))
+        return false;
+    fetch_grain(store, grain);
+    ndm_i_writer_lock(&store->writer); /* the thread may be dropping it: then its pages come back one by one */
+    ndm_i_grain_set_state(&store->grains, grain, NDM_I_READY);
+    ndm_i_writer_unlock(&store->writer);
+    ndm_i_writer_admit(&store->writer, grain, grain + 1);
+    return true;
+}
+
+void ndm_i_store_fetch_around(ndm_i_store *store, uint64_t offset, uint64_t size)
+{
+    for (uint64_t grain = offset / GRAIN; grain < ndm_i_grains_end(offset + size); grain++) {
+        if (!ndm_i_store_is_cold(store, grain * GRAIN) || store->asked == grain + 1)
+            continue;
+        fetch_grain(store, grain);
+        store->asked = grain + 1;
+        ndm_i_writer_admit(&store->writer, grain, grain + 1);
+    }
+}
