@@ -4,6 +4,8 @@
 #include "governor/reserve.h"
 #include "governor/rows.h"
 #include "os/bits.h"
+#include "os/bytes.h"
+#include "os/locks.h"
 #include "os/status.h"
 
 #include <errno.h>

@@ -7,6 +7,7 @@
  * is granted. The count of sweeps beside the slack tells. The totals are added up anew. */
 #include "governor/lock.h"
 
+#include "os/locks.h"
 #include "os/status.h"
 
 #include <assert.h>

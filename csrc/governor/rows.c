@@ -4,6 +4,7 @@
 #include "governor/lock.h"
 #include "os/bits.h"
 #include "os/futex.h"
+#include "os/locks.h"
 #include "os/status.h"
 
 #include <assert.h>

@@ -1,6 +1,6 @@
-/* An open file: its locks, its size, its bytes and its blocks. The only file with open, flock, fcntl, ftruncate,
- * fallocate, pread, pwrite, sync_file_range, fadvise and stat of the files that a region is made of. It holds the file's
- * mapping, and knows nothing of what the bytes mean.
+/* An open file: how it is opened, its size, its mapping, its end. Only this file, bytes.h and locks.h make system calls on the
+ * files that a region is made of: open, stat, ftruncate here; fallocate, pread, pwrite, sync_file_range, fadvise on bytes;
+ * flock and fcntl for locks. They know nothing of what the bytes mean.
  *
  * Address space for the ceiling is mapped at the start (mapping past the end of a file is legal), so the base stays while
  * the file grows. Beyond that reservation the mapping is extended (mapping.h).
@@ -47,23 +47,9 @@ enum { NDM_I_LOCK_FILE, NDM_I_LOCK_BYTE, NDM_I_LOCK_NONE };
 bool ndm_i_file_is_own(const ndm_i_file *file);
 bool ndm_i_file_is_linked(const ndm_i_file *file);
 
-/* Lock, or unlock, one byte for this open file. false: another has it. */
-bool ndm_i_file_lock_byte(const ndm_i_file *file, uint64_t byte, bool lock);
-
-/* The same, but wait for the byte. 0 or errno. */
-int ndm_i_file_await_byte(const ndm_i_file *file, uint64_t byte);
-
 /* Exchange the open file for another of the same file, with locks of its own: a forked child's copy shares its parent's.
  * false with errno: the file is closed, no more. */
 bool ndm_i_file_reopen(ndm_i_file *file);
-
-/* Has another open file a byte of [*start, *end)? Then a range that it has is given, cut at those ends. A lock that reading is
- * enough for (F_RDLCK) does not count: what is asked for is a lock that only who may write to the file can hold. Where the
- * system cannot tell, all of the range is. */
-bool ndm_i_file_find_lock(const ndm_i_file *file, uint64_t *start, uint64_t *end);
-
-/* Has another open file that byte? */
-bool ndm_i_file_is_byte_locked(const ndm_i_file *file, uint64_t byte);
 
 /* The file's size now; 0 if it cannot be told. */
 uint64_t ndm_i_file_size(const ndm_i_file *file);
@@ -72,12 +58,6 @@ uint64_t ndm_i_file_size(const ndm_i_file *file);
  * has no lock. */
 int ndm_i_file_open_to_read(ndm_i_file *file, const char *path);
 int ndm_i_file_open_to_lease(ndm_i_file *file, const char *path);
-
-/* `whole`: lock the file against readers, false if there are some. Otherwise let them in again. */
-bool ndm_i_file_flock(const ndm_i_file *file, bool whole);
-
-/* Say that a reader is there, until the file is closed. NDM_ERR_WAIT while somebody bars readers. */
-int ndm_i_file_flock_to_read(const ndm_i_file *file);
 
 /* An unnamed file in `directory`, or in memory if it is NULL. */
 int ndm_i_file_open_unnamed(ndm_i_file *file, const char *directory);
@@ -107,44 +87,6 @@ void ndm_i_file_shrink(ndm_i_file *file, uint64_t capacity);
 /* May the file be written up to `end`? EIO if somebody else has shortened it: past its end, touching the mapping
  * would be SIGBUS. EFBIG beyond RLIMIT_FSIZE, where writing would raise SIGXFSZ. */
 int ndm_i_file_check_writable(const ndm_i_file *file, uint64_t end);
-
-/* pwrite all of it, cut at grains. `data` NULL: zeros. 0 or errno: EFBIG, before anything is written, if it would reach
- * past RLIMIT_FSIZE. */
-int ndm_i_file_write(const ndm_i_file *file, const uint8_t *data, uint64_t size, uint64_t offset);
-
-/* pread all of it; a file that ends before is EIO. */
-int ndm_i_file_load(const ndm_i_file *file, uint64_t offset, void *buffer, uint64_t size);
-
-/* pread, up to the file's end: how many bytes came. Negative, and no more than that, where the system cannot read them. */
-int64_t ndm_i_file_load_some(const ndm_i_file *file, uint64_t offset, void *buffer, uint64_t size);
-
-/* Get blocks for [start, end); what is there stays. Does nothing where the file system knows no fallocate(): writing
- * gets them there. 0 or errno. */
-int ndm_i_file_allocate(ndm_i_file *file, uint64_t start, uint64_t end);
-
-/* Get blocks for all of the file, whatever the file system knows; its bytes stay. 0 or errno. */
-int ndm_i_file_get_blocks(ndm_i_file *file);
-
-/* Does the file system punch holes? Asks it, past the end of the file. */
-bool ndm_i_file_can_punch(ndm_i_file *file);
-
-/* Give the blocks of [start, end) back. false: the file system would not (can_punch tells if it never will). */
-bool ndm_i_file_punch(ndm_i_file *file, uint64_t start, uint64_t end);
-
-/* Start writing dirty pages of [start, end) to disk, and wait for them if `wait`. 0 or errno. Any thread. */
-int ndm_i_file_write_back(const ndm_i_file *file, uint64_t start, uint64_t end, bool wait);
-
-/* Have the data on disk, and the file system's own notes of where it is. 0 or errno. */
-int ndm_i_file_sync(const ndm_i_file *file);
-
-/* Drop the clean pages of [start, end) from RAM. Any thread that holds the mapping. */
-void ndm_i_file_drop(const ndm_i_file *file, const ndm_i_mapping *mapping, uint64_t start, uint64_t end);
-
-/* Bytes that the file system has left for this user; UINT64_MAX: unknown. */
-uint64_t ndm_i_file_disk_free(const ndm_i_file *file);
-
-/* Bytes of disk that the file occupies. */
-int ndm_i_file_disk_bytes(const ndm_i_file *file, uint64_t *bytes);
 
 /* Let go of the mapping; views keep it. */
 void ndm_i_file_unmap(ndm_i_file *file);

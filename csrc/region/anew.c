@@ -1,6 +1,7 @@
 /* See anew.h. */
 #include "region/anew.h"
 
+#include "os/bytes.h"
 #include "os/status.h"
 #include "region/recover.h"
 

@@ -1,6 +1,7 @@
 /* What a region shows of itself: figures, slots, and the checker of all its books. */
 #include "region/ledger.h"
 
+#include "os/bytes.h"
 #include "os/residency.h"
 #include "os/status.h"
 #include "store/extents_check.h"

@@ -1,6 +1,7 @@
 /* See ledger.h. */
 #include "region/ledger.h"
 
+#include "os/bytes.h"
 #include "os/status.h"
 #include "region/place.h"
 

@@ -4,6 +4,8 @@
 #include "region/lookup.h"
 
 #include "os/bits.h"
+#include "os/bytes.h"
+#include "os/locks.h"
 #include "os/owner.h"
 #include "os/patience.h"
 #include "os/residency.h"

@@ -1,6 +1,7 @@
 /* Space that is no longer needed goes back to the file system. */
 #include "region/trim.h"
 
+#include "os/bytes.h"
 #include "os/status.h"
 
 #define PUNCH_FROM ((uint64_t)64 << 10) /* a hole costs a system call and, later, blocks again: not for less */

@@ -2,6 +2,7 @@
 #include "store/blocks.h"
 
 #include "os/bits.h"
+#include "os/bytes.h"
 
 #include <errno.h>
 

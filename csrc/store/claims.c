@@ -1,4 +1,5 @@
 /* See claims.h. */
+#include "os/locks.h"
 #include "store/claims.h"
 
 #include <assert.h>

@@ -2,6 +2,7 @@
 #include "store/direct.h"
 
 #include "os/bits.h"
+#include "os/bytes.h"
 #include "os/gather.h"
 #include "os/status.h"
 #include "store/blocks.h"

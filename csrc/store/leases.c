@@ -3,6 +3,7 @@
 #include "store/leases.h"
 
 #include "os/bits.h"
+#include "os/bytes.h"
 #include "os/fork.h"
 #include "os/owner.h"
 #include "os/status.h"

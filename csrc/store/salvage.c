@@ -17,6 +17,7 @@
 #include "store/salvage.h"
 
 #include "os/bits.h"
+#include "os/bytes.h"
 #include "os/status.h"
 
 #include <errno.h>

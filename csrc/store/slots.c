@@ -2,7 +2,9 @@
 #include "store/slots.h"
 
 #include "os/bits.h"
+#include "os/bytes.h"
 #include "os/fork.h"
+#include "os/locks.h"
 #include "os/owner.h"
 #include "os/status.h"
 #include "store/kinship.h"

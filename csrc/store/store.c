@@ -3,6 +3,7 @@
 #include "store/store.h"
 
 #include "os/bits.h"
+#include "os/bytes.h"
 #include "os/residency.h"
 #include "os/status.h"
 #include "store/blocks.h"

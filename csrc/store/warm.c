@@ -2,6 +2,7 @@
 #include "store/warm.h"
 
 #include "os/bits.h"
+#include "os/bytes.h"
 #include "os/residency.h"
 
 #define GRAIN NDM_I_GRAIN

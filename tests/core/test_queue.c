@@ -4,6 +4,7 @@
  * usage: test_queue [directory]: it should be on a disk, for on tmpfs no writer runs, and most of this is left out. */
 #define _GNU_SOURCE
 #include "check.h"
+#include "os/bytes.h"
 #include "os/residency.h"
 #include "store/writer.h"
 
