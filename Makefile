@@ -250,7 +250,8 @@ fuzz: $(addprefix $(FUZZ)/,$(FUZZERS))
 # Not test_forks: a child keeps the books of other threads' regions, and valgrind takes them for leaks.
 # Not test_last_error: valgrind takes the part that a moved mapping has gained for memory that may not be written to.
 # Nor test_governor_threads: one thread would wait for another's lock on a file, and valgrind lets no other run meanwhile.
-CHECKED := $(filter-out test_writer test_forks test_last_error test_governor_threads,\
+# Nor test_governor_deaths, which traces.
+CHECKED := $(filter-out test_writer test_forks test_last_error test_governor_threads test_governor_deaths,\
 	$(notdir $(basename $(wildcard tests/core/test_*.c))))
 
 valgrind:

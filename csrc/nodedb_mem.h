@@ -545,7 +545,8 @@ int64_t ndm_h_size(uint64_t handle, int64_t slot);
  * Shared. ndm_governor_open() maps a file that the governors of other processes map, too: all live under one ceiling. A
  * governor that was opened with options has a claim there, which is a lock of its open file. When its process ends, by
  * kill -9 also, what it had reserved is given back: the next one that finds no room, takes a snapshot, or opens the file,
- * sees to it. The file is created 0600 and belongs to its user. It is trusted as far as that user is: whoever may write to it
+ * sees to it. If a process was stopped (SIGSTOP) at a moment when it had the lock on the file, what needs the lock fails after ten
+ * seconds with NDM_ERR_IO and ETIMEDOUT; what is released meanwhile is released. The file is created 0600 and belongs to its user. It is trusted as far as that user is: whoever may write to it
  * may break the counts, and shortening it while it is mapped is SIGBUS. What can be seen to be wrong when it is opened is
  * an error.
  *
@@ -603,7 +604,7 @@ int ndm_governor_try_release(ndm_governor *governor, int64_t engine, uint64_t si
 
 /* Wait for room, first come first served among all threads and processes: get in line, wait, and leave the line unless
  * ndm_governor_wait() has returned NDM_OK. Who waits for an engine's limit delays that engine only; who waits for the
- * ceiling delays all. ndm_governor_queue() returns a ticket; NDM_ERR_BUDGET or NDM_ERR_CEILING if it could never fit,
+ * ceiling delays all, unless it has not looked for five seconds. ndm_governor_queue() returns a ticket; NDM_ERR_BUDGET or NDM_ERR_CEILING if it could never fit,
  * NDM_ERR_IO with EAGAIN if 512 wait. ndm_governor_wait(): NDM_OK if it is reserved now; NDM_ERR_WAIT after `timeout`
  * nanoseconds, or a signal; with timeout 0, one look, and why not. */
 int64_t ndm_governor_queue(ndm_governor *governor, int64_t engine, uint64_t size);

@@ -15,6 +15,11 @@
  *   takes from used before it adds to slack. So what is used is within the limits whenever what is granted is.
  *   While a total is over its limit, no cell keeps slack of it for long: releases give back, reservations sweep first.
  *   A release adds to slack, then looks at strict; a waiter sets strict, then sweeps. One of them sees the other.
+ *   A row that is not claimed is all zeros.
+ *
+ * A process may be killed, or stopped, at any instruction. Killed, it leaves its claim to the reaper, and `dirty` to the next one
+ * with the lock (lock.c). Stopped with the lock, it makes the others wait for some seconds, and then they are refused; what they
+ * release goes to slack without the lock. Stopped in the line of waiters, it holds nobody up who comes later.
  *
  * Whoever may write to the file may break the books: it is the user's own (0600), and no further than that is trusted. What
  * is used as an index is checked all the same. */
@@ -29,7 +34,7 @@ enum {
     NDM_I_ENGINES = 256,
     NDM_I_ROWS = 128,    /* claims on a file at a time */
     NDM_I_WAITERS = 512, /* at a time */
-    NDM_I_LAYOUT = 1,    /* grows when anything below changes */
+    NDM_I_LAYOUT = 2,    /* grows when anything below changes */
     NDM_I_SLACK_BITS = 48
 };
 
@@ -70,6 +75,7 @@ typedef struct {
 typedef struct {
     uint64_t ticket; /* in the order of arrival; 0: unused */
     uint64_t size;
+    _Atomic uint64_t looked; /* when it did so last (ndm_i_now); 0: it has left, and could not say so with the lock */
     uint32_t row, engine;
 } ndm_i_waiter;
 
@@ -100,6 +106,12 @@ typedef struct {
     ndm_i_engine engine[NDM_I_ENGINES];
     ndm_i_waiter waiters[NDM_I_WAITERS];
 } ndm_i_books;
+
+/* Engines that may be known are below, whatever the file says. */
+static inline uint32_t ndm_i_known(const ndm_i_books *books)
+{
+    return books->known < NDM_I_ENGINES ? books->known : NDM_I_ENGINES;
+}
 
 _Static_assert(sizeof(ndm_i_cell) == 64 && sizeof(ndm_i_engine) == 64, "an engine is a cache line");
 _Static_assert(ATOMIC_LLONG_LOCK_FREE == 2 && ATOMIC_INT_LOCK_FREE == 2, "processes share no lock of the C library");

@@ -1,5 +1,6 @@
 /* How a governor begins, what it may have, and how it ends. */
 #include "governor/figures.h"
+#include "governor/lock.h"
 #include "governor/number.h"
 #include "governor/reserve.h"
 #include "governor/rows.h"
@@ -13,15 +14,22 @@
 #include <string.h>
 
 #define ROWS_AT ndm_i_round_up(sizeof(ndm_i_books), 4096)
+#define PATIENCE UINT64_C(10000000000)
 #define FILE_SIZE (ROWS_AT + NDM_I_ROWS * sizeof(ndm_i_row))
 
 /* ---- what engines may have: with the lock --------------------------------------------------------------- */
 
-static uint64_t limits_of_all(const ndm_i_books *books)
+static bool is_known(const ndm_i_books *books, uint32_t engine)
+{
+    return books->engine[engine].state & NDM_I_KNOWN;
+}
+
+static uint64_t limits_of_others(const ndm_i_books *books, uint32_t engine)
 {
     uint64_t sum = 0;
-    for (uint32_t e = 0; e < books->known; e++)
-        sum += books->engine[e].limit; /* at most what a ceiling was: no overflow */
+    for (uint32_t e = 0; e < ndm_i_known(books); e++)
+        if (e != engine && is_known(books, e))
+            sum += books->engine[e].limit; /* at most what a ceiling was: no overflow */
     return sum;
 }
 
@@ -29,19 +37,23 @@ static uint64_t limits_of_all(const ndm_i_books *books)
 static void set_keeps(ndm_governor *governor)
 {
     ndm_i_books *books = governor->books;
-    for (uint32_t e = 0; e < books->known; e++) {
+    for (uint32_t e = 0; e < ndm_i_known(books); e++) {
         const uint64_t most = ndm_i_min(books->engine[e].limit, books->ceiling);
         books->engine[e].keep = ndm_i_min(most / (governor->shared ? 2 * NDM_I_ROWS : 4), NDM_I_MOST_KEPT);
     }
 }
 
-static int set_limit(ndm_governor *governor, uint32_t engine, uint64_t limit)
+/* The state comes last: who dies before has added nothing. */
+static int set_limit(ndm_governor *governor, uint32_t engine, uint64_t limit, uint64_t state)
 {
     ndm_i_books *books = governor->books;
     ndm_i_engine *e = &books->engine[engine];
-    if (limit > e->limit && limits_of_all(books) - e->limit + limit > books->ceiling)
+    const uint64_t before = is_known(books, engine) ? e->limit : 0;
+    if (limit > before && limits_of_others(books, engine) + limit > books->ceiling)
         return ndm_i_fail(NDM_ERR_ARGUMENT, "the limits of all engines add up to more than the ceiling");
+    books->known = (uint32_t)ndm_i_max(books->known, (uint64_t)engine + 1);
     e->limit = limit;
+    e->state = state;
     set_keeps(governor);
     ndm_i_books_settle(governor);
     ndm_i_notify(governor);
@@ -53,19 +65,13 @@ int ndm_governor_add_engine(ndm_governor *governor, int64_t engine, uint64_t lim
     int status = ndm_i_check_call(governor, engine, limit);
     if (status != NDM_OK || (status = ndm_i_books_lock(governor)) != NDM_OK)
         return status;
-    ndm_i_books *books = governor->books;
-    ndm_i_engine *e = &books->engine[engine];
+    const ndm_i_books *books = governor->books;
+    const ndm_i_engine *e = &books->engine[engine];
     const uint64_t state = NDM_I_KNOWN | (spillable ? NDM_I_SPILLABLE : 0);
-    if (e->state & NDM_I_KNOWN) {
-        if (e->limit != limit || e->state != state)
-            status = ndm_i_fail(NDM_ERR_ARGUMENT, "the engine is known, with another limit or kind");
-    } else {
-        books->known = (uint32_t)ndm_i_max(books->known, (uint64_t)engine + 1);
-        e->limit = 0;
-        e->state = state;
-        if ((status = set_limit(governor, (uint32_t)engine, limit)) != NDM_OK)
-            e->state = 0;
-    }
+    if (!is_known(books, (uint32_t)engine))
+        status = set_limit(governor, (uint32_t)engine, limit, state);
+    else if (e->limit != limit || e->state != state)
+        status = ndm_i_fail(NDM_ERR_ARGUMENT, "the engine is known, with another limit or kind");
     ndm_i_books_unlock(governor);
     return status;
 }
@@ -75,8 +81,8 @@ int ndm_governor_set_limit(ndm_governor *governor, int64_t engine, uint64_t limi
     int status = ndm_i_check_call(governor, engine, limit);
     if (status != NDM_OK || (status = ndm_i_books_lock(governor)) != NDM_OK)
         return status;
-    if (governor->books->engine[engine].state & NDM_I_KNOWN)
-        status = set_limit(governor, (uint32_t)engine, limit);
+    if (is_known(governor->books, (uint32_t)engine))
+        status = set_limit(governor, (uint32_t)engine, limit, governor->books->engine[engine].state);
     else
         status = ndm_i_can_ever_fit(governor, (uint32_t)engine, 0);
     ndm_i_books_unlock(governor);
@@ -127,37 +133,6 @@ static void in_child(void *governor)
         ndm_i_governor_renew(governor);
 }
 
-/* Counters of nothing; what engines may have stays. */
-static void forget_counts(ndm_i_books *books)
-{
-    books->granted = books->spillable = books->peak = 0;
-    books->strict = books->dirty = books->waiting = 0;
-    books->sweep.row = 0;
-    memset(books->waiters, 0, sizeof books->waiters);
-    for (uint32_t e = 0; e < NDM_I_ENGINES; e++) {
-        ndm_i_engine *engine = &books->engine[e];
-        engine->granted = engine->peak = engine->rejections = engine->waits = engine->reclaimed = 0;
-    }
-}
-
-void ndm_i_governor_renew(ndm_governor *governor)
-{
-    governor->process = ndm_i_process();
-    governor->epoch++;
-    governor->outer = 0;
-    for (int i = 0; i <= NDM_I_ENGINES; i++)
-        governor->levels[i] = 0;
-    atomic_store(&governor->row, NULL);
-    if (governor->shared) { /* a row is claimed when one is needed */
-        if (governor->file.fd >= 0)
-            ndm_i_file_reopen(&governor->file);
-        return;
-    }
-    memset(governor->rows, 0, sizeof *governor->rows);
-    forget_counts(governor->books);
-    ndm_i_row_claim(governor);
-}
-
 static ndm_governor *governor_new(void)
 {
     ndm_governor *governor = calloc(1, sizeof *governor);
@@ -167,6 +142,7 @@ static ndm_governor *governor_new(void)
         return NULL;
     }
     governor->file.fd = -1;
+    governor->patience = PATIENCE;
     pthread_mutex_init(&governor->lock, NULL);
     return governor;
 }
@@ -268,7 +244,7 @@ static int agree(ndm_governor *governor, const ndm_governor_options *options)
     if (!in_use(governor)) {
         memset(books->engine, 0, sizeof books->engine);
         books->known = 0;
-        forget_counts(books);
+        ndm_i_books_forget(books);
         set_options(books, options);
         books->dirty = 1; /* the lock is held */
         return NDM_OK;
@@ -324,9 +300,10 @@ ndm_governor *ndm_governor_open(const char *path, const ndm_governor_options *op
     if (!governor)
         return NULL;
     governor->shared = true;
+    listed(governor); /* before there is anything that a forked child could inherit */
     if (ndm_i_file_open(&governor->file, path, options != NULL, NDM_I_LOCK_NONE) != NDM_OK)
         goto fail;
-    const int refused = ndm_i_file_await_byte(&governor->file, 0);
+    const int refused = ndm_i_file_await_byte(&governor->file, 0, governor->patience);
     if (refused) {
         ndm_i_fail_io(refused, "cannot lock the governor's file");
         goto fail;
@@ -336,16 +313,17 @@ ndm_governor *ndm_governor_open(const char *path, const ndm_governor_options *op
     if (status != NDM_OK)
         goto fail;
     /* A mapping keeps its open file, with the locks of that, also in a forked child. So the claim is another open file's. */
-    if (!ndm_i_file_reopen(&governor->file)) {
+    ndm_i_fork_bar();
+    const bool reopened = ndm_i_file_reopen(&governor->file);
+    ndm_i_fork_let();
+    if (!reopened)
         ndm_i_fail_io(errno, "cannot open the file again");
+    if (!reopened || join(governor, options) != NDM_OK)
         goto fail;
-    }
-    if (join(governor, options) != NDM_OK)
-        goto fail;
-    listed(governor);
     return governor;
 
 fail:
+    ndm_i_fork_remove(&governor->fork);
     ndm_i_file_close(&governor->file, NULL);
     free(governor);
     return NULL;

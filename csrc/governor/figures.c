@@ -1,36 +1,11 @@
 /* What a governor shows: figures, pressure, and whether its books are sound. */
 #include "governor/figures.h"
 
+#include "governor/lock.h"
 #include "governor/reserve.h"
 #include "governor/rows.h"
 #include "os/bits.h"
 #include "os/status.h"
-
-uint64_t ndm_i_used(const ndm_governor *governor, uint32_t engine)
-{
-    uint64_t sum = 0;
-    for (uint32_t i = 0; i < governor->count; i++)
-        if (atomic_load_explicit(&governor->rows[i].claimed, memory_order_acquire))
-            sum += atomic_load_explicit(&governor->rows[i].cells[engine].used, memory_order_relaxed);
-    return sum;
-}
-
-uint64_t ndm_i_used_by_all(const ndm_governor *governor)
-{
-    uint64_t sum = 0;
-    for (uint32_t i = 0; i < governor->count; i++)
-        if (atomic_load_explicit(&governor->rows[i].claimed, memory_order_acquire))
-            sum += atomic_load_explicit(&governor->rows[i].used, memory_order_relaxed);
-    return sum;
-}
-
-void ndm_i_note_peaks(ndm_governor *governor, uint32_t engine)
-{
-    if (!governor->shared)
-        return; /* its only row knows */
-    ndm_i_raise(&governor->books->engine[engine].peak, ndm_i_used(governor, engine));
-    ndm_i_raise(&governor->books->peak, ndm_i_used_by_all(governor));
-}
 
 /* ---- pressure ------------------------------------------------------------------------------------------- */
 
@@ -114,7 +89,7 @@ static void fill(ndm_governor *governor, ndm_governor_figures *out)
     out->waiting = books->waiting;
     out->repairs = books->repairs;
     out->epoch = governor->epoch;
-    out->engine_count = books->known;
+    out->engine_count = ndm_i_known(books);
     out->process_count = out->allocated = 0;
     for (uint64_t e = 0; e < out->engine_count; e++) {
         const ndm_i_engine *engine = &books->engine[e];
@@ -196,7 +171,7 @@ static int64_t check_engine(const ndm_governor *governor, uint32_t engine)
     }
     broken += granted != books->engine[engine].granted;
     broken += !(books->strict & NDM_I_OVER) && granted > books->engine[engine].limit;
-    broken += granted > 0 && (engine >= books->known || !(books->engine[engine].state & NDM_I_KNOWN));
+    broken += granted > 0 && (engine >= ndm_i_known(books) || !(books->engine[engine].state & NDM_I_KNOWN));
     return broken;
 }
 

@@ -16,28 +16,44 @@ static struct {
 
 static uint64_t count_of(uint64_t word) { return word >> CALL_BITS; }
 
+/* A place for the governor; 0: all are taken. */
+static uint64_t take(ndm_governor *governor)
+{
+    for (uint64_t place = 0; place < PLACES; place++) {
+        const uint64_t count = count_of(places[place].word);
+        ndm_governor *nobody = NULL;
+        if (count % 2 != 0 || count > INT32_MAX / 2 ||
+            !atomic_compare_exchange_strong(&places[place].governor, &nobody, governor))
+            continue;
+        const uint64_t word = (count_of(places[place].word) + 1) << CALL_BITS;
+        places[place].word = word;
+        return word | place;
+    }
+    return 0;
+}
+
+static void leave(uint64_t number)
+{
+    const uint64_t place = (uint32_t)number;
+    places[place].word = (count_of(number) + 1) << CALL_BITS;
+    atomic_store(&places[place].governor, NULL);
+}
+
 uint64_t ndm_governor_handle(ndm_governor *governor)
 {
     if (!governor) {
         ndm_i_fail(NDM_ERR_CLOSED, "no governor");
         return 0;
     }
-    pthread_mutex_lock(&governor->lock);
     uint64_t number = governor->handle;
-    for (uint64_t place = 0; number == 0 && place < PLACES; place++) {
-        uint64_t word = places[place].word;
-        ndm_governor *nobody = NULL;
-        if (count_of(word) % 2 != 0 || count_of(word) > INT32_MAX / 2 ||
-            !atomic_compare_exchange_strong(&places[place].governor, &nobody, governor))
-            continue;
-        places[place].word = (count_of(word) + 1) << CALL_BITS;
-        number = (count_of(word) + 1) << CALL_BITS | place;
-    }
-    governor->handle = number;
-    pthread_mutex_unlock(&governor->lock);
-    if (number == 0)
+    if (number != 0)
+        return number;
+    const uint64_t mine = take(governor);
+    if (mine == 0)
         ndm_i_fail(NDM_ERR_MEMORY, "no place for another handle");
-    return number;
+    else if (!atomic_compare_exchange_strong(&governor->handle, &number, mine))
+        leave(mine); /* another thread was first, and nobody knows this one */
+    return number != 0 ? number : mine;
 }
 
 ndm_governor *ndm_i_number_begin(uint64_t number)
@@ -64,10 +80,16 @@ void ndm_i_number_retire(ndm_governor *governor)
     uint64_t idle = count_of(number) << CALL_BITS;
     while (!atomic_compare_exchange_weak(&places[place].word, &idle, (count_of(number) + 1) << CALL_BITS)) {
         idle = count_of(number) << CALL_BITS;
-        if (governor->epoch > 0 || !ndm_i_is_process(governor->process))
-            break; /* a forked child: the calls may be those of threads that are not here */
+        if (!ndm_i_is_process(governor->process))
+            break; /* a forked child that no handler saw */
         sched_yield();
     }
-    places[place].word = (count_of(number) + 1) << CALL_BITS;
-    atomic_store(&places[place].governor, NULL);
+    leave(number);
+}
+
+void ndm_i_number_renew(ndm_governor *governor)
+{
+    const uint64_t number = governor->handle;
+    if (number != 0)
+        places[(uint32_t)number].word = count_of(number) << CALL_BITS;
 }

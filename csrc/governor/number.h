@@ -11,4 +11,7 @@ void ndm_i_number_end(uint64_t number);
 /* The number is nobody's from now on; returns when no call by it is running. */
 void ndm_i_number_retire(ndm_governor *governor);
 
+/* In a forked child: the calls by the number were those of threads that are not here. */
+void ndm_i_number_renew(ndm_governor *governor);
+
 #endif

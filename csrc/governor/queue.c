@@ -2,6 +2,7 @@
  * stand in one line. Those behind count what those before them want as taken (reserve.c). */
 #include "governor/reserve.h"
 
+#include "governor/lock.h"
 #include "governor/rows.h"
 #include "os/bits.h"
 #include "os/futex.h"
@@ -39,12 +40,15 @@ int64_t ndm_governor_queue(ndm_governor *governor, int64_t engine, uint64_t size
     ndm_i_books *books = governor->books;
     int64_t ticket = 0;
     status = ndm_i_can_ever_fit(governor, (uint32_t)engine, size);
+    if ((status == NDM_ERR_BUDGET || status == NDM_ERR_CEILING) && atomic_load(&governor->row))
+        atomic_load(&governor->row)->cells[engine].rejections++;
     if (status == NDM_OK && !atomic_load(&governor->row))
         status = ndm_i_row_claim(governor);
     ndm_i_waiter *waiter = status == NDM_OK ? find(governor, 0) : NULL;
     if (waiter) {
         ndm_i_row *row = atomic_load(&governor->row);
         waiter->size = size;
+        waiter->looked = ndm_i_now();
         waiter->engine = (uint32_t)engine;
         waiter->row = (uint32_t)(row - governor->rows);
         waiter->ticket = ++books->next_ticket;
@@ -67,10 +71,13 @@ static int try_again(ndm_governor *governor, uint64_t ticket, uint32_t *seen)
         return status;
     *seen = atomic_load(&governor->books->changes);
     ndm_i_waiter *waiter = find(governor, ticket);
-    if (!waiter)
+    if (!waiter || waiter->engine >= NDM_I_ENGINES) {
         status = ndm_i_fail(NDM_ERR_ARGUMENT, "nobody waits with that ticket");
-    else if ((status = ndm_i_budget_take(governor, waiter->engine, waiter->size, ticket)) == NDM_OK)
-        remove_entry(governor, waiter);
+    } else {
+        waiter->looked = ndm_i_now();
+        if ((status = ndm_i_budget_take(governor, waiter->engine, waiter->size, ticket)) == NDM_OK)
+            remove_entry(governor, waiter);
+    }
     ndm_i_books_unlock(governor);
     return status;
 }
@@ -98,10 +105,18 @@ int ndm_governor_wait(ndm_governor *governor, int64_t ticket, uint64_t timeout)
 
 void ndm_governor_leave(ndm_governor *governor, int64_t ticket)
 {
-    if (!governor || ticket <= 0 || ndm_i_books_lock(governor) != NDM_OK)
+    if (!governor || ticket <= 0)
         return;
+    if (ndm_i_books_lock(governor) != NDM_OK) { /* no entry of a living process changes but by itself */
+        ndm_i_waiter *waiter = ndm_i_is_process(governor->process) ? find(governor, (uint64_t)ticket) : NULL;
+        if (waiter) {
+            waiter->looked = 0;
+            governor->left = true;
+        }
+        return;
+    }
     ndm_i_waiter *waiter = find(governor, (uint64_t)ticket);
-    if (waiter) {
+    if (waiter && waiter->engine < NDM_I_ENGINES) {
         atomic_load(&governor->row)->cells[waiter->engine].rejections++;
         remove_entry(governor, waiter);
     }
@@ -117,7 +132,7 @@ int ndm_governor_ask(ndm_governor *governor, int64_t engine, uint64_t size)
         return status;
     int asked = 0;
     const uint32_t first = engine < 0 ? 0 : (uint32_t)engine;
-    const uint32_t end = engine < 0 ? governor->books->known : first + 1;
+    const uint32_t end = engine < 0 ? ndm_i_known(governor->books) : first + 1;
     for (uint32_t i = 0; i < governor->count; i++) {
         ndm_i_row *row = &governor->rows[i];
         bool any = false;
@@ -137,14 +152,15 @@ int ndm_governor_ask(ndm_governor *governor, int64_t engine, uint64_t size)
 int ndm_governor_is_asked(const ndm_governor *governor)
 {
     const ndm_i_row *row = governor ? atomic_load_explicit(&governor->row, memory_order_acquire) : NULL;
-    return row && atomic_load_explicit(&row->attention, memory_order_relaxed) != 0;
+    return row && atomic_load_explicit(&row->attention, memory_order_relaxed) != 0 &&
+           ndm_i_is_process(governor->process);
 }
 
 int64_t ndm_governor_asked(ndm_governor *governor, uint64_t *sizes)
 {
     ndm_i_row *row = governor ? atomic_load(&governor->row) : NULL;
     int64_t engines = 0;
-    if (!row || atomic_exchange(&row->attention, 0) == 0)
+    if (!row || !ndm_i_is_process(governor->process) || atomic_exchange(&row->attention, 0) == 0)
         return 0;
     for (uint32_t e = 0; e < NDM_I_ENGINES; e++) {
         sizes[e] = atomic_exchange(&row->cells[e].asked, 0);

@@ -2,12 +2,11 @@
  * lock, where all layers are looked at before any is changed: a refusal has nothing to roll back. */
 #include "governor/reserve.h"
 
-#include "governor/figures.h"
+#include "governor/lock.h"
 #include "governor/rows.h"
 #include "os/bits.h"
+#include "os/patience.h"
 #include "os/status.h"
-
-#include <string.h>
 
 int ndm_i_check_call(const ndm_governor *governor, int64_t engine, uint64_t size)
 {
@@ -72,13 +71,19 @@ typedef struct {
     uint64_t engine, all, spillable;
 } ahead;
 
+/* Waiters look ten times a second. Who has not for that long (ns) is stopped, or its event loop is, and cannot take anything. */
+#define ABSENT UINT64_C(5000000000)
+
 /* Who waits for the same engine comes first; so does who waits for nothing but the ceiling. */
 static ahead waiters_ahead(const ndm_i_books *books, uint32_t engine, uint64_t ticket)
 {
     ahead sum = {0};
+    const uint64_t now = books->waiting > 0 ? ndm_i_now() : 0;
     for (uint32_t i = 0; books->waiting > 0 && i < NDM_I_WAITERS; i++) {
         const ndm_i_waiter *other = &books->waiters[i];
         if (other->ticket == 0 || other->ticket >= ticket || other->engine >= NDM_I_ENGINES)
+            continue;
+        if (plus(other->looked, ABSENT) < now)
             continue;
         const ndm_i_engine *theirs = &books->engine[other->engine];
         if (other->size > theirs->limit)
@@ -220,12 +225,29 @@ int ndm_governor_charge(ndm_governor *governor, int64_t engine, uint64_t size)
     return status;
 }
 
+/* Without the lock, which cannot be had: the next one that has it sweeps. false: more is released than is reserved, or slack
+ * has no room for so much. */
+static bool put_by(ndm_governor *governor, uint32_t engine, uint64_t size)
+{
+    ndm_i_row *row = atomic_load(&governor->row);
+    if (!row || !ndm_i_is_process(governor->process) || !leave(row, engine, size))
+        return false;
+    uint64_t word = row->cells[engine].slack;
+    do
+        if ((word & NDM_I_SLACK_MASK) + size > NDM_I_SLACK_MASK) {
+            enter(row, engine, size);
+            return false;
+        }
+    while (!atomic_compare_exchange_weak(&row->cells[engine].slack, &word, word + size));
+    return true;
+}
+
 /* Give back what a release has left, or `size` that was not released yet. */
 static int give(ndm_governor *governor, uint32_t engine, uint64_t size)
 {
     int status = ndm_i_books_lock(governor);
     if (status != NDM_OK)
-        return status;
+        return size == 0 || (size <= NDM_I_SLACK_MASK && put_by(governor, engine, size)) ? NDM_OK : status;
     ndm_i_row *row = atomic_load(&governor->row);
     if (size > 0 && (!row || !leave(row, engine, size))) {
         status = ndm_i_fail(NDM_ERR_ARGUMENT, "more is released than is reserved");

@@ -15,12 +15,4 @@ int ndm_i_can_ever_fit(ndm_governor *governor, uint32_t engine, uint64_t size);
 /* NDM_ERR_CLOSED, NDM_ERR_ARGUMENT. */
 int ndm_i_check_call(const ndm_governor *governor, int64_t engine, uint64_t size);
 
-static inline void ndm_i_raise(_Atomic uint64_t *peak, uint64_t value)
-{
-    uint64_t before = atomic_load_explicit(peak, memory_order_relaxed);
-    while (before < value && !atomic_compare_exchange_weak_explicit(peak, &before, value, memory_order_relaxed,
-                                                                    memory_order_relaxed))
-        ;
-}
-
 #endif

@@ -1,7 +1,6 @@
 /* See rows.h. */
 #include "governor/rows.h"
 
-#include "governor/lock.h"
 #include "os/bits.h"
 #include "os/futex.h"
 #include "os/locks.h"
@@ -9,10 +8,55 @@
 
 #include <assert.h>
 #include <errno.h>
-#include <string.h>
 #include <unistd.h>
 
 /* ---- totals --------------------------------------------------------------------------------------------- */
+
+uint64_t ndm_i_used(const ndm_governor *governor, uint32_t engine)
+{
+    uint64_t sum = 0;
+    for (uint32_t i = 0; i < governor->count; i++)
+        if (atomic_load_explicit(&governor->rows[i].claimed, memory_order_acquire))
+            sum += atomic_load_explicit(&governor->rows[i].cells[engine].used, memory_order_relaxed);
+    return sum;
+}
+
+uint64_t ndm_i_used_by_all(const ndm_governor *governor)
+{
+    uint64_t sum = 0;
+    for (uint32_t i = 0; i < governor->count; i++)
+        if (atomic_load_explicit(&governor->rows[i].claimed, memory_order_acquire))
+            sum += atomic_load_explicit(&governor->rows[i].used, memory_order_relaxed);
+    return sum;
+}
+
+void ndm_i_note_peaks(ndm_governor *governor, uint32_t engine)
+{
+    if (!governor->shared)
+        return; /* its only row knows */
+    ndm_i_raise(&governor->books->engine[engine].peak, ndm_i_used(governor, engine));
+    ndm_i_raise(&governor->books->peak, ndm_i_used_by_all(governor));
+}
+
+void ndm_i_books_recount(ndm_governor *governor)
+{
+    ndm_i_books *books = governor->books;
+    const uint32_t known = ndm_i_known(books);
+    uint64_t granted[NDM_I_ENGINES] = {0}, all = 0, spillable = 0;
+    for (uint32_t i = 0; i < governor->count; i++)
+        for (uint32_t e = 0; governor->rows[i].claimed && e < known; e++)
+            granted[e] += governor->rows[i].cells[e].granted;
+    for (uint32_t e = 0; e < known; e++) {
+        books->engine[e].granted = granted[e];
+        all += granted[e];
+        spillable += books->engine[e].state & NDM_I_SPILLABLE ? granted[e] : 0;
+    }
+    books->granted = all;
+    books->spillable = spillable;
+    books->waiting = 0;
+    for (uint32_t i = 0; i < NDM_I_WAITERS; i++)
+        books->waiting += books->waiters[i].ticket != 0;
+}
 
 static void add(ndm_i_books *books, uint32_t engine, uint64_t size)
 {
@@ -71,7 +115,7 @@ uint64_t ndm_i_sweep(ndm_governor *governor, ndm_i_row *row, uint32_t engine, ui
 uint64_t ndm_i_sweep_all(ndm_governor *governor, uint32_t engine)
 {
     const uint32_t first = engine == NDM_I_EVERY_ENGINE ? 0 : engine;
-    const uint32_t end = engine == NDM_I_EVERY_ENGINE ? governor->books->known : engine + 1;
+    const uint32_t end = engine == NDM_I_EVERY_ENGINE ? ndm_i_known(governor->books) : engine + 1;
     uint64_t taken = 0;
     for (uint32_t i = 0; i < governor->count; i++)
         for (uint32_t e = first; governor->rows[i].claimed && e < end; e++)
@@ -85,7 +129,7 @@ static bool is_over(const ndm_i_books *books)
 {
     if (books->granted > books->ceiling || books->spillable > books->ceiling - ndm_i_min(books->headroom, books->ceiling))
         return true;
-    for (uint32_t e = 0; e < books->known; e++)
+    for (uint32_t e = 0; e < ndm_i_known(books); e++)
         if (books->engine[e].granted > books->engine[e].limit)
             return true;
     return false;
@@ -115,24 +159,31 @@ void ndm_i_notify(ndm_governor *governor)
 
 /* ---- claims --------------------------------------------------------------------------------------------- */
 
-/* Give back all that a row has; its claim is over. Its counts of events go to the engines. */
+/* Its counts of events go to the engine. What is used is gone before what is granted. */
+static void empty(ndm_i_engine *engine, ndm_i_cell *cell)
+{
+    engine->rejections += atomic_exchange(&cell->rejections, 0);
+    engine->waits += atomic_exchange(&cell->waits, 0);
+    engine->reclaimed += atomic_exchange(&cell->reclaimed, 0);
+    ndm_i_raise(&engine->peak, atomic_exchange(&cell->peak, 0));
+    cell->asked = cell->slack = 0;
+    cell->used = 0;
+    cell->granted = 0;
+}
+
+/* Give back all that a row has. Its claim is over in the end: who dies meanwhile leaves a row that is claimed, by nobody. */
 static void vacate(ndm_governor *governor, ndm_i_row *row)
 {
     ndm_i_books *books = governor->books;
-    for (uint32_t e = 0; e < NDM_I_ENGINES; e++) {
-        ndm_i_cell *cell = &row->cells[e];
-        books->engine[e].rejections += cell->rejections;
-        books->engine[e].waits += cell->waits;
-        books->engine[e].reclaimed += cell->reclaimed;
-        books->engine[e].peak = ndm_i_max(books->engine[e].peak, cell->peak);
-    }
-    books->peak = ndm_i_max(books->peak, row->peak);
+    for (uint32_t e = 0; e < ndm_i_known(books); e++)
+        empty(&books->engine[e], &row->cells[e]);
+    ndm_i_raise(&books->peak, row->peak);
     const uint32_t number = (uint32_t)(row - governor->rows);
     for (uint32_t i = 0; i < NDM_I_WAITERS; i++)
         if (books->waiters[i].ticket != 0 && books->waiters[i].row == number)
             books->waiters[i].ticket = 0;
+    row->used = row->peak = row->real = row->pid = row->attention = 0;
     row->claimed = 0;
-    memset(row, 0, sizeof *row);
     ndm_i_books_recount(governor);
 }
 
@@ -145,7 +196,6 @@ int ndm_i_row_claim(ndm_governor *governor)
             continue;
         if (row->claimed)
             vacate(governor, row); /* whoever had it is gone */
-        memset(row, 0, sizeof *row);
         row->pid = (uint64_t)getpid();
         row->claimed = 1;
         atomic_store(&governor->row, row);

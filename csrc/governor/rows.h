@@ -1,10 +1,32 @@
-/* What rows have: claimed, granted, swept, and given back when a claim has ended. All of it is done with the lock. */
+/* What rows have: claimed, granted, swept, added up, and given back when a claim has ended. It is done with the lock, unless
+ * the function says otherwise. */
 #ifndef NDM_GOVERNOR_ROWS_H
 #define NDM_GOVERNOR_ROWS_H
 
 #include "governor/governor.h"
 
 #define NDM_I_EVERY_ENGINE NDM_I_ENGINES
+
+/* The byte of the file that stands for a row's claim; that of the lock on the books is 0. */
+static inline uint64_t ndm_i_claim_byte(uint32_t row) { return 1 + (uint64_t)row; }
+
+static inline void ndm_i_raise(_Atomic uint64_t *peak, uint64_t value)
+{
+    uint64_t before = atomic_load_explicit(peak, memory_order_relaxed);
+    while (before < value && !atomic_compare_exchange_weak_explicit(peak, &before, value, memory_order_relaxed,
+                                                                    memory_order_relaxed))
+        ;
+}
+
+/* Bytes reserved now, of an engine in all rows; and of all engines. Without the lock, too. */
+uint64_t ndm_i_used(const ndm_governor *governor, uint32_t engine);
+uint64_t ndm_i_used_by_all(const ndm_governor *governor);
+
+/* The highest sums: a row alone knows its own. */
+void ndm_i_note_peaks(ndm_governor *governor, uint32_t engine);
+
+/* Add the totals up anew, from the rows. */
+void ndm_i_books_recount(ndm_governor *governor);
 
 /* Have a row of one's own. NDM_ERR_IO with EAGAIN if all are claimed. */
 int ndm_i_row_claim(ndm_governor *governor);

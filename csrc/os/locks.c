@@ -3,11 +3,14 @@
 #include "os/locks.h"
 
 #include "os/bits.h"
+#include "os/patience.h"
 #include "os/status.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <sched.h>
 #include <sys/file.h>
+#include <time.h>
 
 bool ndm_i_file_lock_byte(const ndm_i_file *file, uint64_t byte, bool lock)
 {
@@ -16,12 +19,26 @@ bool ndm_i_file_lock_byte(const ndm_i_file *file, uint64_t byte, bool lock)
     return fcntl(file->fd, F_OFD_SETLK, &range) == 0;
 }
 
-int ndm_i_file_await_byte(const ndm_i_file *file, uint64_t byte)
+/* The kernel would wait for ever (F_OFD_SETLKW): who has the lock may be stopped. It is held for some microseconds otherwise. */
+int ndm_i_file_await_byte(const ndm_i_file *file, uint64_t byte, uint64_t nanoseconds)
 {
-    struct flock range = {.l_type = F_WRLCK, .l_whence = SEEK_SET, .l_start = (off_t)byte, .l_len = 1};
-    while (fcntl(file->fd, F_OFD_SETLKW, &range) != 0)
-        if (errno != EINTR)
+    enum { YIELDS = 50, LONGEST_PAUSE = 1000000 };
+    long pause = 20000;
+    uint64_t start = 0;
+    for (int tries = 0; !ndm_i_file_lock_byte(file, byte, true); tries++) {
+        if (errno != EAGAIN && errno != EACCES)
             return errno;
+        if (tries < YIELDS) {
+            sched_yield();
+            continue;
+        }
+        if (start == 0)
+            start = ndm_i_now();
+        else if (ndm_i_now() - start >= nanoseconds)
+            return ETIMEDOUT;
+        nanosleep(&(struct timespec){.tv_nsec = pause}, NULL);
+        pause = 2 * pause < LONGEST_PAUSE ? 2 * pause : LONGEST_PAUSE;
+    }
     return 0;
 }
 

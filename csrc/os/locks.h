@@ -7,8 +7,8 @@
 /* Lock, or unlock, one byte for this open file. false: another has it. */
 bool ndm_i_file_lock_byte(const ndm_i_file *file, uint64_t byte, bool lock);
 
-/* The same, but wait for the byte. 0 or errno. */
-int ndm_i_file_await_byte(const ndm_i_file *file, uint64_t byte);
+/* The same, but wait so long for the byte. 0 or errno: ETIMEDOUT. */
+int ndm_i_file_await_byte(const ndm_i_file *file, uint64_t byte, uint64_t nanoseconds);
 
 /* Has another open file a byte of [*start, *end)? Then a range that it has is given, cut at those ends. A lock that reading is
  * enough for (F_RDLCK) does not count: what is asked for is a lock that only who may write to the file can hold. Where the

@@ -1,8 +1,7 @@
 /* The governor: limits, ceiling, headroom, over-commitment, slack of others, waiters, pressure, files, forks, deaths. */
 #define _GNU_SOURCE
 #include "check.h"
-#include "governor/governor.h"
-#include "governor/rows.h"
+#include "governor/lock.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -412,7 +411,7 @@ static void what_is_no_governor_is_refused(void)
     refuses(EINVAL);
     unlink(path);
     ndm_governor_destroy(open_shared());
-    damage(offsetof(ndm_i_books, layout), 2);
+    damage(offsetof(ndm_i_books, layout), NDM_I_LAYOUT + 1);
     refuses(EINVAL);
     unlink(path);
     ndm_governor_destroy(open_shared());
