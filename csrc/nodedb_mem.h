@@ -611,6 +611,10 @@ int64_t ndm_governor_queue(ndm_governor *governor, int64_t engine, uint64_t size
 int ndm_governor_wait(ndm_governor *governor, int64_t ticket, uint64_t timeout);
 void ndm_governor_leave(ndm_governor *governor, int64_t ticket);
 
+/* For who waits by other means, such as an event loop: a number that changes when waiters should look again. It waits while the
+ * number is `seen`, for `timeout` nanoseconds at most, or until a signal comes. `seen` -1: returns at once. */
+int64_t ndm_governor_changes(ndm_governor *governor, int64_t seen, uint64_t timeout);
+
 enum ndm_pressure { NDM_NORMAL = 0, NDM_WARNING = 1, NDM_CRITICAL = 2, NDM_EMERGENCY = 3 };
 
 /* The level: an engine's, or with -1 that of all, which is also raised by what ndm_governor_note_real() was told. */

@@ -43,6 +43,16 @@ def size_of(size: int) -> int:
     return number
 
 
+def seconds_of(timeout: float) -> float:
+    """Check a number of seconds."""
+    seconds = timeout + 0.0
+    if not isinstance(seconds, float):
+        raise TypeError("timeout must be a number of seconds, or None")
+    if seconds != seconds:
+        raise ValueError("timeout must be a number of seconds, or None")
+    return seconds
+
+
 class GovernorFigures(_memory.Governor):
     """The figures of a governor, its levels of pressure, its errors."""
 

@@ -7,18 +7,20 @@ import sys
 import threading
 import time
 import weakref
+from collections import deque
+from enum import Enum
 from operator import index
 from typing import TYPE_CHECKING, Any, Self
 
 from nodedb_mem import _memory
 from nodedb_mem._core import ffi, lib
-from nodedb_mem._governed import GovernorFigures, engine_number, size_of
+from nodedb_mem._governed import GovernorFigures, engine_number, seconds_of, size_of
 from nodedb_mem._memory import Reservation
 from nodedb_mem._reclaim import Reclaimer, Reclaimers
 from nodedb_mem._system import default_ceiling
+from nodedb_mem._waking import Waker
 from nodedb_mem._watch import Watch
 from nodedb_mem.engine import KNOWN_ENGINES
-from nodedb_mem.errors import BudgetExhaustedError, GlobalCeilingExceededError, control
 from nodedb_mem.pressure import PressureLevel, PressureThresholds
 
 if TYPE_CHECKING:
@@ -26,8 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MemoryGovernor", "PressureSubscription", "Reservation"]
 
-_NAP = 0.1  # seconds; meanwhile a waiter does what was posted for its thread
-_SHORT_NAP, _LONG_NAP = 0.001, 0.02  # seconds between looks of an asynchronous waiter
+_NAP = 0.1  # seconds; then a waiter looks, whatever has changed, and does what was posted for its thread
 
 
 class PressureSubscription:
@@ -145,8 +146,11 @@ class MemoryGovernor(GovernorFigures):
         self._handle = ffi.from_buffer("ndm_governor *", holder)
         self._out = threading.local()
         self._reclaimers = Reclaimers(self._handle)
-        self._lock: Any = threading.RLock()
-        self._subscriptions: list[PressureSubscription] = []
+        self._waker = Waker(self._handle)
+        self._lock: Any = threading.RLock()  # a finalizer may come back with a release at any time
+        self._subscriptions: tuple[PressureSubscription, ...] = ()
+        self._news: deque[tuple[int | None, PressureLevel]] = deque()  # levels that callbacks have not heard of
+        self._delivering = threading.Lock()
         self._seen: dict[int, PressureLevel] = {}  # by engine; -1: all
         self._watch: Watch | None = None
         self._process = os.getpid()
@@ -170,8 +174,10 @@ class MemoryGovernor(GovernorFigures):
 
     def _notice_fork(self) -> None:
         if self._process != os.getpid():
-            self._process, self._watch, self._lock = os.getpid(), None, threading.Lock()
+            self._process, self._watch, self._lock = os.getpid(), None, threading.RLock()
+            self._news, self._delivering = deque(), threading.Lock()
             self._reclaimers.clear_running()
+            self._waker.renew()
 
     # ---- limits ----
 
@@ -187,7 +193,7 @@ class MemoryGovernor(GovernorFigures):
         """
         number = engine_number(engine)
         self._control(lib.control_governor_add_engine, number, size_of(limit), bool(spillable))
-        if type(engine) is not int:
+        if isinstance(engine, Enum):
             self._names[number] = engine
 
     def set_limit(self, engine: int, limit: int) -> None:
@@ -222,6 +228,7 @@ class MemoryGovernor(GovernorFigures):
     def _obtain(self, reservation: Reservation, size: int, timeout: float | None, details: bytes, quiet: bool) -> Any:
         """Fill a reservation that was refused: by reclaimers, then by waiting. None, or the error, if that fails."""
         engine = int(reservation.engine)
+        self._notice_fork()
         if ffi.from_buffer("ndm_error *", details).status == lib.NDM_ERR_ENGINE:
             raise self._error(details)
         try:
@@ -230,13 +237,13 @@ class MemoryGovernor(GovernorFigures):
             if refused is not None and timeout == 0:
                 lib.ndm_governor_note_rejected(self._handle, engine)
             elif refused is not None:
-                refused = self._stand_in_line(reservation, engine, size, refused, deadline)
+                refused = self._stand_in_line(reservation, size, deadline)
         except BaseException:
-            if not reservation.released:
-                reservation.release()
+            _memory.give_up(reservation)
             raise
         if refused is None:
             return reservation
+        _memory.give_up(reservation)
         if quiet:
             return None
         raise self._error(refused)
@@ -260,25 +267,16 @@ class MemoryGovernor(GovernorFigures):
             self._control(lib.control_governor_ask, -1 if others else engine, short)
         return details
 
-    def _stand_in_line(
-        self, reservation: Reservation, engine: int, size: int, details: bytes, deadline: float | None
-    ) -> bytes | None:
+    def _stand_in_line(self, reservation: Reservation, size: int, deadline: float | None) -> bytes | None:
         """Wait for room. The details of the last refusal, None if it is filled."""
-        try:
-            ticket = control(lib.control_governor_queue, self._where, self._handle, engine, size)
-        except (BudgetExhaustedError, GlobalCeilingExceededError):
-            return details  # it could never fit
-        try:
-            while True:
-                left = _NAP if deadline is None else deadline - time.monotonic()
-                outcome = _memory.wait(reservation, size, ticket, int(max(0.0, min(left, _NAP)) * 1e9))
-                if outcome is None:
-                    return None
-                if outcome is not False and left <= 0:
-                    return outcome
-                self.poll()
-        finally:
-            lib.ndm_governor_leave(self._handle, ticket)
+        never = _memory.queue(reservation, size)
+        while never is None:
+            left = _NAP if deadline is None else deadline - time.monotonic()
+            outcome = _memory.wait(reservation, int(max(0.0, min(left, _NAP)) * 1e9))
+            if outcome is None or (outcome is not False and left <= 0):
+                return outcome
+            self.poll()
+        return never
 
     async def reserve_async(self, engine: int, size: int, *, timeout: float | None = None) -> Reservation:
         """Reserve, and wait for room without blocking the event loop: in line with all others, for `timeout` seconds.
@@ -292,37 +290,31 @@ class MemoryGovernor(GovernorFigures):
             There was no room within `timeout`, or there could never be.
         """
         number, wanted = engine_number(engine), size_of(size)
+        deadline = None if timeout is None else time.monotonic() + seconds_of(timeout)
         reservation = self.charge(number, 0)
+        _memory.give_up(reservation)  # it holds nothing yet, and is not missed if a signal comes here
         try:
             refused = _memory.fill(reservation, wanted)
             if refused is not None:
                 refused = self._reclaim(reservation, number, wanted, refused)
             if refused is not None:
-                await self._stand_in_line_async(reservation, number, wanted, timeout)
+                await self._stand_in_line_async(reservation, wanted, deadline)
+            self._attend(number)
         except BaseException:
-            reservation.release()
+            _memory.give_up(reservation)
             raise
-        self._attend(number)
         return reservation
 
-    async def _stand_in_line_async(
-        self, reservation: Reservation, engine: int, size: int, timeout: float | None
-    ) -> None:
-        import asyncio  # not before it is needed: it takes longer to import than all of this package
-
-        ticket = self._control(lib.control_governor_queue, engine, size)
-        deadline = None if timeout is None else time.monotonic() + timeout
-        nap = _SHORT_NAP
-        try:
-            while (outcome := _memory.wait(reservation, size, ticket, 0)) is not None:
-                left = nap if deadline is None else deadline - time.monotonic()
+    async def _stand_in_line_async(self, reservation: Reservation, size: int, deadline: float | None) -> None:
+        if (never := _memory.queue(reservation, size)) is not None:
+            raise self._error(never)
+        with self._waker.sleeper() as sleep:
+            while (outcome := _memory.wait(reservation, 0)) is not None:
+                left = _NAP if deadline is None else deadline - time.monotonic()
                 if left <= 0 and outcome is not False:
                     raise self._error(outcome)
-                await asyncio.sleep(max(0.0, min(left, nap)))
-                nap = min(2 * nap, _LONG_NAP)
+                await sleep(max(0.0, min(left, _NAP)))
                 self.poll()
-        finally:
-            lib.ndm_governor_leave(self._handle, ticket)
 
     # ---- reclaim ----
 
@@ -379,40 +371,44 @@ class MemoryGovernor(GovernorFigures):
     def on_pressure(self, callback: Callable[[int | None, PressureLevel], object]) -> PressureSubscription:
         """Call `callback(engine, level)` when a level has changed; engine None is all together.
 
-        It runs on the thread whose reservation or release changed the level, or on that of `watch`, without any lock.
-        An exception goes to `sys.unraisablehook`.
+        It runs on a thread whose reservation or release changed a level, or on that of `watch`, without any lock. One
+        call follows the other, in the order of the changes. An exception goes to `sys.unraisablehook`.
         """
         subscription = PressureSubscription(self, callback)
         with self._lock:
-            self._subscriptions.append(subscription)
-            self._seen = {engine: self._level(engine) for engine in (-1, *self._known())}
+            if not self._subscriptions:
+                self._seen = {engine: self._level(engine) for engine in (-1, *self._known())}
+            self._subscriptions = (*self._subscriptions, subscription)
         self._note_attention()
         return subscription
 
     def _unsubscribe(self, subscription: PressureSubscription) -> None:
         with self._lock:
-            if subscription in self._subscriptions:
-                self._subscriptions.remove(subscription)
+            self._subscriptions = tuple(other for other in self._subscriptions if other is not subscription)
         self._note_attention()
 
     def _tell(self, *engines: int) -> None:
         """Tell the callbacks of levels that have changed; -1: of all."""
         with self._lock:
-            if not self._subscriptions:
-                return
-            changes = []
-            for engine in engines:
+            for engine in engines if self._subscriptions else ():
                 level = self._level(engine)
                 if self._seen.get(engine, PressureLevel.NORMAL) is not level:
                     self._seen[engine] = level
-                    changes.append((self._names.get(engine, engine) if engine >= 0 else None, level))
-            subscriptions = list(self._subscriptions)
-        for engine_or_all, level in changes:
-            for subscription in subscriptions:
-                try:
-                    subscription.callback(engine_or_all, level)
-                except Exception as error:
-                    _memory.report(error, subscription.callback)
+                    self._news.append((self._names.get(engine, engine) if engine >= 0 else None, level))
+        # One thread at a time tells, so that callbacks hear of changes in their order; what others find meanwhile, too.
+        while self._news and self._delivering.acquire(blocking=False):
+            try:
+                while self._news:
+                    self._deliver(*self._news.popleft())
+            finally:
+                self._delivering.release()
+
+    def _deliver(self, engine: int | None, level: PressureLevel) -> None:
+        for subscription in self._subscriptions:
+            try:
+                subscription.callback(engine, level)
+            except Exception as error:
+                _memory.report(error, subscription.callback)
 
     def _attend(self, engine: int) -> None:
         """Hear that something of that engine has changed: for callbacks, and for requests that are posted."""
@@ -420,8 +416,9 @@ class MemoryGovernor(GovernorFigures):
         self._tell(engine, -1)
 
     def _note_attention(self) -> None:
-        attention = self._reclaimers.posted or bool(self._subscriptions)
-        _memory.watch(self._holder, attention, sys.flags.dev_mode)
+        with self._lock:  # what is posted meanwhile is noted afterwards
+            attention = self._reclaimers.posted or bool(self._subscriptions)
+            _memory.watch(self._holder, attention, sys.flags.dev_mode)
 
     # ---- watch ----
 
@@ -444,9 +441,9 @@ class MemoryGovernor(GovernorFigures):
         with self._lock:
             if self._watch is not None and self._watch.is_running:
                 raise RuntimeError("the governor has a watch already: stop it first")
-            self._watch = Watch(self, interval)
-        self._watch.start()
-        return self._watch
+            self._watch = watch = Watch(self, interval)
+            watch.start()
+        return watch
 
 
 def _options(ceiling: int, headroom: int, thresholds: PressureThresholds, *, adopt: bool = False) -> bytes:

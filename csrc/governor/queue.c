@@ -123,6 +123,17 @@ void ndm_governor_leave(ndm_governor *governor, int64_t ticket)
     ndm_i_books_unlock(governor);
 }
 
+int64_t ndm_governor_changes(ndm_governor *governor, int64_t seen, uint64_t timeout)
+{
+    const int status = ndm_i_check_call(governor, 0, 0);
+    if (status != NDM_OK)
+        return status;
+    const _Atomic uint32_t *changes = &governor->books->changes;
+    if (seen == (int64_t)atomic_load(changes))
+        ndm_i_futex_wait(changes, (uint32_t)seen, timeout);
+    return (int64_t)atomic_load(changes);
+}
+
 /* ---- reclaim, across processes -------------------------------------------------------------------------- */
 
 int ndm_governor_ask(ndm_governor *governor, int64_t engine, uint64_t size)

@@ -28,7 +28,6 @@ static int64_t control_governor_add_engine(ndm_governor *governor, int64_t engin
 static int64_t control_governor_set_limit(ndm_governor *governor, int64_t engine, uint64_t limit, ndm_error *refusal);
 static int64_t control_governor_set_ceiling(ndm_governor *governor, uint64_t ceiling, uint64_t headroom,
                                             ndm_error *refusal);
-static int64_t control_governor_queue(ndm_governor *governor, int64_t engine, uint64_t size, ndm_error *refusal);
 static int64_t control_governor_pressure(ndm_governor *governor, int64_t engine, ndm_error *refusal);
 static int64_t control_governor_note_real(ndm_governor *governor, uint64_t bytes, uint32_t percent, ndm_error *refusal);
 static int64_t control_governor_ask(ndm_governor *governor, int64_t engine, uint64_t size, ndm_error *refusal);
@@ -116,11 +115,6 @@ static int64_t control_governor_set_ceiling(ndm_governor *governor, uint64_t cei
                                             ndm_error *refusal)
 {
     return ndm_i_noted(ndm_governor_set_ceiling(governor, ceiling, headroom), refusal);
-}
-
-static int64_t control_governor_queue(ndm_governor *governor, int64_t engine, uint64_t size, ndm_error *refusal)
-{
-    return ndm_i_noted(ndm_governor_queue(governor, engine, size), refusal);
 }
 
 static int64_t control_governor_pressure(ndm_governor *governor, int64_t engine, ndm_error *refusal)

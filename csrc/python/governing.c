@@ -34,6 +34,16 @@ static bool get_request(PyObject *const *arguments, Py_ssize_t count, int64_t *e
     return ndm_i_get_size(arguments[1], size);
 }
 
+/* The reservation, when the facade has heard of it. Takes the reference; gives bytes back, and NULL, where that is interrupted. */
+static PyObject *attended(Reservation *reservation)
+{
+    if (ndm_i_attend(reservation->holder, reservation->engine))
+        return (PyObject *)reservation;
+    ndm_i_let_go_of(reservation);
+    Py_DECREF(reservation);
+    return NULL;
+}
+
 /* Reserve; what is refused for want of room is the Python class's to do. */
 static PyObject *obtain(PyObject *self, int64_t engine, int64_t size, PyObject *timeout, bool quiet)
 {
@@ -43,21 +53,31 @@ static PyObject *obtain(PyObject *self, int64_t engine, int64_t size, PyObject *
     if (!reservation)
         return NULL;
     const int64_t status = ndm_i_fill(reservation, size, &refusal);
-    if (status == NDM_OK) {
-        ndm_i_attend(holder, (int)engine);
-        return (PyObject *)reservation;
-    }
+    if (status == NDM_OK)
+        return attended(reservation);
     PyObject *result = NULL, *details = NULL;
     if (status != NDM_ERR_BUDGET && status != NDM_ERR_CEILING && status != NDM_ERR_ENGINE)
         ndm_i_refuse((PyObject *)holder, NULL, &refusal);
     else if ((details = ndm_i_details(&refusal)))
         result = PyObject_CallMethod(self, "_obtain", "OLOOO", (PyObject *)reservation, (long long)size, timeout, details,
                                      quiet ? Py_True : Py_False);
+    if (!result)
+        ndm_i_let_go_of(reservation);
     Py_XDECREF(details);
     Py_DECREF(reservation);
-    if (result && result != Py_None)
-        ndm_i_attend(holder, (int)engine);
-    return result;
+    return result && result != Py_None ? attended(ndm_i_as_reservation(result)) : result;
+}
+
+/* A number of seconds, or None. */
+static bool is_timeout(PyObject *timeout)
+{
+    const double seconds = timeout == Py_None ? 0 : PyFloat_AsDouble(timeout);
+    if (seconds == -1 && PyErr_Occurred())
+        return false;
+    if (seconds == seconds)
+        return true;
+    PyErr_SetString(PyExc_ValueError, "timeout must be a number of seconds, or None");
+    return false;
 }
 
 /* reserve(engine, size, *, timeout=0) */
@@ -72,7 +92,9 @@ static PyObject *reserve(PyObject *self, PyObject *const *arguments, Py_ssize_t 
         PyErr_SetString(PyExc_TypeError, "reserve() takes engine and size, and timeout by its name");
         return NULL;
     }
-    return get_request(arguments, count, &engine, &size) ? obtain(self, engine, size, timeout, false) : NULL;
+    if (!get_request(arguments, count, &engine, &size) || !is_timeout(timeout))
+        return NULL;
+    return obtain(self, engine, size, timeout, false);
 }
 
 static PyObject *try_reserve(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
@@ -109,8 +131,7 @@ static PyObject *charge(PyObject *self, PyObject *const *arguments, Py_ssize_t c
     reservation->size = size;
     reservation->epoch = ndm_governor_epoch(holder->governor);
     reservation->held = true;
-    ndm_i_attend(holder, (int)engine);
-    return (PyObject *)reservation;
+    return attended(reservation);
 }
 
 /* ---- what the Python class does with reservations ------------------------------------------------------- */
@@ -138,27 +159,57 @@ static PyObject *fill(PyObject *Py_UNUSED(module), PyObject *const *arguments, P
     return filled(reservation, status, &refusal);
 }
 
-/* wait(reservation, size, ticket, nanoseconds) -> None, details, or False where the time is over, or a signal came */
-static PyObject *wait_for(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
+/* queue(reservation, size): stand in the line. None, or details where it could never fit. */
+static PyObject *queue(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
 {
-    int64_t size, ticket, timeout, status;
+    int64_t size, ticket;
     ndm_error refusal;
     Reservation *reservation;
-    if (!ndm_i_has_count(count, 4) || !(reservation = ndm_i_as_reservation(arguments[0])) ||
-        !ndm_i_get_size(arguments[1], &size) || !ndm_i_get_number(arguments[2], &ticket) ||
-        !ndm_i_get_size(arguments[3], &timeout))
+    if (!ndm_i_has_count(count, 2) || !(reservation = ndm_i_as_reservation(arguments[0])) ||
+        !ndm_i_get_size(arguments[1], &size))
         return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    ticket = ndm_i_noted(ndm_governor_queue(reservation->holder->governor, reservation->engine, (uint64_t)size), &refusal);
+    Py_END_ALLOW_THREADS
+    if (ticket < 0)
+        return filled(reservation, ticket, &refusal);
+    reservation->ticket = ticket;
+    reservation->wanted = size;
+    Py_RETURN_NONE;
+}
+
+/* wait(reservation, nanoseconds): in the line. None, details, or False where the time is over, or a signal came. */
+static PyObject *wait_for(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
+{
+    int64_t timeout, status;
+    ndm_error refusal;
+    Reservation *reservation;
+    if (!ndm_i_has_count(count, 2) || !(reservation = ndm_i_as_reservation(arguments[0])) ||
+        !ndm_i_get_size(arguments[1], &timeout))
+        return NULL;
+    const int64_t ticket = reservation->ticket;
     Py_BEGIN_ALLOW_THREADS
     status = ndm_i_noted(ndm_governor_wait(reservation->holder->governor, ticket, (uint64_t)timeout), &refusal);
     Py_END_ALLOW_THREADS
     if (status == NDM_ERR_WAIT)
         Py_RETURN_FALSE;
     if (status == NDM_OK) {
-        reservation->size += size;
+        reservation->ticket = 0;
+        reservation->size += reservation->wanted;
         reservation->epoch = ndm_governor_epoch(reservation->holder->governor);
         reservation->held = true;
     }
     return filled(reservation, status, &refusal);
+}
+
+/* give_up(reservation): leave the line, and give back what was had. Nobody is told. */
+static PyObject *give_up(PyObject *Py_UNUSED(module), PyObject *object)
+{
+    Reservation *reservation = ndm_i_as_reservation(object);
+    if (!reservation)
+        return NULL;
+    ndm_i_let_go_of(reservation);
+    Py_RETURN_NONE;
 }
 
 /* report(error, about): as an exception that nobody can catch */
@@ -268,7 +319,7 @@ static void governor_free(PyObject *self)
 }
 
 static const char reserve_text[] =
-    "reserve(engine, size, *, timeout=0) -> Reservation\n\n"
+    "reserve(engine, size, /, *, timeout=0) -> Reservation\n\n"
     "Reserve bytes for an engine. What does not fit asks reclaimers first, then waits in line for `timeout` seconds; None\n"
     "waits for as long as it takes.\n\n"
     "Raises\n------\n"
@@ -278,10 +329,10 @@ static const char reserve_text[] =
     "ValueError\n    The engine is not 0 to 255, or the size is negative, or 2**63 and more.";
 
 static const char try_reserve_text[] =
-    "try_reserve(engine, size) -> Reservation or None\n\nThe same, but None where there is no room. It does not wait.";
+    "try_reserve(engine, size, /) -> Reservation or None\n\nThe same, but None where there is no room. It does not wait.";
 
 static const char charge_text[] =
-    "charge(engine, size) -> Reservation\n\n"
+    "charge(engine, size, /) -> Reservation\n\n"
     "Count bytes that are taken already. That is never refused; what goes beyond a limit is over-commitment.";
 
 static PyMethodDef methods[] = {
@@ -305,7 +356,9 @@ static PyType_Spec spec = {
 PyMethodDef ndm_i_governing[] = {
     {"open_governor", open_governor, METH_VARARGS, NULL},
     NDM_I_VERB("fill", fill),
+    NDM_I_VERB("queue", queue),
     NDM_I_VERB("wait", wait_for),
+    {"give_up", give_up, METH_O, NULL},
     NDM_I_VERB("report", report),
     NDM_I_VERB("watch", watch),
     {"counts", counts, METH_O, NULL},

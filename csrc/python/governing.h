@@ -2,9 +2,9 @@
  *
  *   Governor     the base of the Python class: its holder, and the verbs that are called often. What the core refuses goes
  *                to the Python class (_obtain), which asks reclaimers, waits, or raises.
- *   Reservation  bytes that are reserved. It keeps the holder, not the Python object, so that no cycle passes through it, and
- *                is there before the core is asked. Collected before it was released, it gives its bytes back, is counted,
- *                and says so. It belongs to the process that made it: in a forked child it stands for nothing. */
+ *   Reservation  bytes that are reserved, or a place in the line of those who wait for some. It keeps the holder, not the
+ *                Python object, so that no cycle passes through it, and is there before the core is asked: no signal parts it
+ *                from what the core gives. Collected before it was released, it gives its bytes back, is counted, and says so. It belongs to the process that made it: in a forked child it stands for nothing. */
 #ifndef NDM_PYTHON_GOVERNING_H
 #define NDM_PYTHON_GOVERNING_H
 
@@ -15,6 +15,7 @@ typedef struct {
     Holder *holder;
     PyObject *made; /* where, as a string; NULL: it was not noted */
     int64_t size, epoch;
+    int64_t ticket, wanted; /* in the line, for so many bytes; 0: not there */
     int engine;
     bool held;
 } Reservation;
@@ -34,6 +35,9 @@ Reservation *ndm_i_as_reservation(PyObject *object);
 /* Have it hold `size` bytes more. An ndm_status; the details of a refusal are noted. */
 int64_t ndm_i_fill(Reservation *reservation, int64_t size, ndm_error *refusal);
 
+/* Leave the line, and give back what it holds. Nobody is told. */
+void ndm_i_let_go_of(Reservation *reservation);
+
 /* The bytes of a refusal, as the Python class takes them. */
 PyObject *ndm_i_details(const ndm_error *refusal);
 
@@ -41,7 +45,7 @@ PyObject *ndm_i_details(const ndm_error *refusal);
 bool ndm_i_get_size(PyObject *object, int64_t *size);
 
 /* Tell the facade that something of that engine has changed, if it wants to hear of it, or another process has asked for
- * bytes. Nothing is raised. */
-void ndm_i_attend(Holder *holder, int engine);
+ * bytes. An Exception is reported; false: another one is set, such as KeyboardInterrupt. */
+bool ndm_i_attend(Holder *holder, int engine);
 
 #endif

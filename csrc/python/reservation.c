@@ -38,20 +38,22 @@ static PyObject *facade_of(Holder *holder)
     return facade;
 }
 
-static void tell(Holder *holder, int engine)
+static bool tell(Holder *holder, int engine)
 {
     PyObject *facade = facade_of(holder);
     PyObject *result = facade ? PyObject_CallMethod(facade, "_attend", "i", engine) : NULL;
-    if (facade && !result)
+    const bool raised = facade && !result;
+    const bool reported = raised && PyErr_ExceptionMatches(PyExc_Exception);
+    if (reported)
         PyErr_WriteUnraisable(facade);
     Py_XDECREF(result);
     Py_XDECREF(facade);
+    return !raised || reported;
 }
 
-void ndm_i_attend(Holder *holder, int engine)
+bool ndm_i_attend(Holder *holder, int engine)
 {
-    if (holder->attention || ndm_governor_is_asked(holder->governor))
-        tell(holder, engine);
+    return !(holder->attention || ndm_governor_is_asked(holder->governor)) || tell(holder, engine);
 }
 
 /* ---- to and from the core ------------------------------------------------------------------------------- */
@@ -74,7 +76,7 @@ Reservation *ndm_i_reservation_new(Holder *holder, int64_t engine)
     Reservation *reservation = PyObject_New(Reservation, reservation_type);
     if (reservation) {
         reservation->holder = (Holder *)Py_NewRef((PyObject *)holder);
-        reservation->size = reservation->epoch = 0;
+        reservation->size = reservation->epoch = reservation->ticket = reservation->wanted = 0;
         reservation->engine = (int)engine;
         reservation->held = false;
         reservation->made = holder->traced ? here() : NULL;
@@ -122,6 +124,26 @@ static void give_back(const Reservation *reservation, int64_t size)
     }
 }
 
+static void leave_line(Reservation *reservation)
+{
+    const int64_t ticket = reservation->ticket;
+    reservation->ticket = 0;
+    if (ticket == 0)
+        return;
+    Py_BEGIN_ALLOW_THREADS
+    ndm_governor_leave(reservation->holder->governor, ticket);
+    Py_END_ALLOW_THREADS
+}
+
+void ndm_i_let_go_of(Reservation *reservation)
+{
+    const int64_t size = reservation->size;
+    reservation->held = false;
+    reservation->size = 0;
+    leave_line(reservation);
+    give_back(reservation, size);
+}
+
 /* ---- methods -------------------------------------------------------------------------------------------- */
 
 static bool is_held(const Reservation *reservation)
@@ -139,12 +161,8 @@ static PyObject *release(PyObject *self, PyObject *Py_UNUSED(nothing))
         reservation->holder->repeated++;
         Py_RETURN_NONE;
     }
-    const int64_t size = reservation->size;
-    reservation->held = false;
-    reservation->size = 0;
-    give_back(reservation, size);
-    ndm_i_attend(reservation->holder, reservation->engine);
-    Py_RETURN_NONE;
+    ndm_i_let_go_of(reservation);
+    return ndm_i_attend(reservation->holder, reservation->engine) ? Py_NewRef(Py_None) : NULL;
 }
 
 static PyObject *leave(PyObject *self, PyObject *const *Py_UNUSED(arguments), Py_ssize_t Py_UNUSED(count))
@@ -169,8 +187,8 @@ static PyObject *grow(Reservation *reservation, int64_t size, PyObject *timeout)
         reservation->size += added->size;
         added->held = false;
     } else if (added) {
+        ndm_i_let_go_of(added);
         PyErr_SetString(PyExc_ValueError, "the reservation has been released");
-        Py_DECREF(release(more, NULL));
         added = NULL;
     }
     Py_XDECREF(more);
@@ -196,8 +214,7 @@ static PyObject *resize(PyObject *self, PyObject *arguments, PyObject *named)
     const int64_t less = reservation->size - size;
     reservation->size = size;
     give_back(reservation, less);
-    ndm_i_attend(reservation->holder, reservation->engine);
-    Py_RETURN_NONE;
+    return ndm_i_attend(reservation->holder, reservation->engine) ? Py_NewRef(Py_None) : NULL;
 }
 
 static PyObject *split(PyObject *self, PyObject *object)
@@ -286,13 +303,12 @@ static void reservation_free(PyObject *self)
     if (reservation->held) {
         const int64_t size = reservation->size;
         const bool ours = ndm_governor_epoch(reservation->holder->governor) == reservation->epoch;
-        reservation->held = false;
-        reservation->size = 0;
-        give_back(reservation, size);
+        ndm_i_let_go_of(reservation);
         reservation->holder->unreleased += ours;
         if (ours && !warned_of(self, size))
             return;
     }
+    leave_line(reservation);
     Py_XDECREF(reservation->made);
     Py_DECREF(reservation->holder);
     PyObject_Free(self);

@@ -237,6 +237,7 @@ static void test_governor(ndm_governor *governor)
     KEEPS(tried == NDM_OK ? ndm_governor_try_release(governor, 0, 10) == NDM_OK
                           : tried == NDM_ERR_WAIT && ndm_governor_reserve(governor, 0, 10) == NDM_OK);
     KEEPS((ticket = ndm_governor_queue(governor, 0, 100)) >= 0 && ndm_governor_wait(governor, ticket, 0) == NDM_OK);
+    KEEPS(ndm_governor_changes(governor, ndm_governor_changes(governor, -1, 0), 1000) >= 0);
     KEEPS((ticket = ndm_governor_queue(governor, 0, 100)) >= 0 && (ndm_governor_leave(governor, ticket), true));
     KEEPS(ndm_governor_note_rejected(governor, 0) == NDM_OK && ndm_governor_note_reclaimed(governor, 0, 10) == NDM_OK);
     KEEPS(ndm_governor_pressure(governor, -1) == NDM_NORMAL && ndm_governor_allocated(governor, 0) > 0);
