@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from operator import index
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from nodedb_mem import _memory
 from nodedb_mem._core import ffi, lib
@@ -22,7 +22,9 @@ from nodedb_mem.pressure import PressureLevel, PressureThresholds
 
 if TYPE_CHECKING:
     import threading
+    from collections.abc import Callable
 
+_Callback = TypeVar("_Callback", bound="Callable[..., object]")
 _LEVELS = tuple(PressureLevel)
 _ENGINE_FIELDS = len(ffi.typeof("ndm_engine_figures").fields)
 _PLAIN_FIELDS = ffi.offsetof("ndm_governor_figures", "engines") // 8
@@ -41,6 +43,13 @@ def size_of(size: int) -> int:
     if not 0 <= (number := index(size)) < 1 << 63:
         raise ValueError("a size must not be negative, and below 2**63")
     return number
+
+
+def callable_of(callback: _Callback) -> _Callback:
+    """Check a callback."""
+    if not callable(callback):
+        raise TypeError(f"a callback must be callable, not {type(callback).__name__}")
+    return callback
 
 
 def seconds_of(timeout: float) -> float:

@@ -46,8 +46,8 @@ class Watch(threading.Thread):
     """A running watch; made by `MemoryGovernor.watch`. It ends with `stop`, with its governor, or with a with block."""
 
     def __init__(self, governor: MemoryGovernor, interval: float) -> None:
-        if not interval > 0:
-            raise ValueError("interval must be positive")
+        if not 0 < interval <= threading.TIMEOUT_MAX:
+            raise ValueError("interval must be positive, and no more seconds than a thread can wait for")
         try:
             import psutil
         except ModuleNotFoundError as error:

@@ -272,7 +272,7 @@ class GovernorIOError(MemError, OSError):
 
     EINVAL: it is not the file of a governor, or of another version. EUCLEAN: it was cut short, or its counters
     contradict each other. EPERM: it belongs to another user. EAGAIN: it has no room for another process, or for
-    another waiter.
+    another waiter. ETIMEDOUT: a process that was stopped has the lock on it.
     """
 
 
@@ -369,6 +369,8 @@ def error_of(details: bytes, where: Where = (), slot: int | None = None) -> Exce
     file = beside[error.file - 1] if error.file != lib.NDM_FILE_DATA and beside else path
     message = ffi.string(error.message).decode() if error.message else ""
     match error.status:
+        case lib.NDM_ERR_ARGUMENT if kind == "governor":
+            return ValueError(message)
         case lib.NDM_ERR_ARGUMENT:
             return RegionSizeError(message) if slot is None else RepeatedSlotError(slot)
         case lib.NDM_ERR_NO_SLOT:

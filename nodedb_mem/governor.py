@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from nodedb_mem import _memory
 from nodedb_mem._core import ffi, lib
-from nodedb_mem._governed import GovernorFigures, engine_number, seconds_of, size_of
+from nodedb_mem._governed import GovernorFigures, callable_of, engine_number, seconds_of, size_of
 from nodedb_mem._memory import Reservation
 from nodedb_mem._reclaim import Reclaimer, Reclaimers
 from nodedb_mem._system import default_ceiling
@@ -85,8 +85,8 @@ class MemoryGovernor(GovernorFigures):
         headroom: int = 0,
     ) -> None:
         size = default_ceiling() if ceiling is None else index(ceiling)
-        self._begin(None, _options(size, headroom, thresholds or PressureThresholds()))
-        self._add_engines(limits or {})
+        self._begin(None, _options(size, headroom, thresholds))
+        self._add_engines(dict(limits or {}))
 
     @classmethod
     def shared(
@@ -119,9 +119,8 @@ class MemoryGovernor(GovernorFigures):
         """
         self = cls.__new__(cls)
         size = default_ceiling() if ceiling is None else index(ceiling)
-        options = _options(size, headroom, thresholds or PressureThresholds(), adopt=ceiling is None)
-        self._begin(os.fspath(path), options)
-        self._add_engines(limits or {})
+        self._begin(os.fspath(path), _options(size, headroom, thresholds, adopt=ceiling is None))
+        self._add_engines(dict(limits or {}))
         return self
 
     @classmethod
@@ -237,7 +236,7 @@ class MemoryGovernor(GovernorFigures):
             if refused is not None and timeout == 0:
                 lib.ndm_governor_note_rejected(self._handle, engine)
             elif refused is not None:
-                refused = self._stand_in_line(reservation, size, deadline)
+                refused = self._stand_in_line(reservation, size, refused, deadline)
         except BaseException:
             _memory.give_up(reservation)
             raise
@@ -267,16 +266,18 @@ class MemoryGovernor(GovernorFigures):
             self._control(lib.control_governor_ask, -1 if others else engine, short)
         return details
 
-    def _stand_in_line(self, reservation: Reservation, size: int, deadline: float | None) -> bytes | None:
+    def _stand_in_line(
+        self, reservation: Reservation, size: int, refused: bytes, deadline: float | None
+    ) -> bytes | None:
         """Wait for room. The details of the last refusal, None if it is filled."""
-        never = _memory.queue(reservation, size)
-        while never is None:
+        can_fit = _memory.queue(reservation, size)
+        while can_fit:
             left = _NAP if deadline is None else deadline - time.monotonic()
             outcome = _memory.wait(reservation, int(max(0.0, min(left, _NAP)) * 1e9))
             if outcome is None or (outcome is not False and left <= 0):
                 return outcome
             self.poll()
-        return never
+        return refused
 
     async def reserve_async(self, engine: int, size: int, *, timeout: float | None = None) -> Reservation:
         """Reserve, and wait for room without blocking the event loop: in line with all others, for `timeout` seconds.
@@ -298,16 +299,18 @@ class MemoryGovernor(GovernorFigures):
             if refused is not None:
                 refused = self._reclaim(reservation, number, wanted, refused)
             if refused is not None:
-                await self._stand_in_line_async(reservation, wanted, deadline)
+                await self._stand_in_line_async(reservation, wanted, refused, deadline)
             self._attend(number)
         except BaseException:
             _memory.give_up(reservation)
             raise
         return reservation
 
-    async def _stand_in_line_async(self, reservation: Reservation, size: int, deadline: float | None) -> None:
-        if (never := _memory.queue(reservation, size)) is not None:
-            raise self._error(never)
+    async def _stand_in_line_async(
+        self, reservation: Reservation, size: int, refused: bytes, deadline: float | None
+    ) -> None:
+        if not _memory.queue(reservation, size):
+            raise self._error(refused)
         with self._waker.sleeper() as sleep:
             while (outcome := _memory.wait(reservation, 0)) is not None:
                 left = _NAP if deadline is None else deadline - time.monotonic()
@@ -334,7 +337,7 @@ class MemoryGovernor(GovernorFigures):
             Call it on this thread only, such as the owner of an `OverflowRegion`. Needed elsewhere, the request is
             posted. This thread takes it up with `poll`, or with its next reservation.
         """
-        entry = self._reclaimers.add(engine_number(engine), callback, priority, thread=thread)
+        entry = self._reclaimers.add(engine_number(engine), callable_of(callback), priority, thread=thread)
         self._note_attention()
         return entry
 
@@ -374,7 +377,7 @@ class MemoryGovernor(GovernorFigures):
         It runs on a thread whose reservation or release changed a level, or on that of `watch`, without any lock. One
         call follows the other, in the order of the changes. An exception goes to `sys.unraisablehook`.
         """
-        subscription = PressureSubscription(self, callback)
+        subscription = PressureSubscription(self, callable_of(callback))
         with self._lock:
             if not self._subscriptions:
                 self._seen = {engine: self._level(engine) for engine in (-1, *self._known())}
@@ -446,7 +449,10 @@ class MemoryGovernor(GovernorFigures):
         return watch
 
 
-def _options(ceiling: int, headroom: int, thresholds: PressureThresholds, *, adopt: bool = False) -> bytes:
+def _options(ceiling: int, headroom: int, given: PressureThresholds | None, *, adopt: bool = False) -> bytes:
+    thresholds = PressureThresholds() if given is None else given
+    if not isinstance(thresholds, PressureThresholds):
+        raise TypeError(f"thresholds must be PressureThresholds, not {type(thresholds).__name__}")
     fields = [
         size_of(ceiling),
         size_of(headroom),

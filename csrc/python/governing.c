@@ -159,7 +159,7 @@ static PyObject *fill(PyObject *Py_UNUSED(module), PyObject *const *arguments, P
     return filled(reservation, status, &refusal);
 }
 
-/* queue(reservation, size): stand in the line. None, or details where it could never fit. */
+/* queue(reservation, size): stand in the line. False: it could never fit. */
 static PyObject *queue(PyObject *Py_UNUSED(module), PyObject *const *arguments, Py_ssize_t count)
 {
     int64_t size, ticket;
@@ -171,11 +171,13 @@ static PyObject *queue(PyObject *Py_UNUSED(module), PyObject *const *arguments, 
     Py_BEGIN_ALLOW_THREADS
     ticket = ndm_i_noted(ndm_governor_queue(reservation->holder->governor, reservation->engine, (uint64_t)size), &refusal);
     Py_END_ALLOW_THREADS
+    if (ticket == NDM_ERR_BUDGET || ticket == NDM_ERR_CEILING)
+        Py_RETURN_FALSE;
     if (ticket < 0)
-        return filled(reservation, ticket, &refusal);
+        return ndm_i_refuse((PyObject *)reservation->holder, NULL, &refusal);
     reservation->ticket = ticket;
     reservation->wanted = size;
-    Py_RETURN_NONE;
+    Py_RETURN_TRUE;
 }
 
 /* wait(reservation, nanoseconds): in the line. None, details, or False where the time is over, or a signal came. */

@@ -264,12 +264,14 @@ def test_odd_timeouts_are_refused_whether_there_is_room_or_not(timeout: Any, err
 def test_what_could_never_fit_is_refused_at_once_and_counted() -> None:
     governor = governor_of(100)
     start = time.monotonic()
-    for timeout in (0, 60, None, -1, float("inf")):
-        with pytest.raises(BudgetExhaustedError):
-            governor.reserve(V, 101, timeout=timeout)
-    with pytest.raises(BudgetExhaustedError) as caught:
-        asyncio.run(governor.reserve_async(V, 101))
-    assert (caught.value.requested, caught.value.limit, caught.value.engine) == (101, 100, V)
+    with governor.reserve(V, 30):
+        for timeout in (0, 60, None, -1, float("inf")):
+            with pytest.raises(BudgetExhaustedError) as caught:
+                governor.reserve(V, 101, timeout=timeout)
+            assert (caught.value.requested, caught.value.available, caught.value.limit) == (101, 70, 100)
+        with pytest.raises(BudgetExhaustedError) as caught:
+            asyncio.run(governor.reserve_async(V, 101))
+    assert (caught.value.requested, caught.value.available, caught.value.limit) == (101, 70, 100)
     assert governor.snapshot().engines[V].rejections == 6 and governor.snapshot().engines[V].waits == 0
     with governor.reserve(V, 100), pytest.raises(BudgetExhaustedError):
         governor.reserve(V, 1, timeout=-1)
@@ -331,3 +333,47 @@ def test_coroutines_of_unknown_engines_and_cancelled_ones() -> None:
 
     asyncio.run(cancelled())
     sound(governor)
+
+
+# What is wrong from the start
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: governor_of(100).add_reclaimer(V, None),
+        lambda: governor_of(100).add_reclaimer(V, lambda wanted: 0, priority="high"),
+        lambda: governor_of(100).on_pressure(3),
+        lambda: MemoryGovernor(100, thresholds=(70, 85, 95)),
+        lambda: MemoryGovernor(100, thresholds=0),
+        lambda: MemoryGovernor(100, [1, 2]),
+        lambda: MemoryGovernor(100, {"vector": 5}),
+        lambda: MemoryGovernor.shared(None),
+        lambda: governor_of(100).watch("often"),
+    ],
+)
+def test_what_is_of_a_wrong_type_is_refused_where_it_is_given(wrong: Callable[[], object]) -> None:
+    with pytest.raises(TypeError):
+        wrong()
+
+
+@pytest.mark.parametrize("interval", [0, -1, float("nan"), float("inf"), 1e30])
+def test_intervals_that_no_thread_can_wait_for(interval: float) -> None:
+    with pytest.raises(ValueError, match="interval"):
+        governor_of(100).watch(interval)
+
+
+def test_numbers_that_are_wrong_are_plain_value_errors() -> None:
+    """They are no region's."""
+    governor, held = governor_of(100), list[Reservation]()
+    for wrong in (
+        lambda: governor.add_engine(EngineId.WAL, 1),
+        lambda: governor.set_limit(V, 101),
+        lambda: governor.set_ceiling(0),
+        lambda: held.append(governor.charge(V, (1 << 63) - 1)) or governor.charge(V, 1),
+    ):
+        with pytest.raises(ValueError) as caught:
+            wrong()
+        assert type(caught.value) is ValueError
+    for reservation in held:
+        reservation.release()
