@@ -35,6 +35,7 @@ _CSRC = Path("csrc")
 _NATIVE = Path("native")
 _CONTROL = Path(__file__).resolve().parent.parent / _CSRC / "python" / "control.h"
 _HEADER = Path(__file__).resolve().parent.parent / _CSRC / "nodedb_mem.h"
+_HEADERS = (_HEADER, _HEADER.with_name("nodedb_mem_governor.h"))
 
 #: Oldest CPython whose limited API the module is built for, as in the wheel tag.
 ABI3_TAG = "cp311"
@@ -73,7 +74,12 @@ def uses_limited_api() -> bool:
     )
 
 
-def _declarations(header: Path = _HEADER, mark: str = "cdef") -> str:
+def _public() -> str:
+    """Return the declarations of the public headers."""
+    return "\n".join(map(_declarations, _HEADERS))
+
+
+def _declarations(header: Path, mark: str = "cdef") -> str:
     """Return a header's marked block, without the lines that hold the marks."""
     lines = header.read_text(encoding="utf-8").splitlines()
     first = [number for number, line in enumerate(lines) if f"[{mark}:" in line]
@@ -150,12 +156,12 @@ def native_files() -> dict[str, str]:
     translator = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(translator)
     return {
-        "include/nodedb_mem.h": _HEADER.read_text(encoding="utf-8"),
+        **{f"include/{header.name}": header.read_text(encoding="utf-8") for header in _HEADERS},
         "lib/libnodedb_mem.so": filled("libnodedb_mem.so"),
         "lib/pkgconfig/nodedb_mem.pc": filled("nodedb_mem.pc"),
         "lib/cmake/nodedb_mem/nodedb_mem-config.cmake": filled("nodedb_mem-config.cmake"),
         "lib/cmake/nodedb_mem/nodedb_mem-config-version.cmake": filled("nodedb_mem-config-version.cmake"),
-        "__init__.pxd": translator.pxd(_declarations()),
+        "__init__.pxd": translator.pxd(_public()),
     }
 
 
@@ -176,7 +182,7 @@ def _extension() -> dict[str, Any]:
 def make_ffi() -> FFI:
     """Return the cffi builder of ``nodedb_mem._core``: declarations of the whole header, used for the control plane."""
     ffi = FFI()
-    ffi.cdef(_declarations())
+    ffi.cdef(_public())
     # Macros, which C has no declaration for.
     ffi.cdef("static const char *const NDM_VERSION; static const int NDM_VERSION_NUMBER, NDM_ABI_VERSION;")
     ffi.cdef(_declarations(_CONTROL, "control"))

@@ -42,7 +42,7 @@ _UNITS: dict[str, int] = {"": 1} | {
     for ending, base in (("", 1024), ("ib", 1024), ("b", 1000))
 }
 _FOLDERS = {
-    "includedir": "nodedb_mem.h",
+    "includedir": "nodedb_mem.h, nodedb_mem_governor.h",
     "libdir": "the libraries",
     "cmakedir": "nodedb_mem-config.cmake (cmake -Dnodedb_mem_DIR=...)",
     "pkgconfigdir": "nodedb_mem.pc (PKG_CONFIG_PATH=...)",

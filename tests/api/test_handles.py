@@ -164,7 +164,8 @@ def test_pins_and_views_of_a_slot_are_counted_together(new_region: NewRegion) ->
 
 
 def test_the_package_tells_where_its_native_parts_are() -> None:
-    assert (Path(nodedb_mem.get_include()) / "nodedb_mem.h").is_file()
+    headers = {"nodedb_mem.h", "nodedb_mem_governor.h"}
+    assert {path.name for path in Path(nodedb_mem.get_include()).iterdir()} == headers
     (folder,) = map(Path, nodedb_mem.get_library_dirs())
     (name,) = nodedb_mem.get_libraries()
     assert (folder / f"lib{name}.so").is_file() and (folder / f"lib{name}.a").is_file()

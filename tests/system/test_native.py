@@ -335,7 +335,8 @@ def exported(path: Path, cwd: Path) -> set[str]:
 
 def test_only_the_functions_of_the_header_are_exported(installed: Installed, tmp_path: Path) -> None:
     need("nm")
-    header = re.sub(r"/\*.*?\*/", "", (installed.package / "include" / "nodedb_mem.h").read_text(), flags=re.DOTALL)
+    headers = [path.read_text() for path in sorted((installed.package / "include").iterdir())]
+    header = re.sub(r"/\*.*?\*/", "", "".join(headers), flags=re.DOTALL)
     declared = set(re.findall(r"\b(ndm_\w+)\(", header.split("#define NDM_CHECK_ABI", 1)[1].split("\n", 1)[1]))
     assert exported(installed.library, tmp_path) == declared
     (extension,) = installed.package.glob("_core.*.so")
@@ -356,6 +357,7 @@ def test_the_wheel_holds_what_native_users_need(installed: Installed) -> None:
         names = {name.removeprefix("nodedb_mem/") for name in wheel.namelist()}
     assert {
         "include/nodedb_mem.h",
+        "include/nodedb_mem_governor.h",
         f"lib/{installed.library.name}",
         "lib/libnodedb_mem.so",
         "lib/libnodedb_mem.a",
