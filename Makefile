@@ -24,6 +24,9 @@ CSAN     := -O1 -g -fno-omit-frame-pointer -fsanitize=$(SANITIZE) -fno-sanitize-
 CTESTS    = $(MAKE) --no-print-directory --jobs $(JOBS) --output-sync -f tests/core/build.mk CC=$(CC)
 PYTEST    = $(BIN)/pytest --numprocesses $(JOBS) --dist loadgroup
 
+# Containers often set it. The tests start a thousand interpreters, and each would compile the package anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The same commit gives the same sdist and wheel, byte for byte.
 SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),1767225600)
 

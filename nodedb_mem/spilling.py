@@ -6,7 +6,6 @@ afterwards. How values move is told in `nodedb_mem._tiers`.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import shutil
@@ -221,10 +220,14 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         entry = self._entries.get(key)
         if entry is not None and entry.value is not COLD:
             return self[key]
+        import asyncio  # takes longer to import than all of this package
+
         return await asyncio.to_thread(self.__getitem__, key)
 
     async def aset(self, key: K, value: V) -> None:
         """Store a value on a worker thread: what has to make room is written there. Raises as assignment."""
+        import asyncio  # as above
+
         await asyncio.to_thread(self.__setitem__, key, value)
 
     def share(self, key: K) -> ObjectRef:

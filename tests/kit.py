@@ -158,9 +158,8 @@ def _mappings(root: str) -> Counter[str]:
     found: Counter[str] = Counter()
     with open("/proc/self/maps") as maps:
         for line in maps:
-            fields = line.rstrip("\n").split(maxsplit=5)
-            if len(fields) == 6 and (fields[5].startswith(root) or fields[5].endswith(" (deleted)")):
-                found[fields[5]] += 1
+            if root in line or line.endswith(" (deleted)\n"):
+                found[line.rstrip("\n").split(maxsplit=5)[5]] += 1
     return found
 
 

@@ -65,7 +65,12 @@ static PyObject *obtain(PyObject *self, int64_t engine, int64_t size, PyObject *
         ndm_i_let_go_of(reservation);
     Py_XDECREF(details);
     Py_DECREF(reservation);
-    return result && result != Py_None ? attended(ndm_i_as_reservation(result)) : result;
+    if (!result || result == Py_None)
+        return result;
+    Reservation *filled_one = ndm_i_as_reservation(result);
+    if (!filled_one)
+        Py_DECREF(result);
+    return filled_one ? attended(filled_one) : NULL;
 }
 
 /* A number of seconds, or None. */

@@ -324,8 +324,14 @@ def test_a_list_of_buffers_takes_no_lengths(new_region: NewRegion, unchanged: Un
         region.write_many(b"ab", 0)  # whose items are numbers
 
 
-@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        *(("ext4", way) for way in WAYS),
+        ("tmpfs", "buffers"),
+        *(pytest.param("tmpfs", way, marks=pytest.mark.system) for way in WAYS if way != "buffers"),
+    ],
+)
 @pytest.mark.parametrize("size", [1500, 70_000, 900_000])
 def test_a_disk_that_fills_up_in_the_middle_refuses_the_batch(
     mount: Mount, run_python: RunPython, kind: str, way: str, size: int

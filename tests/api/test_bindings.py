@@ -78,6 +78,15 @@ def test_a_translator_that_fails_ends_in_an_exception(
     assert len(region) == 0
 
 
+def test_what_is_seldom_needed_is_not_imported_with_the_package(run_python: Callable[..., str]) -> None:
+    """asyncio alone takes as long as all of the package."""
+    script = """
+    import sys, nodedb_mem
+    print(sorted({"asyncio", "numpy", "pandas", "pyarrow", "psutil", "dask", "zict", "rich"} & set(sys.modules)))
+    """
+    assert run_python(script) == "[]\n"
+
+
 def test_without_a_translator_a_refusal_is_an_exception_all_the_same(run_python: Callable[..., str]) -> None:
     """The extension alone, as its own module under another path: nothing has registered there."""
     script = """

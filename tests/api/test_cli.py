@@ -165,7 +165,7 @@ def test_no_more_is_spilled_than_the_budget_demands(run: Run, tree: Path) -> Non
 
 @pytest.mark.skipif("NODEDB_MEM_SANITIZE" in os.environ, reason="sanitizers keep freed memory for a while")
 def test_spilled_bytes_leave_ram(tmp_path: Path) -> None:
-    budget, total = 8 << 20, 160 << 20
+    budget, total = 8 << 20, 80 << 20
     peaks = []
     for name, size in (("little", CHUNK), ("much", total)):
         (tmp_path / name).write_bytes(random.Random(3).randbytes(1 << 20) * (size >> 20) or b"little")
@@ -325,7 +325,10 @@ def test_ctrl_c_ends_the_readers_too(tmp_path: Path) -> None:
         text=True,
         start_new_session=True,
     ) as spiller:
-        time.sleep(3)  # the readers are there, and at it
+        while len(_alive_in_group(spiller.pid)) < 3:
+            assert spiller.poll() is None
+            time.sleep(0.01)
+        time.sleep(0.5)  # the readers are there, and at it
         assert spiller.poll() is None
         os.killpg(spiller.pid, signal.SIGINT)
         out, err = spiller.communicate(timeout=60)

@@ -18,6 +18,8 @@ ROOMS = ("os", "store", "region", "native", "python"), ("os", "governor", "nativ
 
 Calls = dict[str, set[str]]
 
+pytestmark = pytest.mark.xdist_group("house")  # the objects are made once
+
 
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory: pytest.TempPathFactory) -> Calls:

@@ -510,7 +510,7 @@ def test_a_region_that_is_being_opened_is_waited_for(
         import sys, time
         from nodedb_mem import OverflowRegion
         print("ready", flush=True)
-        for _ in range(4):  # a look waits longer than a burst lasts, and a rest lasts longer than a look takes
+        for _ in range(2):  # a look waits longer than a burst lasts, and a rest lasts longer than a look takes
             end = time.monotonic() + 0.2
             while time.monotonic() < end:
                 OverflowRegion(sys.argv[1], initial_capacity=1 << 30).close()

@@ -8,6 +8,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -454,6 +455,66 @@ static void claims_have_an_end(void)
         ndm_governor_destroy(many[i]);
 }
 
+/* In a child: no file may be as long as a governor's. What was made of it is taken back. */
+static void open_without_room(ndm_governor *none)
+{
+    const struct rlimit small = {1 << 20, RLIM_INFINITY};
+    (void)none;
+    signal(SIGXFSZ, SIG_IGN);
+    CHECK(setrlimit(RLIMIT_FSIZE, &small) == 0 && ndm_governor_open(path, &plain) == NULL);
+    CHECK(ndm_last_error()->status == NDM_ERR_IO && ndm_last_error()->os_errno == EFBIG);
+}
+
+static void a_file_without_room_is_taken_back(void)
+{
+    struct stat facts;
+    unlink(path);
+    CHECK(child_of(open_without_room, NULL) == 0);
+    CHECK(stat(path, &facts) == 0 && facts.st_size == 0);
+    CHECK(ndm_governor_open(path, NULL) == NULL && ndm_last_error()->os_errno == EINVAL); /* nothing to look at */
+    ndm_governor_destroy(open_shared());
+}
+
+static void who_looks_has_a_claim_when_it_needs_one(void)
+{
+    unlink(path);
+    ndm_governor *governor = open_shared();
+    for (int way = 0; way < 3; way++) {
+        ndm_governor *looks = ndm_governor_open(path, NULL);
+        CHECK(looks && ndm_governor_note_reclaimed(looks, 0, 5) == NDM_OK && ndm_governor_note_rejected(looks, 0) == NDM_OK);
+        if (way == 0)
+            CHECK(ndm_governor_charge(looks, 0, 5) == NDM_OK && ndm_governor_allocated(governor, 0) == 5);
+        else if (way == 1)
+            CHECK(ndm_governor_queue(looks, 0, 5) > 0);
+        else
+            CHECK(ndm_governor_note_real(looks, 5, 1) == NDM_OK);
+        CHECK(ndm_governor_release(looks, 0, 6) == NDM_ERR_ARGUMENT && ndm_governor_check(governor) == 0);
+        ndm_governor_destroy(looks);
+        CHECK(ndm_governor_allocated(governor, -1) == 0 && ndm_governor_check(governor) == 0);
+    }
+    ndm_governor_destroy(governor);
+}
+
+static void nobody_is_an_error(void)
+{
+    static ndm_governor_figures figures;
+    static uint64_t sizes[NDM_I_ENGINES];
+    ndm_governor *governor = governor_of_three();
+    CHECK(ndm_governor_reserve(NULL, 0, 1) == NDM_ERR_CLOSED && ndm_governor_charge(NULL, 0, 1) == NDM_ERR_CLOSED);
+    CHECK(ndm_governor_release(NULL, 0, 1) == NDM_ERR_CLOSED && ndm_governor_snapshot(NULL, &figures) == NDM_ERR_CLOSED);
+    CHECK(ndm_governor_queue(NULL, 0, 1) == NDM_ERR_CLOSED && ndm_governor_wait(NULL, 1, 0) == NDM_ERR_CLOSED);
+    CHECK(ndm_governor_changes(NULL, -1, 0) == NDM_ERR_CLOSED && ndm_governor_note_real(NULL, 0, 0) == NDM_ERR_CLOSED);
+    CHECK(ndm_governor_set_limit(NULL, 0, 1) == NDM_ERR_CLOSED && ndm_governor_set_ceiling(NULL, 1, 0) == NDM_ERR_CLOSED);
+    CHECK(ndm_governor_allocated(NULL, 0) == NDM_ERR_CLOSED && ndm_governor_check(NULL) == NDM_ERR_CLOSED);
+    CHECK(ndm_governor_ask(NULL, 0, 1) == NDM_ERR_CLOSED && ndm_governor_handle(NULL) == 0);
+    CHECK(ndm_governor_asked(NULL, sizes) == 0 && !ndm_governor_is_asked(NULL));
+    ndm_governor_leave(NULL, 1);
+    ndm_governor_leave(governor, 77); /* nobody's */
+    CHECK(ndm_governor_wait(governor, 77, 0) == NDM_ERR_ARGUMENT && ndm_governor_wait(governor, -1, 0) == NDM_ERR_ARGUMENT);
+    CHECK(ndm_governor_add_engine(governor, 0, 5, 1) == NDM_ERR_ARGUMENT && ndm_governor_check(governor) == 0);
+    ndm_governor_destroy(governor);
+}
+
 static void odd_options_are_refused(void)
 {
     ndm_governor_options odd = plain;
@@ -490,6 +551,9 @@ int main(void)
     a_death_in_the_lock_is_made_good();
     what_is_no_governor_is_refused();
     claims_have_an_end();
+    a_file_without_room_is_taken_back();
+    who_looks_has_a_claim_when_it_needs_one();
+    nobody_is_an_error();
     odd_options_are_refused();
     unlink(path);
     rmdir(directory);

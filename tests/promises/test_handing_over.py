@@ -154,7 +154,7 @@ def test_a_region_whose_thread_has_ended_can_be_adopted_and_closed(tmp_path: Pat
 
 def test_one_of_many_threads_adopts(new_region: NewRegion) -> None:
     region = new_region()
-    for _ in range(50):
+    for _ in range(15):
         region.release_ownership()
         start, done = threading.Barrier(4), threading.Barrier(4)
         winners: list[int] = []

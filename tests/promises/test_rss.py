@@ -14,8 +14,8 @@ from kit import Mount, NewRegion, blob, system
 from nodedb_mem import OverflowReader, OverflowRegion
 
 KIB, MIB = 1 << 10, 1 << 20
-MOST = 6 * MIB  # of RSS, for what is not a value's: a tenth of what each test stores
-STORED = 64 * MIB
+MOST = 6 * MIB  # of RSS, for what is not a value's: a fifth of what each test stores
+STORED = 32 * MIB
 LIMITS = [None, 0, system(64 << 30)]
 
 at_each_limit = pytest.mark.parametrize("limit", LIMITS)
