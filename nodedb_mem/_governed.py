@@ -21,11 +21,11 @@ from nodedb_mem.errors import (
 from nodedb_mem.pressure import PressureLevel, PressureThresholds
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable
 
 _Callback = TypeVar("_Callback", bound="Callable[..., object]")
 _LEVELS = tuple(PressureLevel)
+_new = ffi.new_allocator(should_clear_after_alloc=False)
 _ENGINE_FIELDS = len(ffi.typeof("ndm_engine_figures").fields)
 _PLAIN_FIELDS = ffi.offsetof("ndm_governor_figures", "engines") // 8
 _PROCESS_FIELDS = len(ffi.typeof("ndm_process_figures").fields)
@@ -70,7 +70,6 @@ class GovernorFigures(_memory.Governor):
     _names: dict[int, int]
     _holder: _memory.Holder
     _handle: Any
-    _out: threading.local
 
     def pressure(self, engine: int | None = None) -> PressureLevel:
         """Return the level of an engine, or that of all together, which is also raised by what `watch` finds."""
@@ -145,9 +144,7 @@ class GovernorFigures(_memory.Governor):
         raise TypeError(f"cannot copy or pickle {type(self).__name__!r}: open the same file in the other process")
 
     def _figures(self) -> Any:
-        out = getattr(self._out, "figures", None)
-        if out is None:
-            out = self._out.figures = ffi.new("ndm_governor_figures *")
+        out = _new("ndm_governor_figures *")  # a finalizer may come in between, and look itself
         control(lib.control_governor_snapshot, self._where, self._handle, out)
         return out
 

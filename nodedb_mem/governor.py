@@ -143,7 +143,6 @@ class MemoryGovernor(GovernorFigures):
         self._hold(holder := _memory.open_governor(name, options, self._where, self._names))
         self._holder = holder
         self._handle = ffi.from_buffer("ndm_governor *", holder)
-        self._out = threading.local()
         self._reclaimers = Reclaimers(self._handle)
         self._waker = Waker(self._handle)
         self._lock: Any = threading.RLock()  # a finalizer may come back with a release at any time
