@@ -1,4 +1,4 @@
-/* The governor of nodedb_mem: budgets of engines under one ceiling. Part of the public C API, and included by nodedb_mem.h, which
+/* The governor of nodedb_mem: budgets of engines under one ceiling. Part of the public C API. nodedb_mem.h includes it, and
  * says how errors are returned.
  *
  * A governor counts bytes. An engine reserves what it is about to allocate, and releases it afterwards. A reservation is
@@ -18,10 +18,10 @@
  * Shared. ndm_governor_open() maps a file that the governors of other processes map, too: all live under one ceiling. A
  * governor that was opened with options has a claim there, which is a lock of its open file. When its process ends, by
  * kill -9 also, what it had reserved is given back: the next one that finds no room, takes a snapshot, or opens the file,
- * sees to it. If a process was stopped (SIGSTOP) at a moment when it had the lock on the file, what needs the lock fails after ten
- * seconds with NDM_ERR_IO and ETIMEDOUT; what is released meanwhile is released. The file is created 0600 and belongs to its user. It is trusted as far as that user is: whoever may write to it
- * may break the counts, and shortening it while it is mapped is SIGBUS. What can be seen to be wrong when it is opened is
- * an error.
+ * sees to it. If a process was stopped (SIGSTOP) at a moment when it had the lock on the file, what needs the lock fails
+ * after ten seconds with NDM_ERR_IO and ETIMEDOUT; what is released meanwhile is released. The file is created 0600 and
+ * belongs to its user. It is trusted as far as that user is: whoever may write to it may break the counts, and shortening
+ * it while it is mapped is SIGBUS. What can be seen to be wrong when it is opened is an error.
  *
  * Fork. A child of a private governor starts with nothing reserved, its limits as they were; one of a shared governor gets a
  * claim of its own with its first reservation. What the parent had reserved is the parent's: a child that releases it is
@@ -93,15 +93,16 @@ int ndm_governor_try_release(ndm_governor *governor, int64_t engine, uint64_t si
 
 /* Wait for room, first come first served among all threads and processes: get in line, wait, and leave the line unless
  * ndm_governor_wait() has returned NDM_OK. Who waits for an engine's limit delays that engine only; who waits for the
- * ceiling delays all, unless it has not looked for five seconds. ndm_governor_queue() returns a ticket; NDM_ERR_BUDGET or NDM_ERR_CEILING if it could never fit,
- * NDM_ERR_IO with EAGAIN if 512 wait. ndm_governor_wait(): NDM_OK if it is reserved now; NDM_ERR_WAIT after `timeout`
- * nanoseconds, or a signal; with timeout 0, one look, and why not. */
+ * ceiling delays all. Who has not looked for five seconds, by ndm_governor_wait(), delays nobody and keeps its place.
+ * ndm_governor_queue() returns a ticket; NDM_ERR_BUDGET or NDM_ERR_CEILING if it could never fit, which counts as a
+ * refusal; NDM_ERR_IO with EAGAIN if 512 wait. ndm_governor_wait(): NDM_OK if it is reserved now; NDM_ERR_WAIT after
+ * `timeout` nanoseconds, or a signal; with timeout 0, one look, and why not. */
 int64_t ndm_governor_queue(ndm_governor *governor, int64_t engine, uint64_t size);
 int ndm_governor_wait(ndm_governor *governor, int64_t ticket, uint64_t timeout);
 void ndm_governor_leave(ndm_governor *governor, int64_t ticket);
 
-/* For who waits by other means, such as an event loop: a number that changes when waiters should look again. It waits while the
- * number is `seen`, for `timeout` nanoseconds at most, or until a signal comes. `seen` -1: returns at once. */
+/* For who waits by other means, such as an event loop: a number that changes when waiters should look again. Waits while
+ * the number is `seen`, for `timeout` nanoseconds at most, or until a signal comes. `seen` -1: returns at once. */
 int64_t ndm_governor_changes(ndm_governor *governor, int64_t seen, uint64_t timeout);
 
 enum ndm_pressure { NDM_NORMAL = 0, NDM_WARNING = 1, NDM_CRITICAL = 2, NDM_EMERGENCY = 3 };

@@ -17,9 +17,9 @@
  *   A release adds to slack, then looks at strict; a waiter sets strict, then sweeps. One of them sees the other.
  *   A row that is not claimed is all zeros.
  *
- * A process may be killed, or stopped, at any instruction. Killed, it leaves its claim to the reaper, and `dirty` to the next one
- * with the lock (lock.c). Stopped with the lock, it makes the others wait for some seconds, and then they are refused; what they
- * release goes to slack without the lock. Stopped in the line of waiters, it holds nobody up who comes later.
+ * A process may be killed, or stopped, at any instruction. Killed, it leaves its claim to the reaper, and `dirty` to the
+ * next one with the lock (lock.c). Stopped with the lock, it makes the others wait for some seconds, and then they are
+ * refused; what they release goes to slack without the lock. Stopped in the line of waiters, it delays nobody.
  *
  * Whoever may write to the file may break the books: it is the user's own (0600), and no further than that is trusted. What
  * is used as an index is checked all the same. */

@@ -122,7 +122,7 @@ int ndm_i_books_lock(ndm_governor *governor)
     if (refused == 0 && governor->shared && (refused = processes_lock(governor)) != 0)
         pthread_mutex_unlock(&governor->lock);
     if (refused)
-        return ndm_i_fail_io(refused, refused == ETIMEDOUT ? "the lock on the governor's file cannot be had: is a process stopped?"
+        return ndm_i_fail_io(refused, refused == ETIMEDOUT ? "somebody keeps the lock on the governor's file: is it stopped?"
                                                            : "cannot lock the governor's file");
     governor->books->dirty = 1;
     if (atomic_exchange(&governor->left, false))

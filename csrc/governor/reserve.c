@@ -71,7 +71,7 @@ typedef struct {
     uint64_t engine, all, spillable;
 } ahead;
 
-/* Waiters look ten times a second. Who has not for that long (ns) is stopped, or its event loop is, and cannot take anything. */
+/* Waiters look ten times a second. Who has not for that long (ns) is stopped, or its event loop is. */
 #define ABSENT UINT64_C(5000000000)
 
 /* Who waits for the same engine comes first; so does who waits for nothing but the ceiling. */

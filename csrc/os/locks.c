@@ -19,7 +19,7 @@ bool ndm_i_file_lock_byte(const ndm_i_file *file, uint64_t byte, bool lock)
     return fcntl(file->fd, F_OFD_SETLK, &range) == 0;
 }
 
-/* The kernel would wait for ever (F_OFD_SETLKW): who has the lock may be stopped. It is held for some microseconds otherwise. */
+/* The kernel would wait for ever (F_OFD_SETLKW): who has the lock may be stopped. Otherwise it is held for microseconds. */
 int ndm_i_file_await_byte(const ndm_i_file *file, uint64_t byte, uint64_t nanoseconds)
 {
     enum { YIELDS = 50, LONGEST_PAUSE = 1000000 };

@@ -34,7 +34,8 @@ static bool get_request(PyObject *const *arguments, Py_ssize_t count, int64_t *e
     return ndm_i_get_size(arguments[1], size);
 }
 
-/* The reservation, when the facade has heard of it. Takes the reference; gives bytes back, and NULL, where that is interrupted. */
+/* The reservation, when the facade has heard of it. Takes the reference. NULL where that is interrupted; the bytes are given
+ * back then. */
 static PyObject *attended(Reservation *reservation)
 {
     if (ndm_i_attend(reservation->holder, reservation->engine))

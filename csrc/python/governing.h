@@ -4,7 +4,8 @@
  *                to the Python class (_obtain), which asks reclaimers, waits, or raises.
  *   Reservation  bytes that are reserved, or a place in the line of those who wait for some. It keeps the holder, not the
  *                Python object, so that no cycle passes through it, and is there before the core is asked: no signal parts it
- *                from what the core gives. Collected before it was released, it gives its bytes back, is counted, and says so. It belongs to the process that made it: in a forked child it stands for nothing. */
+ *                from what the core gives. Collected before it was released, it gives its bytes back, is counted, and says
+ *                so. It belongs to the process that made it: in a forked child it stands for nothing. */
 #ifndef NDM_PYTHON_GOVERNING_H
 #define NDM_PYTHON_GOVERNING_H
 
