@@ -306,6 +306,48 @@ static void measure_faults(const uint8_t *source)
     row(PAGE, WAYS, figures);
 }
 
+/* All pages were mapped for writing, and have been written back since. A folio is as large as the write that made it. What
+ * the file system knows of all of them is more than the processor's caches hold. */
+static void measure_written_back(const uint8_t *source)
+{
+    static const char *const names[] = {"memcpy of 100 B at random", "pwrite of 100 B at random", "a grain mapped anew"};
+    static const size_t sizes[] = {4 * KIB, 16 * KIB, 32 * KIB, 64 * KIB, 128 * KIB, GRAIN};
+    enum { WAYS = 3, FILES = 8, STORES = 8192, SIZE = 100, UNIT = 128 };
+    header("Space that was written back, us", names, WAYS, "folios");
+    for (size_t s = 0; s < sizeof sizes / sizeof *sizes; s++) {
+        static double figures[WAYS][MOST_ROUNDS];
+        for (int r = 0; r < rounds; r++)
+            for (int i = 0; i < WAYS; i++) {
+                const int w = turn(i, WAYS);
+                file files[FILES];
+                for (int f = 0; f < FILES; f++) {
+                    files[f] = fresh(true);
+                    by_pwrite(files[f], source, sizes[s]);
+                    by_memcpy(files[f], source, PAGE);
+                    check(sync_file_range(files[f].fd, 0, TOTAL, 7) == 0, "sync_file_range");
+                }
+                const double begin = now();
+                for (int n = 0; n < STORES; n++) {
+                    const file f = files[random_below(FILES)];
+                    const size_t at = random_below(TOTAL / UNIT) * UNIT;
+                    if (w == 0)
+                        memcpy(f.base + at, source, SIZE);
+                    else if (w == 1)
+                        put(f, source, SIZE, at);
+                    else if (n < FILES * (int)(TOTAL / GRAIN)) {
+                        uint8_t *grain = files[n % FILES].base + (size_t)n / FILES * GRAIN;
+                        madvise(grain, GRAIN, MADV_DONTNEED);
+                        madvise(grain, GRAIN, MADV_POPULATE_WRITE);
+                    }
+                }
+                figures[w][r] = (now() - begin) / (w == 2 ? FILES * TOTAL / GRAIN : STORES);
+                for (int f = 0; f < FILES; f++)
+                    finish(files[f]);
+            }
+        row(sizes[s], WAYS, figures);
+    }
+}
+
 /* What asking for pages costs that are there, against the faults it may save. */
 static void measure_fetch(const uint8_t *source)
 {
@@ -387,6 +429,7 @@ int main(int count, char **arguments)
     measure_grains(source);
     measure_dropped(source);
     measure_faults(source);
+    measure_written_back(source);
     measure_fetch(source);
     measure_warm(source);
     return 0;

@@ -12,6 +12,7 @@
 #include <pthread.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #define HUGE_PAGE ((uint64_t)2 << 20)
@@ -164,6 +165,20 @@ void ndm_i_mapping_fetch(void *address, uint64_t size)
 }
 
 void ndm_i_mapping_populate(void *address, uint64_t size) { madvise(address, size, MADV_POPULATE_WRITE); }
+
+void ndm_i_mapping_renew(const ndm_i_mapping *mapping, uint64_t start, uint64_t end)
+{
+    /* Where a page is mapped for reading only, a fault makes that page writable. Where none is mapped, it maps the whole
+     * folio, so that 128 faults become one. */
+    ndm_i_mapping_forget(mapping, mapping->base + start, end - start);
+    ndm_i_mapping_populate(mapping->base + start, end - start);
+}
+
+uint64_t ndm_i_mapping_faults(void)
+{
+    struct rusage usage;
+    return getrusage(RUSAGE_THREAD, &usage) == 0 ? (uint64_t)(usage.ru_minflt + usage.ru_majflt) : 0;
+}
 
 bool ndm_i_mapping_in_core(void *address, uint64_t size, unsigned char *in_core)
 {

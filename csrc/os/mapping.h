@@ -63,6 +63,12 @@ void ndm_i_mapping_fetch(void *address, uint64_t size);
 /* Map the pages of the range for writing, all at once; `address` is a page's. */
 void ndm_i_mapping_populate(void *address, uint64_t size);
 
+/* The same for a range that is mapped in part, or not for writing. A fault there costs as much as the folio is large. */
+void ndm_i_mapping_renew(const ndm_i_mapping *mapping, uint64_t start, uint64_t end);
+
+/* Page faults of this thread so far. 0.4 us. */
+uint64_t ndm_i_mapping_faults(void);
+
 /* Is the mapping locked in RAM? Its first page leaves the RSS if not. */
 bool ndm_i_mapping_is_locked(const ndm_i_mapping *mapping);
 

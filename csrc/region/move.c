@@ -22,7 +22,7 @@ static void warm(ndm_region *region, uint64_t to, uint64_t size, uint64_t vacant
     for (uint64_t grain = to / NDM_I_GRAIN; size < NDM_I_NO_NEIGHBOUR && grain < ndm_i_grains_end(to + size); grain++) {
         const uint64_t start = grain * NDM_I_GRAIN, end = start + NDM_I_GRAIN;
         if (ndm_i_store_is_cold(&region->store, start) && (start < to || end > vacant))
-            ndm_i_store_warm(&region->store, start);
+            ndm_i_store_warm(&region->store, start, true);
     }
 }
 

@@ -4,6 +4,9 @@
 /* A grain takes 0.53 ms to read, a page 0.07. */
 enum { LEAST = 8 };
 
+/* Rather than have another grain read, a value takes the start of a hole that is near, and so many times as long. */
+enum { LONGER = 16 };
+
 static uint64_t start_of(const ndm_region *region, uint32_t extent)
 {
     return ndm_i_bytes(region, ndm_i_extents_offset(&region->extents, extent));
@@ -20,7 +23,7 @@ bool ndm_i_place_gather(ndm_region *region, uint32_t hole, uint64_t units, uint6
     for (e = first; e != NDM_I_NONE && fit < least && start_of(region, e) < end; e = ndm_i_extents_next(extents, e))
         if (ndm_i_extents_is_free(extents, e))
             fit += ndm_i_extents_length(extents, e) / units;
-    if (fit < least || (ndm_i_store_is_cold(&region->store, offset) && !ndm_i_store_warm(&region->store, offset)))
+    if (!ndm_i_store_warm(&region->store, offset, fit >= least) || fit < least)
         return false;
     for (e = first; e != NDM_I_NONE && start_of(region, e) < end; e = ndm_i_extents_next(extents, e))
         if (ndm_i_extents_is_free(extents, e))
@@ -31,14 +34,17 @@ bool ndm_i_place_gather(ndm_region *region, uint32_t hole, uint64_t units, uint6
 
 ndm_i_place ndm_i_place_warm(ndm_region *region, ndm_i_place place, uint64_t units)
 {
+    const ndm_i_extents *extents = &region->extents;
     uint32_t after;
     if (ndm_i_bytes(region, units) >= NDM_I_NO_NEIGHBOUR || !region->data.keeps_blocks)
         return place;
-    if (place.near) { /* its grain has been dropped since */
-        const ndm_i_place other = ndm_i_extents_find_in(&region->extents, false, units);
-        if (other.hole != NDM_I_NONE && !ndm_i_is_cold_place(region, other))
-            return other;
-    }
+    /* A near one has become bad meanwhile: any other will do. */
+    const uint64_t most = place.near                           ? UINT64_MAX
+                          : ndm_i_is_cold_place(region, place) ? LONGER * ndm_i_extents_length(extents, place.hole)
+                                                               : 0;
+    const ndm_i_place other = ndm_i_extents_find_in(extents, !place.near, units);
+    if (other.hole != NDM_I_NONE && ndm_i_extents_length(extents, other.hole) <= most && !ndm_i_is_bad_place(region, other))
+        return other;
     place.near = ndm_i_place_gather(region, place.hole, units, LEAST, &after) || place.near;
     return place;
 }

@@ -9,26 +9,29 @@ static void free_tables(const ndm_i_grains *grains)
     free((void *)grains->states);
     free((void *)grains->marks);
     free(grains->large);
+    free(grains->rounds);
 }
 
 bool ndm_i_grains_reserve(ndm_i_grains *grains, uint64_t count)
 {
     if (count <= grains->room)
         return true;
-    uint8_t *states = calloc(count, 1), *marks = calloc(count, 1), *large = calloc(count, 1);
-    if (!states || !marks || !large) {
+    uint8_t *states = calloc(count, 1), *marks = calloc(count, 1), *large = calloc(count, 1), *rounds = calloc(count, 1);
+    if (!states || !marks || !large || !rounds) {
         free(states);
         free(marks);
         free(large);
+        free(rounds);
         return false;
     }
     if (grains->room > 0) {
         memcpy(states, (void *)grains->states, grains->room);
         memcpy(marks, (void *)grains->marks, grains->room);
         memcpy(large, grains->large, grains->room);
+        memcpy(rounds, grains->rounds, grains->room);
     }
     const ndm_i_grains old = *grains;
-    *grains = (ndm_i_grains){(_Atomic uint8_t *)states, (_Atomic uint8_t *)marks, large, old.large_values, count};
+    *grains = (ndm_i_grains){(_Atomic uint8_t *)states, (_Atomic uint8_t *)marks, large, rounds, old.large_values, count};
     free_tables(&old);
     return true;
 }

@@ -40,6 +40,7 @@ typedef struct {
     _Atomic uint8_t *states;
     _Atomic uint8_t *marks; /* NDM_I_QUEUED, ... */
     uint8_t *large;         /* how many large values have bytes in it, in the books. Owner only. */
+    uint8_t *rounds;        /* the round of write-back since which it is mapped for writing: see watch.h. Owner only. */
     uint64_t large_values;  /* the same, of the file */
     uint64_t room;          /* grains that all have room for */
 } ndm_i_grains;

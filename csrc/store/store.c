@@ -9,6 +9,7 @@
 #include "store/blocks.h"
 #include "store/direct.h"
 #include "store/warm.h"
+#include "store/watch.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -194,8 +195,7 @@ int ndm_i_store_clear(ndm_i_store *store, uint64_t offset, uint64_t size, uint64
     return NDM_OK;
 }
 
-/* A small value, in a grain with a large one, is touched through the mapping. */
-static __attribute__((noinline, cold)) void note_strays(ndm_i_store *store, uint64_t offset, uint64_t end)
+__attribute__((noinline, cold)) void ndm_i_store_note_strays(ndm_i_store *store, uint64_t offset, uint64_t end)
 {
     const ndm_i_mapping *mapping = store->file->mapping;
     for (uint64_t grain = offset / GRAIN; grain < ndm_i_grains_end(end); grain++) {
@@ -211,12 +211,6 @@ static __attribute__((noinline, cold)) void note_strays(ndm_i_store *store, uint
     }
 }
 
-static inline void note_touched(ndm_i_store *store, uint64_t offset, uint64_t end)
-{
-    if (ndm_i_grains_hold_large(&store->grains, offset, end) && store->forget_from != UINT64_MAX)
-        note_strays(store, offset, end);
-}
-
 /* Of a file that may be written to `offset` + `size`, into grains that are all `ready` or not. */
 static int put(ndm_i_store *store, uint64_t offset, const void *data, uint64_t size, uint64_t vacant, bool ready)
 {
@@ -228,8 +222,8 @@ static int put(ndm_i_store *store, uint64_t offset, const void *data, uint64_t s
             return ndm_i_direct_put(store, offset, data, size);
         ndm_i_writer_admit(&store->writer, offset / GRAIN, ndm_i_grains_end(end));
     }
-    note_touched(store, offset, end);
-    memcpy(store->file->mapping->base + offset, data, size);
+    ndm_i_store_touched(store, offset, end);
+    ndm_i_copy_in(store, offset, data, size);
     return NDM_OK;
 }
 
@@ -287,7 +281,7 @@ int ndm_i_store_move(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t si
             done += piece;
         atomic_store_explicit(moved, done, memory_order_release); /* the next piece may overwrite what this one read */
         if (size < NDM_I_LARGE)
-            note_touched(store, from, from + size);
+            ndm_i_store_touched(store, from, from + size);
         else if (store->forget_from != UINT64_MAX && (done - forgotten >= MOVE_STEP || done == size)) {
             forget_moved(store, from + forgotten, to + forgotten, done - forgotten);
             forgotten = done;
@@ -345,7 +339,7 @@ int ndm_i_store_copy_out(ndm_i_store *store, uint64_t offset, void *buffer, uint
     /* pread maps no page: nothing is added to RSS, and a later memcpy there meets no page that is mapped read-only. */
     if (size >= FETCH_FROM)
         return ndm_i_file_load(store->file, offset, buffer, size);
-    note_touched(store, offset, offset + size);
+    ndm_i_store_touched(store, offset, offset + size);
     memmove(buffer, store->file->mapping->base + offset, size);
     return NDM_OK;
 }

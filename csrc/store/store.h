@@ -29,6 +29,9 @@ typedef struct {
     uint64_t strays[NDM_I_STRAYS]; /* grains and one; 0: none */
     unsigned next_stray;
     uint64_t forget_from; /* pages of values from this size on are forgotten: NDM_I_LARGE, or UINT64_MAX to keep them mapped */
+    unsigned unwatched, watched; /* stores to come that are not watched for faults, that are (watch.h) */
+    unsigned faults;      /* seen in a row */
+    uint8_t round;        /* of write-back, as far as faults show */
     uint64_t fetched;     /* bytes of grains that were read as a whole */
     uint64_t asked;       /* the last of them that is about to be read from, plus 1 */
 } ndm_i_store;
@@ -90,6 +93,15 @@ static inline bool ndm_i_store_forgets(const ndm_i_store *store, uint64_t offset
 {
     return size >= store->forget_from || (ndm_i_grains_hold_large(&store->grains, offset, offset + size) &&
                                           store->forget_from != UINT64_MAX);
+}
+
+/* Bytes of [offset, end), small, are touched through the mapping: note those of its grains that hold large values, too. */
+void ndm_i_store_note_strays(ndm_i_store *store, uint64_t offset, uint64_t end);
+
+static inline void ndm_i_store_touched(ndm_i_store *store, uint64_t offset, uint64_t end)
+{
+    if (ndm_i_grains_hold_large(&store->grains, offset, end) && store->forget_from != UINT64_MAX)
+        ndm_i_store_note_strays(store, offset, end);
 }
 
 /* To be taken before what it is noted with: see seen.h. */

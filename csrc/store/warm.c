@@ -16,10 +16,11 @@ static void fetch_grain(ndm_i_store *store, uint64_t grain)
     }
 }
 
-bool ndm_i_store_warm(ndm_i_store *store, uint64_t offset)
+/* Read a cold grain, which becomes READY. false: it cannot be. */
+static bool bring_back(ndm_i_store *store, uint64_t grain)
 {
     ndm_i_file *file = store->file;
-    const uint64_t grain = offset / GRAIN, start = grain * GRAIN, end = ndm_i_min(start + GRAIN, file->capacity);
+    const uint64_t start = grain * GRAIN, end = ndm_i_min(start + GRAIN, file->capacity);
     if (!file->keeps_blocks || ndm_i_file_size(file) < end)
         return false;
     if (ndm_i_grain_state(&store->grains, grain) == NDM_I_PARTIAL &&
@@ -30,6 +31,25 @@ bool ndm_i_store_warm(ndm_i_store *store, uint64_t offset)
     ndm_i_grain_set_state(&store->grains, grain, NDM_I_READY);
     ndm_i_writer_unlock(&store->writer);
     ndm_i_writer_admit(&store->writer, grain, grain + 1);
+    return true;
+}
+
+bool ndm_i_store_warm(ndm_i_store *store, uint64_t offset, bool worth)
+{
+    const uint64_t grain = offset / GRAIN, start = grain * GRAIN, end = ndm_i_min(start + GRAIN, store->file->capacity);
+    if (ndm_i_store_is_cold(store, offset)) {
+        if (!worth || !bring_back(store, grain))
+            return false;
+    } else if (!ndm_i_is_stale(store, offset)) {
+        return true;
+    } else if (worth) {
+        fetch_grain(store, grain);
+    }
+    store->grains.rounds[grain] = store->round;
+    if (ndm_i_grain_state(&store->grains, grain) == NDM_I_READY && (worth || ndm_i_is_cached(store->file, start, end))) {
+        ndm_i_store_touched(store, start, end);
+        ndm_i_mapping_renew(store->file->mapping, start, end);
+    }
     return true;
 }
 

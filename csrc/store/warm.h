@@ -1,11 +1,12 @@
-/* Whole grains into RAM: one read of 512 KiB takes as long as eight page faults, and serves thousands of small values.
+/* Whole grains made ready for small stores: one read of 512 KiB takes as long as eight reads of a page, mapping a grain anew as
+ * long as two or three faults, and both serve thousands of small values.
  *
  * Owner only.
  */
 #ifndef NDM_WARM_H
 #define NDM_WARM_H
 
-#include "store/store.h"
+#include "store/watch.h"
 
 /* From this size on a value takes pages of its own, and fetching its neighbours does not help it. */
 #define NDM_I_NO_NEIGHBOUR ((uint64_t)64 << 10)
@@ -18,8 +19,9 @@ static inline bool ndm_i_store_is_cold(const ndm_i_store *store, uint64_t offset
     return state == NDM_I_DROPPED || state == NDM_I_PARTIAL;
 }
 
-/* Read the cold grain at `offset` in one go, and make it READY. false: it cannot be; the error is not set. */
-bool ndm_i_store_warm(ndm_i_store *store, uint64_t offset);
+/* Warm the grain at `offset`: a cold one is read in one go and becomes READY, one that may have been written back is mapped
+ * anew. What is not in RAM is read only if that is `worth` it. false: the grain is cold; the error is not set. */
+bool ndm_i_store_warm(ndm_i_store *store, uint64_t offset, bool worth);
 
 /* Read the cold grains of [offset, offset + size), which is about to be read, in one go. What was asked for last is not
  * asked for again, until `store->asked` is 0. */

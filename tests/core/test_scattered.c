@@ -2,10 +2,12 @@
  * the core goes to the disk is counted, not timed. */
 #define _GNU_SOURCE
 #include "check.h"
+#include "os/residency.h"
 #include "region/ledger.h"
 
 #include <stdbool.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { KIB = 1024, MIB = 1024 * KIB, SIZE = 100, UNIT = 128, COUNT = 64 * 1024 };
 
@@ -20,11 +22,15 @@ static uint64_t below(uint64_t bound)
     return rng % bound;
 }
 
+static ndm_options options_for(uint64_t most)
+{
+    return (ndm_options){.initial_capacity = 64 * KIB, .max_capacity = most, .alignment = 64, .cache_limit = UINT64_MAX};
+}
+
 static ndm_region *open_region(uint64_t most)
 {
     /* Not in /tmp, which may be in memory. */
-    const ndm_options options = {
-        .initial_capacity = 64 * KIB, .max_capacity = most, .alignment = 64, .cache_limit = UINT64_MAX};
+    const ndm_options options = options_for(most);
     ndm_region *region = ndm_region_open_temporary("build", &options);
     if (!region)
         region = ndm_region_open_temporary(".", &options);
@@ -51,12 +57,9 @@ static void check_one(ndm_region *region, int64_t slot, uint64_t number)
     CHECK(ndm_region_read_into(region, slot, found, SIZE) == SIZE && memcmp(found, value, SIZE) == 0);
 }
 
-/* COUNT values, of which `freed` in a hundred are free again, at random; nothing is in RAM. */
-static ndm_region *cold_region(uint64_t freed)
+/* Free so many in a hundred values, at random. */
+static void free_some(ndm_region *region, uint64_t freed)
 {
-    ndm_region *region = open_region((uint64_t)1 << 30);
-    for (uint64_t i = 0; i < COUNT; i++)
-        slots[i] = write_one(region, i);
     for (uint64_t left = COUNT * freed / 100; left > 0;) {
         const uint64_t i = below(COUNT);
         if (slots[i] < 0)
@@ -65,6 +68,20 @@ static ndm_region *cold_region(uint64_t freed)
         slots[i] = -1;
         left--;
     }
+}
+
+static void fill(ndm_region *region)
+{
+    for (uint64_t i = 0; i < COUNT; i++)
+        slots[i] = write_one(region, i);
+}
+
+/* COUNT values, of which `freed` in a hundred are free again, at random; nothing is in RAM. */
+static ndm_region *cold_region(uint64_t freed)
+{
+    ndm_region *region = open_region((uint64_t)1 << 30);
+    fill(region);
+    free_some(region, freed);
     CHECK(ndm_region_evict(region, NULL, 0) == NDM_OK);
     CHECK(ndm_region_check(region) == 0);
     return region;
@@ -106,6 +123,62 @@ static void test_neighbours(void)
         check_one(region, fresh[i], COUNT + i);
     check_values(region);
     ndm_region_destroy(region);
+}
+
+/* Where most is free, the best holes are few, and longer ones of the same grain are used before another is read. */
+static void test_where_most_is_free(void)
+{
+    enum { WRITES = 6000 };
+    ndm_region *region = cold_region(90);
+    const uint64_t used = region->used_bytes;
+    for (uint64_t i = 0; i < WRITES; i++)
+        write_one(region, COUNT + i);
+    CHECK(region->store.fetched / NDM_I_GRAIN <= 8 && region->used_bytes == used); /* of 16 */
+    check_values(region);
+    ndm_region_destroy(region);
+}
+
+/* Once all has been written back, the first store to each page faults; but a grain is soon mapped anew as a whole. */
+static void test_written_back(void)
+{
+    enum { TURNS = 4, PAGES = COUNT * UNIT / (4 * KIB) };
+    ndm_region *region = open_region((uint64_t)1 << 30);
+    fill(region);
+    for (int turn = 0; turn < TURNS; turn++) {
+        if (turn == 1) { /* the next number is none */
+            region->store.round = UINT8_MAX;
+            memset(region->store.grains.rounds, UINT8_MAX, region->store.grains.room);
+        }
+        const unsigned round = region->store.round;
+        const uint64_t used = region->used_bytes;
+        free_some(region, 50);
+        CHECK(ndm_region_flush(region) == NDM_OK);
+        const uint64_t faults = ndm_i_mapping_faults();
+        for (uint64_t i = 0; i < COUNT; i++)
+            if (slots[i] < 0)
+                slots[i] = write_one(region, i);
+        CHECK(!on_disk(region) || region->store.round != round);
+        CHECK(!region->data.large_folios || ndm_i_mapping_faults() - faults < PAGES * 2 / 3);
+        CHECK(region->used_bytes == used);
+        check_values(region);
+    }
+    ndm_region_destroy(region);
+}
+
+/* One store to the slot table does not make much of it dirty. */
+static void test_the_slot_table_in_small_pieces(void)
+{
+    enum { PIECES = 3 * 32 * KIB }; /* of the header, of the record, and of what the kernel adds */
+    uint64_t resident, unwritten;
+    const ndm_options options = options_for((uint64_t)1 << 30);
+    ndm_region *region = ndm_region_open("build/scattered", &options);
+    CHECK(region);
+    fill(region);
+    CHECK(ndm_i_file_sync(&region->slots.table) == 0);
+    CHECK(ndm_region_free(region, slots[COUNT / 2]) == NDM_OK);
+    CHECK(ndm_i_residency(&region->slots.table, &resident, &unwritten) == NDM_OK && unwritten <= PIECES);
+    ndm_region_destroy(region);
+    CHECK(unlink("build/scattered") == 0 && unlink("build/scattered.slots") == 0);
 }
 
 /* One hole of a grain does not pay for reading the whole of it. */
@@ -195,6 +268,9 @@ int main(void)
         void (*run)(void);
     } tests[] = {
         {"the holes of a grain are filled one after the other", test_neighbours},
+        {"where most is free, longer holes are used", test_where_most_is_free},
+        {"a grain that was written back is mapped anew", test_written_back},
+        {"the slot table is dirtied in small pieces", test_the_slot_table_in_small_pieces},
         {"a lonely hole costs no grain", test_a_lonely_hole},
         {"a whole compaction reads the file once", test_whole_pass},
         {"slices go on where the last one stopped", test_slices},
