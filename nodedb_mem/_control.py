@@ -282,7 +282,7 @@ class RegionControl:
         raise TypeError(f"cannot copy or pickle {type(self).__name__!r}: a region has one owner")
 
     def _figures(self) -> Info:
-        """The region's `ndm_info`. The next call of an owner fills it anew, perhaps on another thread: read one figure."""
+        """The region's `ndm_info`. An owner's next call fills it anew, on another thread perhaps: read one figure."""
         out = self._out
         if details := _info(self._handle, out):
             raise _refusal(details, self._where)

@@ -34,10 +34,10 @@ class OverflowRegion(RegionConstructors):
     """One overflow file and its mapping, owned by the thread that opens it, or by all threads of its process.
 
     Every verb raises `WrongThreadError` on a thread that does not own the region and in a forked child, and
-    `RegionClosedError` after `close`. Only `path`, `closed`, `repr`, `adopt` and `with` work everywhere. A verb that raises has changed nothing.
-    There are four exceptions. `close` closes the region and then reports that a write-back failed. `compact` and
-    `trim` may stop half-way: every value is intact then, and what was done so far stays. A write that the disk refuses
-    may have moved other values to make room.
+    `RegionClosedError` after `close`. Only `path`, `closed`, `repr`, `adopt` and `with` work everywhere. A verb that
+    raises has changed nothing. There are four exceptions. `close` closes the region and then reports that a write-back
+    failed. `compact` and `trim` may stop half-way: every value is intact then, and what was done so far stays. A write
+    that the disk refuses may have moved other values to make room.
 
     A write needs free bytes, and they need not lie together. Where they are scattered, the region moves values until
     they do. Values with a live view or a lease stay where they are, and room is made between them.
@@ -67,9 +67,9 @@ class OverflowRegion(RegionConstructors):
         RSS only while a view of them lives, at every `cache_limit`, and the next view maps them again. True is for who
         views the same large values again and again, and does not mind the RSS.
     ownership
-        Who may call. "thread" is the thread that opens the region. "process" is every thread of the process: the core lets
-        one of them in at a time, and others while one waits for the disk or copies a large value. A verb that moves
-        values or makes the file grow keeps the others out until it returns.
+        Who may call. "thread" is the thread that opens the region. "process" is every thread of the process. The core
+        lets one of them in at a time, and others while one waits for the disk or copies a large value. A verb that
+        moves values or makes the file grow keeps the others out until it returns.
     recover
         Keep the values of an earlier region under their slots, whether its owner closed it or was killed. References to
         them stay good, and the earlier alignment holds. A value that was being written when the owner died is lost.

@@ -337,10 +337,11 @@ void ndm_i_writer_admit(ndm_i_writer *writer, uint64_t first, uint64_t last)
     if (!ndm_i_writer_is_limited(writer))
         return;
     pthread_mutex_lock(&writer->lock);
+    const uint64_t before = writer->resident;
     for (uint64_t grain = first; grain < last; grain++)
         if (!is_queued(writer, grain) && push(writer, grain))
             writer->resident++;
-    if (writer->resident > writer->limit / 2) {
+    if (writer->resident > before && writer->resident > writer->limit / 2) {
         if (writer->running || start_thread(writer)) {
             pthread_cond_signal(&writer->work);
             let = is_full(writer) && ndm_i_gate_let(writer->gate);
