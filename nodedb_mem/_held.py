@@ -54,11 +54,22 @@ def _count_argument(value: object) -> int:
     return _count(value)
 
 
+def _count_view() -> int:
+    entry = [object()]
+
+    def holders(view: object = None) -> int:
+        return _count_argument(view)
+
+    return holders(view=entry[0]) + 1  # the array
+
+
 # What getrefcount() says of an object that nothing refers to but the value of a dict; the item of a list; what it says
-# of the argument of a function beyond the references that there are before.
+# of the argument of a function beyond the references that there are before; of a private mapping that an array lies in.
 _OF_DICT = next(map(_count, {0: object()}.values()))
 _OF_LIST = _count_box()
 _OF_ARGUMENT = _count_argument(object())
+_OF_VIEW = _count_view()
+
 
 _is_atom: dict[type, bool] = {}
 _known_atoms: set[type] = set()
@@ -202,7 +213,7 @@ class Held(NamedTuple):
 _NOT_HELD = Held(False, [], [])
 
 
-def holders(box: list[Any], known: int = 0, *, own_memory: bool = False) -> Held:
+def holders(box: list[Any], known: int = 0, *, own_memory: bool = False, view: object = None) -> Held:
     """Tell what others hold of a value.
 
     Parameters
@@ -213,12 +224,16 @@ def holders(box: list[Any], known: int = 0, *, own_memory: bool = False) -> Held
         Further references to the value that do not count.
     own_memory
         The value was made on memory that nobody else knows. Views that libraries keep of it do not count.
+    view
+        The private mapping that the value came in, which its entry refers to.
     """
     if is_atom(box[0]):
         return _NOT_HELD
     if is_plain_array(box[0]):
         if _count(box[0]) > _OF_LIST + known:
             return Held(True, [], [])
+        if view is not None and box[0].base is view:
+            return Held(True, [], []) if _count_argument(view) > _OF_VIEW else _NOT_HELD
         if not _may_have_held_base(box[0].base, own_memory):
             return _NOT_HELD
     seen: dict[int, Any] = {id(box[0]): box[0]}

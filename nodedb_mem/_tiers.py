@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from nodedb_mem._changes import PageMap
 from nodedb_mem._held import has_memory, holders, is_atom
 from nodedb_mem._sizeof import sizeof
-from nodedb_mem._stored import Stored, encode_for, get, is_same_array, is_unchanged, layout_of, put
+from nodedb_mem._stored import Stored, encode_for, get, is_unchanged, put
 from nodedb_mem.codec import ALIGNMENT
 from nodedb_mem.errors import RegionIOError
 
@@ -52,14 +52,13 @@ class Entry:
     """A value and the keys that name it.
 
     `value` is `COLD` when it is in its slot only. `stored` is where it was last written; `view` is the private mapping
-    that it came back in, and `layout` the array's that came back. `kept` is what its pickle names.
+    that it came back in. `kept` is what its pickle names.
     """
 
     __slots__ = (
         "held",
         "kept",
         "keys",
-        "layout",
         "pins",
         "reservation",
         "shares",
@@ -76,7 +75,6 @@ class Entry:
         self.weight = weight
         self.stored: Stored | None = None
         self.view: Buffer | None = None
-        self.layout: tuple[object, ...] | None = None
         self.kept: list[Any] = []
         self.pins = 0
         self.reservation: Reservation | None = None  # of its weight, while it is hot
@@ -161,7 +159,6 @@ class Tiers:
         self.bytes_read += entry.stored.size
         self.bytes_out -= entry.stored.size
         self.add(entry, value, view, reservation=reservation)
-        entry.layout = layout_of(value)
         self.read_seconds += perf_counter() - start
         return value
 
@@ -269,7 +266,7 @@ class Tiers:
         out = False
         try:
             own_memory = entry.stored is not None and type(box[0]) is not memoryview
-            held = holders(box, known, own_memory=own_memory)
+            held = holders(box, known, own_memory=own_memory, view=entry.view)
             has_had_chance, entry.held = entry.held, bool(held.inside)
             if held.shared:
                 self._share(entry, held.shared)
@@ -336,14 +333,6 @@ class Tiers:
         stored = entry.stored
         if stored is not None and is_atom(box[0]):
             return self._save(stored)
-        if (
-            stored is not None
-            and not kept
-            and entry.layout is not None
-            and layout_of(box[0]) == entry.layout
-            and is_same_array(self.region, stored, box[0], entry.view, self.pages)
-        ):
-            return self._save(stored)
         encoded = encode_for(entry.keys[0], box[0], ALIGNMENT, kept)
         if any(has_memory(each) for number, each in enumerate(kept) if number not in encoded.named):
             return False  # others see memory that the pickle has by another object
@@ -356,17 +345,19 @@ class Tiers:
         """Write an encoded value; false, and nothing is done, if it is what is stored."""
         stored = entry.stored
         bound = bool(encoded.named or entry.kept)
-        if stored is not None and not bound and is_unchanged(self.region, stored, encoded, entry.view, self.pages):
+        if stored is not None and not bound and is_unchanged(stored, encoded, self._read, entry.view, self.pages):
             return False
         fresh = put(self.region, entry.keys[0], encoded, self.engine)
         self._free(entry)
         entry.stored = fresh
-        entry.layout = None
         entry.kept = []
         if encoded.named:
             entry.kept = [each if number in encoded.named else None for number, each in enumerate(kept)]
         self.bytes_written += fresh.size
         return True
+
+    def _read(self, slot: int) -> memoryview:
+        return self.region.read(slot)
 
     def _save(self, stored: Stored) -> bool:
         """Count a write that was not needed."""

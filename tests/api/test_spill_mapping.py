@@ -264,7 +264,7 @@ def test_frames_go_out_once(new: New) -> None:
 
 def test_what_is_read_through_old_kernels_maps(new: New) -> None:
     mapping = new()
-    mapping._tiers.pages._scans = False
+    mapping._tiers.pages.by_page = True
     mapping["a"], mapping["b"] = array(1, 40_000_000), array(2, 400_000)
     mapping.evict()
     assert int(mapping["a"].sum()) + int(mapping["b"].sum()) > 0
@@ -327,6 +327,21 @@ def test_what_somebody_holds_is_changed_under_its_key_too(new: New, name: str, r
     mapping.evict()
     assert mapping.stats().keys_in_ram == 0
     assert pick(mapping["a"])[0] == 3
+
+
+def test_who_holds_the_mapping_that_an_array_came_in_is_seen(new: New) -> None:
+    mapping = new()
+    mapping["a"] = array(1, 400_000)
+    mapping.evict()
+    memory = memoryview(mapping["a"].base)
+    at = mapping["a"].ctypes.data - np.frombuffer(memory, "u1").ctypes.data
+    for number in range(3):
+        mapping.evict()
+        memory[at] = number
+        assert mapping["a"][0] == number
+    del memory
+    mapping.evict()
+    assert mapping.stats().keys_in_ram == 0 and mapping["a"][0] == 2
 
 
 def test_what_is_a_view_of_something_in_use_stays(new: New) -> None:
