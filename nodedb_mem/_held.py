@@ -63,6 +63,22 @@ def _count_view() -> int:
     return holders(view=entry[0]) + 1  # the array
 
 
+class _Probe:
+    """Counts the references to a value that ``mapping[key] = value`` has while it runs."""
+
+    count = 0
+
+    def __setitem__(self, key: object, value: object) -> None:
+        local = object()
+        self.count = _count(value) - _count(local) + 1
+
+
+_probe = _Probe()
+_probe[0] = object()
+
+#: References to a value that is being assigned.
+IN_SETITEM = _probe.count
+
 # What getrefcount() says of an object that nothing refers to but the value of a dict; the item of a list; what it says
 # of the argument of a function beyond the references that there are before; of a private mapping that an array lies in.
 _OF_DICT = next(map(_count, {0: object()}.values()))

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from nodedb_mem._held import Shared, Span
-    from nodedb_mem._reserving import Reservation
+    from nodedb_mem._memory import Reservation
     from nodedb_mem.codec import Encoded
     from nodedb_mem.objects import ObjectRef
     from nodedb_mem.region import OverflowRegion

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import os
 import shutil
-import sys
 import tempfile
 import threading
 from collections.abc import MutableMapping
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from operator import index
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar
 
+from nodedb_mem._held import IN_SETITEM
 from nodedb_mem._reserving import Account
 from nodedb_mem._sizeof import sizeof
 from nodedb_mem._tiers import COLD, Entry, Tiers
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
-    from nodedb_mem._reserving import Governor
+    from nodedb_mem.governor import MemoryGovernor
     from nodedb_mem.objects import ObjectRef
 
 __all__ = ["OverflowMap", "SpillMapping", "SpillStats", "sizeof"]
@@ -63,6 +63,9 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
     governor
         A memory governor. Every byte of values in RAM is reserved there, and values go out when it asks for memory.
         What does not fit is charged, and as much goes out.
+    watch
+        Follow what is real, where there is no governor: values go out, too, when this process has come near the most
+        memory that it may use, or its control group has. Needs psutil (extra `watch`).
     engine
         The owner of the values, as for `OverflowRegion.write`, and for the governor.
     max_capacity
@@ -76,6 +79,10 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
     ------
     UnknownEngineError
         The governor does not know the engine.
+    ValueError
+        The budget is negative, or `watch` is set beside a governor, which has a `watch` of its own.
+    ModuleNotFoundError
+        `watch` finds no psutil.
 
     Warns
     -----
@@ -88,13 +95,15 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         budget: int,
         directory: str | os.PathLike[str] | None = None,
         *,
-        governor: Governor | None = None,
+        governor: MemoryGovernor | None = None,
+        watch: bool = False,
         engine: int = EngineId.QUERY,
         max_capacity: int | None = None,
         cache_limit: int | None = None,
         weight: Callable[[Any], int] = sizeof,
     ) -> None:
         self._budget = _checked(budget)
+        self._account = Account(governor, engine, watch=watch)
         folder = tempfile.gettempdir() if directory is None else directory
         ceiling = shutil.disk_usage(folder).total if max_capacity is None else index(max_capacity)
         region = OverflowRegion.temporary(
@@ -108,7 +117,6 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         self._entries: dict[K, Entry] = {}
         self._tiers = Tiers(region, engine, weight)
         self._session = _Session(self._lock, self._tiers)
-        self._account = Account(governor, engine)
         try:
             self._account.open(self._give_back)
         except BaseException:
@@ -157,7 +165,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         entry, beyond = self._insert(key, value)
         if beyond or self._tiers.bytes > self._budget:
             with self._session as tiers:
-                tiers.shrink(min(self._budget, tiers.bytes - beyond), _MOST_HELD, own=entry, known=_IN_SETITEM)
+                tiers.shrink(min(self._budget, tiers.bytes - beyond), _MOST_HELD, own=entry, known=IN_SETITEM)
                 tiers.tidy()
 
     def __delitem__(self, key: K) -> None:
@@ -346,8 +354,8 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
 
     def __del__(self) -> None:
         """Let go of the descriptors, and of what is reserved."""
-        if hasattr(self, "_account"):
-            self._account.close()
+        if hasattr(self, "_tiers"):
+            self._account.leave()
             self._tiers.abandon()
 
     def __reduce__(self) -> NoReturn:
@@ -480,18 +488,3 @@ def _checked(budget: int) -> int:
     if size < 0:
         raise ValueError("budget must not be negative")
     return size
-
-
-class _Probe:
-    """Counts the references to a value that ``mapping[key] = value`` has while it runs."""
-
-    count = 0
-
-    def __setitem__(self, key: object, value: object) -> None:
-        local = object()
-        self.count = sys.getrefcount(value) - sys.getrefcount(local) + 1
-
-
-_probe = _Probe()
-_probe[0] = object()
-_IN_SETITEM = _probe.count
