@@ -6,6 +6,7 @@ import errno
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nodedb_mem import _memory
+from nodedb_mem._held import Memory, is_plain_array
 from nodedb_mem.codec import ALIGNMENT, Encoded, decode, encode, load, split
 from nodedb_mem.errors import CapacityExceededError, RegionIOError
 
@@ -50,9 +51,9 @@ def alignment_of(region: OverflowRegion) -> int:
 
 
 def encode_for(key: object, value: object, alignment: int, kept: Sequence[object] = ()) -> Encoded:
-    """Encode the value of a key. Raises a TypeError that names the key where it cannot be pickled."""
+    """Encode the value of a key. Raises a TypeError that names the key where it cannot be pickled, or made again."""
     try:
-        return encode(value, alignment=alignment, kept=kept)
+        return encode(value, alignment=alignment, kept=kept, prove=True)
     except TypeError as error:
         raise TypeError(f"the value of {key!r}: {error}") from error
 
@@ -73,7 +74,7 @@ def put(region: OverflowRegion, key: object, encoded: Encoded, engine: int) -> S
 
 def get(
     region: OverflowRegion, stored: Stored, kept: Sequence[object] = (), *, may_map: bool = True
-) -> tuple[Any, Buffer | None]:
+) -> tuple[Any, Buffer | None, Memory | None]:
     """Read an object. Its buffers are writable, and its own: the stored bytes never change.
 
     Returns
@@ -82,10 +83,12 @@ def get(
     view : buffer or None
         The private mapping that its buffers lie in; None where they are copies. It is no memoryview: one of these would
         count among those who hold the memory.
+    memory : Memory or None
+        What its buffers lie in; None for an array that refers to its mapping itself, and where there are none.
     """
     slot, size, copied, head = stored
     if copied:
-        return decode(region.read(slot) if size > _SMALL else region.read_bytes(slot), kept=kept), None
+        return decode(region.read(slot) if size > _SMALL else region.read_bytes(slot), kept=kept), None, None
     if size > _COPIED and may_map:
         try:
             view = region.restore(slot)
@@ -93,12 +96,15 @@ def get(
             if error.errno != errno.ENOMEM:
                 raise
         else:
-            return load(split(view, head), kept), view.obj
+            value = load(split(view, head), kept)
+            if is_plain_array(value) and value.base is view.obj:
+                return value, view.obj, None
+            return value, view.obj, Memory(view)
     room = bytearray(size + ALIGNMENT)
     start = -_memory.address_of(room) % ALIGNMENT
     view = memoryview(room)[start : start + size]
     region.read_into(slot, view)
-    return decode(view, kept=kept), None
+    return decode(view, kept=kept), None, Memory(view)
 
 
 def is_unchanged(

@@ -88,7 +88,7 @@ class Value(NamedTuple):
     buffers: list[memoryview]
 
 
-def encode(value: object, *, alignment: int = ALIGNMENT, kept: Sequence[object] = ()) -> Encoded:
+def encode(value: object, *, alignment: int = ALIGNMENT, kept: Sequence[object] = (), prove: bool = False) -> Encoded:
     """Take an object apart into buffers, without a copy of what is large.
 
     Parameters
@@ -101,18 +101,20 @@ def encode(value: object, *, alignment: int = ALIGNMENT, kept: Sequence[object] 
     kept
         Objects inside the value that are named by their place in this list, not pickled. The value can be decoded with
         such a list only.
+    prove
+        Make the object again, once for every type in it that is new here, and throw it away.
 
     Raises
     ------
     TypeError
-        The object cannot be pickled.
+        The object cannot be pickled; or, with `prove`, it cannot be made again.
     """
     kind = _KINDS.get(type(value))
     if kind is not None:
         return _encode_plain(kind, value, alignment)
     if is_plain_array(value) and (array := _encode_array(value, alignment)):
         return array
-    pickled, buffers, named = _pickle(value, kept)
+    pickled, buffers, named = _pickle(value, kept, prove)
     encoded = _lay_out(_PICKLE, _BOUND if named else 0, alignment, pickled, buffers)
     return encoded._replace(named=named) if named else encoded
 
@@ -181,7 +183,7 @@ def load(value: Value, kept: Sequence[object] = ()) -> Any:
     try:
         if value.kind == _PICKLE:
             if value.flags & _BOUND:
-                return _Unpickler(value, kept).load()
+                return _Unpickler(value.pickled, value.buffers, kept).load()
             return pickle.loads(value.pickled, buffers=value.buffers)
         return _DECODERS[value.kind](value)
     except MemoryError:
@@ -274,24 +276,38 @@ _DECODERS: dict[int, Callable[[Value], object]] = {
 # -- pickle -------------------------------------------------------------------------------------------------------
 
 
-class _Pickler(pickle.Pickler):
-    """A pickler that names some objects by their number instead of pickling them."""
+_sound: set[type] = set()  # their objects have been made again
+_MOST_SOUND = 10_000  # types come and go
 
-    def __init__(self, file: Any, kept: Sequence[object], **options: Any) -> None:
-        super().__init__(file, 5, **options)
-        self.numbers = {id(each): number for number, each in enumerate(kept)}
-        self.named: set[int] = set()
 
-    def persistent_id(self, obj: object) -> int | None:
-        number = self.numbers.get(id(obj))
-        if number is not None:
-            self.named.add(number)
-        return number
+def _note_type(pickler: Any, obj: object) -> Any:
+    """As a pickler's `reducer_override`: collect the types that are made by a call."""
+    if type(obj) not in _sound:
+        pickler.types.add(type(obj))
+    return NotImplemented
+
+
+def _name(pickler: Any, obj: object) -> int | None:
+    """As a pickler's `persistent_id`: name the kept objects by their number, instead of pickling them."""
+    number: int | None = pickler.numbers.get(id(obj))
+    if number is not None:
+        pickler.named.add(number)
+    return number
+
+
+def _pickler(base: Any, kept: Sequence[object], prove: bool) -> Any:
+    """Make a class of picklers."""
+    verbs: dict[str, Any] = {"numbers": {id(each): number for number, each in enumerate(kept)}}
+    if kept:
+        verbs["persistent_id"] = _name
+    if prove and base is pickle.Pickler:
+        verbs["reducer_override"] = _note_type
+    return type("Pickler", (base,), verbs)
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, value: Value, kept: Sequence[object]) -> None:
-        super().__init__(io.BytesIO(value.pickled), buffers=value.buffers)
+    def __init__(self, pickled: memoryview | bytes, buffers: Sequence[Buffer], kept: Sequence[object]) -> None:
+        super().__init__(io.BytesIO(pickled), buffers=buffers)
         self.kept = kept
 
     def persistent_load(self, number: int) -> object:
@@ -300,41 +316,63 @@ class _Unpickler(pickle.Unpickler):
         return self.kept[number]
 
 
-def _pickle(value: object, kept: Sequence[object]) -> tuple[bytes, list[memoryview], frozenset[int]]:
-    buffers: list[memoryview] = []
+_PROVING = _pickler(pickle.Pickler, (), True)
 
-    def take(buffer: pickle.PickleBuffer) -> bool:
-        """Keep a buffer out of the pickle, unless it is small."""
-        raw = buffer.raw()
-        if raw.nbytes <= IN_BAND:
-            return True
-        buffers.append(raw)
-        return False
 
+def _pickle(value: object, kept: Sequence[object], prove: bool) -> tuple[bytes, list[memoryview], frozenset[int]]:
     try:
-        if kept:
-            file = io.BytesIO()
-            pickler = _Pickler(file, kept, buffer_callback=take)
-            pickler.dump(value)
-            return file.getvalue(), buffers, frozenset(pickler.named)
-        return pickle.dumps(value, 5, buffer_callback=take), buffers, frozenset()
+        if not kept and not prove:
+            buffers: list[memoryview] = []
+            return pickle.dumps(value, 5, buffer_callback=_taker(buffers)), buffers, frozenset()
+        return _dump(_pickler(pickle.Pickler, kept, prove) if kept else _PROVING, value, kept, prove)
     except MemoryError:
         raise
     except Exception as refused:
-        buffers.clear()
         try:
-            return _cloudpickle(value, take), buffers, frozenset()
+            import cloudpickle
+
+            return _dump(_pickler(cloudpickle.Pickler, kept, prove), value, kept, prove)
         except MemoryError:
             raise
         except Exception as error:
             raise TypeError(f"cannot pickle {type(value).__name__!r}: {refused}") from error
 
 
-def _cloudpickle(value: object, take: Callable[[pickle.PickleBuffer], bool]) -> bytes:
-    import cloudpickle
+def _dump(
+    kind: Any, value: object, kept: Sequence[object], prove: bool
+) -> tuple[bytes, list[memoryview], frozenset[int]]:
+    file = io.BytesIO()
+    buffers: list[memoryview] = []
+    pickler = kind(file, 5, buffer_callback=_taker(buffers))
+    pickler.named, pickler.types = set(), set()
+    pickler.dump(value)
+    pickled = file.getvalue()
+    if prove and (pickler.types or "reducer_override" not in vars(kind)):
+        _make_again(pickled, buffers, kept)
+        if len(_sound) < _MOST_SOUND:
+            _sound.update(pickler.types)
+    return pickled, buffers, frozenset(pickler.named)
 
-    result: bytes = cloudpickle.dumps(value, 5, buffer_callback=take)
-    return result
+
+def _make_again(pickled: bytes, buffers: list[memoryview], kept: Sequence[object]) -> None:
+    """Make an object and throw it away. Its class may store to the buffers then, which are the original's."""
+    try:
+        _Unpickler(pickled, [buffer.toreadonly() for buffer in buffers], kept).load()
+    except Exception:
+        _Unpickler(pickled, [bytearray(buffer) for buffer in buffers], kept).load()
+
+
+def _taker(buffers: list[memoryview]) -> Callable[[pickle.PickleBuffer], bool]:
+    """Keep buffers out of a pickle, unless they are small."""
+
+    def take(buffer: pickle.PickleBuffer) -> bool:
+        raw = buffer.raw()
+        if raw.nbytes <= IN_BAND:
+            return True
+        buffers.append(raw)
+        return False
+
+    return take
 
 
 # -- layout -------------------------------------------------------------------------------------------------------

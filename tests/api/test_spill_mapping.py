@@ -193,7 +193,7 @@ def test_the_region_does_not_grow_with_time(new: New) -> None:
     random, mapping = np.random.default_rng(3), new(0)
     for _ in range(1500):
         mapping[int(random.integers(30))] = np.zeros(int(random.integers(1, 400_000)), "u1")
-    with mapping._session as tiers:
+    with mapping._lock, mapping._session as tiers:
         assert tiers.bytes_written > 200_000_000
         assert tiers.region.used_bytes < 3 * tiers.region.live_bytes + (8 << 20)
 
@@ -578,6 +578,23 @@ def test_a_forked_child_has_what_is_in_ram(new: New) -> None:
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert (mapping["cold"] == array(1)).all()
+
+
+def test_a_child_does_not_wait_for_a_lock_of_its_parent(new: New) -> None:
+    mapping = new(150_000)
+    mapping["hot"] = 1
+    with mapping._lock:
+        child = os.fork()
+        if child == 0:
+            try:
+                for use in (mapping.evict, mapping.stats):
+                    with pytest.raises(WrongThreadError):
+                        in_thread(use)
+                in_thread(mapping.close)
+                os._exit(0)
+            finally:
+                os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_any_thread_may_use_it(new: New) -> None:
