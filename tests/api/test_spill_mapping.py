@@ -588,7 +588,7 @@ def test_a_child_does_not_wait_for_a_lock_of_its_parent(new: New) -> None:
         if child == 0:
             try:
                 refused = in_thread(mapping.evict), in_thread(mapping.stats), in_thread(mapping.close)
-                os._exit(not list(map(type, refused)) == [WrongThreadError, WrongThreadError, type(None)])
+                os._exit(list(map(type, refused)) != [WrongThreadError, WrongThreadError, type(None)])
             finally:
                 os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
