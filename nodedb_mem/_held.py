@@ -137,32 +137,32 @@ def _is_named(function: types.FunctionType) -> bool:
     return found is function
 
 
-_stays: dict[type, bool] = {}
+_stays: dict[type, bool | None] = {}  # None: where it is mutable, and on memory of others
 
 
-def _learn_whether_it_stays(kind: type) -> bool:
+def _learn_whether_it_stays(kind: type) -> bool | None:
     numpy = sys.modules.get("numpy")
-    stays = (
-        (numpy is not None and issubclass(kind, numpy.void))
-        or issubclass(kind, types.FunctionType | mmap.mmap)
+    known: bool | None = (
+        issubclass(kind, types.FunctionType | mmap.mmap)
+        or (numpy is not None and issubclass(kind, numpy.void))
         or any(isinstance(vars(base).get("__del__"), types.FunctionType) for base in kind.__mro__)
     )
+    if hasattr(kind, "is_mutable"):
+        known = None
     if len(_stays) < 10_000:
-        _stays[kind] = stays
-    return stays
+        _stays[kind] = known
+    return known
 
 
-def stays(value: object, *, brought_back: bool = False) -> bool:
+def stays(value: object, *, own_memory: bool = False) -> bool:
     """Whether an object is more than what pickle makes of it, so that it has to stay as it is.
 
     Such are functions without a name of their own, memory of files, what has a finalizer, memory of others in a buffer
     of Arrow, and records of NumPy, which cannot be stored to once they were pickled.
     """
     kind = type(value)
-    known = _stays.get(kind)
-    if known is None:
-        known = _learn_whether_it_stays(kind)
-    return known or (not brought_back and hasattr(kind, "is_mutable") and bool(getattr(value, "is_mutable", False)))
+    known = _stays[kind] if kind in _stays else _learn_whether_it_stays(kind)
+    return known if known is not None else not own_memory and bool(getattr(value, "is_mutable", False))
 
 
 def is_atom(value: object) -> bool:
@@ -323,8 +323,6 @@ def holders(box: list[Any], known: int = 0, *, memory: Memory | None = None, vie
     """
     if is_atom(box[0]):
         return _NOT_HELD
-    if stays(box[0], brought_back=memory is not None):
-        return Held(True, [], [])
     own_memory = memory is not None and not memory.has_new_views()
     if is_plain_array(box[0]):
         if _count(box[0]) > _OF_LIST + known:
@@ -333,6 +331,8 @@ def holders(box: list[Any], known: int = 0, *, memory: Memory | None = None, vie
             return Held(True, [], []) if _count_argument(view) > _OF_VIEW else _NOT_HELD
         if not _may_have_held_base(box[0].base, own_memory):
             return _NOT_HELD
+    elif stays(box[0], own_memory=own_memory):
+        return Held(True, [], [])
     seen: dict[int, Any] = {id(box[0]): box[0]}
     inner: dict[int, int] = {}
     level = box
@@ -360,7 +360,7 @@ def holders(box: list[Any], known: int = 0, *, memory: Memory | None = None, vie
     others = [
         number
         for number, count in outside.items()
-        if (count > 0 and not _is_harmless(seen[number], own_memory)) or stays(seen[number], brought_back=own_memory)
+        if (count > 0 and not _is_harmless(seen[number], own_memory)) or stays(seen[number], own_memory=own_memory)
     ]
     if others and (caches := _caches(seen, others)):
         others = [number for number in others if number not in caches]

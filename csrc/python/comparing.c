@@ -49,11 +49,13 @@ static PyObject *has_changed(PyObject *Py_UNUSED(module), PyObject *const *argum
     if (!ndm_i_has_count(count, 3) || !ndm_i_get_number(arguments[0], &pagemap) ||
         PyObject_GetBuffer(arguments[1], &mapped, PyBUF_SIMPLE) < 0)
         return NULL;
-    const bool by_page = PyObject_IsTrue(arguments[2]) == 1;
-    Py_BEGIN_ALLOW_THREADS
-    changed = by_page ? ndm_i_is_changed_by_page((int)pagemap, mapped.buf, (uint64_t)mapped.len)
-                      : ndm_i_is_changed((int)pagemap, mapped.buf, (uint64_t)mapped.len);
-    Py_END_ALLOW_THREADS
+    if (PyObject_IsTrue(arguments[2]) == 1) {
+        Py_BEGIN_ALLOW_THREADS
+        changed = ndm_i_is_changed_by_page((int)pagemap, mapped.buf, (uint64_t)mapped.len);
+        Py_END_ALLOW_THREADS
+    } else { /* some microseconds a MiB */
+        changed = ndm_i_is_changed((int)pagemap, mapped.buf, (uint64_t)mapped.len);
+    }
     PyBuffer_Release(&mapped);
     return changed < 0 ? Py_NewRef(Py_None) : PyBool_FromLong(changed);
 }
