@@ -41,7 +41,7 @@ help:
 	@echo 'make test         every promise: the C programs under sanitizers, then pytest (ARGS="-k name"; JOBS=$(JOBS))'
 	@echo 'make test-system  more file systems, rounds of kill -9, Dask, native builds; the wheel in other interpreters'
 	@echo 'make test-aarch64 the C programs, built for aarch64, under qemu (Debian: gcc-aarch64-linux-gnu qemu-user)'
-	@echo 'make stress       foreign threads call every verb while the owner opens and closes, with ASan, SECONDS=$(SECONDS)'
+	@echo 'make stress       threads call every verb: foreign ones, and those that all own the region; with ASan, SECONDS=$(SECONDS)'
 	@echo 'make coverage     lines and branches of the C core and of the package that core/, api/ and promises/ of tests reach'
 	@echo 'make bench        benchmarks, pages and pictures in benchmarks/results (make bench-quick: the short form, in build/results)'
 	@echo 'make bench-write  cold and warm writes beside plain copies; the price of opening (ARGS=--quick)'
@@ -112,9 +112,9 @@ CROSS := aarch64-linux-gnu
 test-aarch64:
 	$(CTESTS) CC=$(CROSS)-gcc OUT=build/aarch64 FLAGS="-O2 -g" RUN="qemu-aarch64 -L /usr/$(CROSS)"
 
-# Foreign threads call every verb while the owner opens, works and closes: for SECONDS.
+# Foreign threads call every verb while the owner opens, works and closes, and owners all call every verb: for SECONDS each.
 stress:
-	$(CTESTS) OUT=build/native FLAGS="$(CSAN)" PROGRAMS=stress_foreign SECONDS=$(SECONDS)
+	$(CTESTS) OUT=build/native FLAGS="$(CSAN)" PROGRAMS="stress_foreign test_process" SECONDS=$(SECONDS)
 
 # --- benchmarks ------------------------------------------------------------------------------------------------
 
@@ -216,7 +216,7 @@ coverage: $(VENV)/.installed $(VENV)/.extra-test $(VENV)/.extra-coverage
 # The fixed layout of setarch is for kernels whose random layout ThreadSanitizer does not know. It knows no fences, and
 # says so with -Wtsan: those of the slot table are for other processes.
 tsan:
-	$(CTESTS) OUT=build/tsan PROGRAMS="test_readers test_writer test_governor_threads" RUN="setarch -R" \
+	$(CTESTS) OUT=build/tsan PROGRAMS="test_readers test_writer test_governor_threads test_process" RUN="setarch -R" \
 	    FLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=thread -Wno-tsan"
 
 # libFuzzer comes with clang. The core of fuzz_region and fuzz_table makes its system calls through tests/fuzz/disk.c.

@@ -1,6 +1,6 @@
 /* nodedb_mem: overflow regions for data engines, and a governor of their memory. The public C API and its manual.
  *
- * A region is one memory-mapped file, owned by one thread. An engine spills cold values into it and reads them back
+ * A region is one memory-mapped file, owned by one thread, or by all threads of one process. An engine spills cold values into it and reads them back
  * without a copy. A value lives in a slot, named by a small integer.
  *
  *     ndm_options options = {.initial_capacity = 64 << 20, .max_capacity = 1 << 30, .alignment = 64,
@@ -19,6 +19,14 @@
  *    Elsewhere the function returns NDM_ERR_WRONG_THREAD and changes nothing. A forked child is not the owner. Any
  *    thread may call ndm_view_release(), ndm_view_try_release(), ndm_region_unpin(), ndm_region_destroy(), and
  *    ndm_region_adopt(), by which it becomes the owner of a region that has none.
+ *  - Or many threads. A region that was opened with NDM_OWNED_BY_PROCESS may be called from every thread of the process that
+ *    opened it. One lock of the region lets one function in at a time. A function gives the lock back while it copies a value
+ *    out, while it writes a value of 64 KiB or more, and while it waits for the disk: to fetch values that are read,
+ *    to write back what ndm_region_evict() and ndm_region_flush() name, or to get room under the cache limit. The lock is
+ *    held while a small value is copied in, while the file grows, and by ndm_region_trim() and ndm_region_compact() until
+ *    they return: give the latter a budget. ndm_region_try_read() never waits for the lock. A forked child is refused as ever.
+ *    What the threads mean by a slot's number is their affair: one that another thread frees may be given out again at once.
+ *    A signal handler must not call a function of a region that its own thread may be in the midst of.
  *  - A view (ndm_region_read) pins its slot. The bytes stay where they are, unchanged, until every view of them is
  *    released, even after the slot is freed or the region is closed. A view that is never released leaks its extent and
  *    keeps the mapping, and so the file's lock, until the process ends.
@@ -82,7 +90,7 @@ enum ndm_status {
     NDM_ERR_NO_SLOT = -2,      /* the slot never existed */
     NDM_ERR_FREED_SLOT = -3,   /* the slot existed and has been freed */
     NDM_ERR_CAPACITY = -4,     /* more than max_capacity: ndm_error.required and .limit */
-    NDM_ERR_WRONG_THREAD = -5, /* not the owning thread of the owning process */
+    NDM_ERR_WRONG_THREAD = -5, /* not the owning thread, or not of the owning process */
     NDM_ERR_CLOSED = -6,       /* the region is closed, or the pointer is NULL */
     NDM_ERR_BUSY = -7,         /* the file is locked by another region */
     NDM_ERR_IO = -8,           /* the system refused: ndm_error.os_errno */
@@ -95,6 +103,8 @@ enum ndm_status {
     NDM_ERR_ENGINE = -15,      /* governor: the engine is not known: ndm_error.engine */
     NDM_ERR_VERSION = -20      /* ndm_check_abi(): the library is not the one that the caller was compiled for */
 };
+
+enum ndm_ownership { NDM_OWNED_BY_THREAD = 0, NDM_OWNED_BY_PROCESS = 1 };
 
 enum ndm_file { NDM_FILE_DATA = 0, NDM_FILE_SLOTS = 1, NDM_FILE_LEASES = 2 };
 
@@ -140,6 +150,7 @@ typedef struct {
     uint64_t keep_mapped;      /* 0: pages of values of 64 KiB and more are in this process's RSS only while a view of them
                                   lives, whatever the limit. 1: they stay mapped after a view, so that viewing them again
                                   costs no faults */
+    uint64_t ownership;        /* an ndm_ownership: who may call */
 } ndm_options;
 
 /* Create or open the region at `path` (mode 0600), and lock it. The calling thread becomes its owner. The region
@@ -168,7 +179,8 @@ ndm_region *ndm_region_open_temporary(const char *directory, const ndm_options *
 
 /* Close: the owner's verbs return NDM_ERR_CLOSED from now on. Live views stay readable; the mapping, the
  * descriptor and the lock go with the last of them. Closing twice is allowed. The struct itself stays until
- * ndm_region_destroy(). */
+ * ndm_region_destroy(). A region of many threads closes when those have come to their end that are inside a function; no
+ * other comes in meanwhile. */
 int ndm_region_close(ndm_region *region);
 
 /* 1 if the region is closed or `region` is NULL, else 0. Any thread. */
@@ -189,7 +201,7 @@ int ndm_path_in_memory(const char *path);
 /* Hand the region over to another thread of this process. The owner releases it; from then on every verb returns
  * NDM_ERR_WRONG_THREAD on every thread, until a thread adopts it, and is its owner. A region whose owner's thread has
  * ended can be adopted, too. Adopting fails with NDM_ERR_WRONG_THREAD if the owner lives and does not release it within a tenth of a
- * second. */
+ * second. A region of many threads is every thread's already: both do nothing. */
 int ndm_region_release_ownership(ndm_region *region);
 int ndm_region_adopt(ndm_region *region);
 
@@ -248,8 +260,8 @@ int ndm_region_free_many(ndm_region *region, const int64_t *slots, uint64_t coun
 /* A read-only view of a slot's bytes, and its size. Each view must be given to ndm_view_release() once. */
 const char *ndm_region_read(ndm_region *region, int64_t slot, uint64_t *size);
 
-/* The same, but for callers that must not wait for the disk: NDM_ERR_WAIT where ndm_region_read() might, which is no
- * failure and leaves ndm_last_error() as it is. */
+/* The same, but for callers that must not wait for the disk, nor for another thread: NDM_ERR_WAIT where ndm_region_read()
+ * might, which is no failure and leaves ndm_last_error() as it is. */
 int ndm_region_try_read(ndm_region *region, int64_t slot, const char **view, uint64_t *size);
 
 /* A private view that may be written to: copy-on-write, so that the stored bytes never change and untouched pages cost
@@ -505,9 +517,8 @@ void ndm_region_unpin(const uint8_t *data);
  * For callers that cannot hold an ndm_region * (numba), or do not know how long it lives (native code that got a
  * region from Python: OverflowRegion.handle). A handle is never 0, never used again, below 2^63, and owns nothing.
  * Once its region is closed or destroyed, and for a number that never was a handle, ndm_h_* return NDM_ERR_CLOSED.
- * The owner rule holds: on any other thread, and in a forked child, they return NDM_ERR_WRONG_THREAD. If
- * ndm_region_destroy() comes from another thread while the owner is inside an ndm_h_* call, the region goes when
- * that call returns. Otherwise each is the ndm_region_* function of the same name. But for ndm_h_region(), none
+ * The owner rule holds: where ndm_region_* would return NDM_ERR_WRONG_THREAD, so do they. If ndm_region_destroy() comes
+ * from another thread while some are inside ndm_h_* calls, the region goes when the last of these calls returns. Otherwise each is the ndm_region_* function of the same name. But for ndm_h_region(), none
  * takes or returns an opaque or void pointer. */
 
 /* The region's handle: the same each time. Owner only. 0 on failure. */

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from operator import index
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from nodedb_mem._control import RegionControl
 from nodedb_mem._opening import absolute, region_options, temporary_folder
@@ -33,25 +33,28 @@ class RegionConstructors(RegionControl):
         alignment: int = DEFAULT_ALIGNMENT,
         cache_limit: int | None = DEFAULT_CACHE_LIMIT,
         keep_mapped: bool = False,
+        ownership: Literal["thread", "process"] = "thread",
         recover: bool = False,
     ) -> None:
+        options = region_options(
+            initial_capacity,
+            max_capacity,
+            alignment,
+            cache_limit,
+            recover=recover,
+            keep_mapped=keep_mapped,
+            ownership=ownership,
+        )
         if path is None:
             if directory is None:
                 raise TypeError("a path is needed; or a directory, for an unnamed file")
             if recover:
                 raise ValueError("an unnamed file has nothing to recover")
-            folder = os.fsdecode(directory)
-            options = region_options(
-                initial_capacity, max_capacity, alignment, cache_limit, recover=False, keep_mapped=keep_mapped
-            )
-            self._open(None, folder, options)
+            self._open(None, os.fsdecode(directory), options)
             return
         if directory is not None:
             raise ValueError("directory is for an unnamed file: path must be None")
         name = os.fsdecode(path)
-        options = region_options(
-            initial_capacity, max_capacity, alignment, cache_limit, recover=recover, keep_mapped=keep_mapped
-        )
         self._open(name, absolute(name), options)  # a later chdir() must not lead share() elsewhere
 
     @classmethod
@@ -64,6 +67,7 @@ class RegionConstructors(RegionControl):
         alignment: int = DEFAULT_ALIGNMENT,
         cache_limit: int | None = DEFAULT_CACHE_LIMIT,
         keep_mapped: bool = False,
+        ownership: Literal["thread", "process"] = "thread",
         recover: bool = False,
     ) -> Self:
         """Create or open the region at `path`; the same as calling the class."""
@@ -74,6 +78,7 @@ class RegionConstructors(RegionControl):
             alignment=alignment,
             cache_limit=cache_limit,
             keep_mapped=keep_mapped,
+            ownership=ownership,
             recover=recover,
         )
 
@@ -86,6 +91,7 @@ class RegionConstructors(RegionControl):
         alignment: int = DEFAULT_ALIGNMENT,
         cache_limit: int | None = DEFAULT_CACHE_LIMIT,
         keep_mapped: bool = False,
+        ownership: Literal["thread", "process"] = "thread",
         recover: bool = False,
     ) -> Self:
         """Open with an initial capacity in bytes. The ceiling is the default, or `initial` where that is more."""
@@ -96,6 +102,7 @@ class RegionConstructors(RegionControl):
             alignment=alignment,
             cache_limit=cache_limit,
             keep_mapped=keep_mapped,
+            ownership=ownership,
             recover=recover,
         )
 
@@ -109,6 +116,7 @@ class RegionConstructors(RegionControl):
         alignment: int = DEFAULT_ALIGNMENT,
         cache_limit: int | None = DEFAULT_CACHE_LIMIT,
         keep_mapped: bool = False,
+        ownership: Literal["thread", "process"] = "thread",
         recover: bool = False,
     ) -> Self:
         """Open with an initial capacity and a ceiling, both in bytes."""
@@ -119,6 +127,7 @@ class RegionConstructors(RegionControl):
             alignment=alignment,
             cache_limit=cache_limit,
             keep_mapped=keep_mapped,
+            ownership=ownership,
             recover=recover,
         )
 
@@ -131,6 +140,7 @@ class RegionConstructors(RegionControl):
         alignment: int = DEFAULT_ALIGNMENT,
         cache_limit: int | None = DEFAULT_CACHE_LIMIT,
         keep_mapped: bool = False,
+        ownership: Literal["thread", "process"] = "thread",
         recover: bool = False,
     ) -> Self:
         """Open with the sizes of a `MemoryTuning`."""
@@ -143,6 +153,7 @@ class RegionConstructors(RegionControl):
             alignment=alignment,
             cache_limit=cache_limit,
             keep_mapped=keep_mapped,
+            ownership=ownership,
             recover=recover,
         )
 
@@ -156,6 +167,7 @@ class RegionConstructors(RegionControl):
         alignment: int = DEFAULT_ALIGNMENT,
         cache_limit: int | None = DEFAULT_CACHE_LIMIT,
         keep_mapped: bool = False,
+        ownership: Literal["thread", "process"] = "thread",
     ) -> Self:
         """Open a region on an unnamed file, which leaves nothing behind however the process ends.
 
@@ -167,7 +179,7 @@ class RegionConstructors(RegionControl):
         directory
             Where its blocks are taken from; by default the directory for temporary files. On many systems that is
             a tmpfs, which keeps them in RAM.
-        initial_capacity, max_capacity, alignment, cache_limit, keep_mapped
+        initial_capacity, max_capacity, alignment, cache_limit, keep_mapped, ownership
             As for the class.
 
         Raises
@@ -183,4 +195,5 @@ class RegionConstructors(RegionControl):
             alignment=alignment,
             cache_limit=cache_limit,
             keep_mapped=keep_mapped,
+            ownership=ownership,
         )

@@ -82,7 +82,7 @@ class RegionControl:
             if hasattr(self, "_holder"):
                 raise RuntimeError(f"{shown}: a region is initialised once: make another")
             self._path, self._place, self._where = path, place, where
-            self._engines: dict[int, int] = KNOWN_ENGINES
+            self._engines: dict[int, int] = dict(KNOWN_ENGINES)
             self._parts: dict[int, tuple[int, SlotParts]] = {}
             limited = ffi.from_buffer("ndm_options *", options).cache_limit != UNLIMITED
             self._warned = bool(limited and lib.ndm_mappings_are_locked())  # of locking: by open_region()
@@ -164,21 +164,21 @@ class RegionControl:
     def close(self) -> None:
         """Close the region; closing again does nothing. Live views stay readable, and keep the file locked.
 
-        A named file stays where it is.
+        A named file stays where it is. Other threads that are inside a verb come to its end first.
         """
         control(lib.control_close, self._where, self._handle)
 
     def release_ownership(self) -> None:
         """Hand the region over: this thread lets go of it, so that another of this process may `adopt` it.
 
-        Until then every verb raises `WrongThreadError` on every thread.
+        Until then every verb raises `WrongThreadError` on every thread. Nothing happens with ``ownership="process"``.
         """
         control(lib.control_release_ownership, self._where, self._handle)
 
     def adopt(self) -> None:
         """Become the owner: of a region that its owner has released, or whose owner's thread has ended.
 
-        Adopting one's own region does nothing.
+        Adopting one's own region does nothing, nor does adopting one with ``ownership="process"``.
 
         Raises
         ------
@@ -203,7 +203,7 @@ class RegionControl:
         """A number that stands for the open region in native code (``ndm_h_write`` and the like): a uint64, not 0.
 
         It owns nothing: once the region is closed or collected, native calls on it return ``NDM_ERR_CLOSED``. They
-        have to come from the owning thread, like every verb.
+        have to come from a thread that owns the region, like every verb.
         """
         return control(lib.control_handle, self._where, self._handle)
 
@@ -282,7 +282,7 @@ class RegionControl:
         raise TypeError(f"cannot copy or pickle {type(self).__name__!r}: a region has one owner")
 
     def _figures(self) -> Info:
-        """The region's `ndm_info`; the next call fills it anew, if it is the owner's: others leave it alone."""
+        """The region's `ndm_info`. An owner's next call fills it anew, on another thread perhaps: read one figure."""
         out = self._out
         if details := _info(self._handle, out):
             raise _refusal(details, self._where)

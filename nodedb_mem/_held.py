@@ -12,24 +12,29 @@ from __future__ import annotations
 
 import enum
 import gc
+import mmap
 import sys
 import types
 import weakref
-from array import array
-from datetime import date, time, timedelta, tzinfo
+from datetime import date, datetime, time, timedelta, tzinfo
 from decimal import Decimal
 from fractions import Fraction
+from opcode import opmap
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from uuid import UUID
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-# Nothing can be changed in these, or they are pickled by their name. What they refer to does not matter.
-_ATOMS: tuple[type, ...] = (
+# Nothing can be changed in these. What they refer to does not matter.
+_PLAIN: tuple[type, ...] = (
     *(type(None), bool, int, float, complex, str, bytes, range, type(...), type(NotImplemented), slice),
-    *(Decimal, Fraction, date, time, timedelta, tzinfo, UUID, type, enum.Enum, property),
-    *(types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.CodeType, types.MappingProxyType),
+    *(Decimal, Fraction, date, datetime, time, timedelta, tzinfo, UUID),
+)
+
+# These are pickled by their name, or not at all.
+_NAMED: tuple[type, ...] = (
+    *(type, enum.Enum, property, types.ModuleType, types.BuiltinFunctionType, types.CodeType, types.MappingProxyType),
     *(types.GetSetDescriptorType, types.MemberDescriptorType, types.MethodDescriptorType, types.WrapperDescriptorType),
     *(weakref.ref, weakref.WeakSet, weakref.WeakKeyDictionary, weakref.WeakValueDictionary),
 )
@@ -37,10 +42,9 @@ _ATOMS: tuple[type, ...] = (
 # What memoryviews of one object share.
 _MANAGED = type(gc.get_referents(memoryview(b""))[0])
 
-# What has memory of its own, of which others may have views.
-_MEMORY = (bytearray, memoryview, array, _MANAGED)
-
 _IMMUTABLE_PACKAGES = frozenset({"nodedb_mem", "pyarrow"})
+_IMMUTABLE_PLAIN = frozenset({"numpy", "pandas"})
+_HEAP_TYPE = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 
 _count = sys.getrefcount
 
@@ -54,11 +58,45 @@ def _count_argument(value: object) -> int:
     return _count(value)
 
 
+def _count_view() -> int:
+    entry = [object()]
+
+    def holders(view: object = None) -> int:
+        return _count_argument(view)
+
+    return holders(view=entry[0]) + 1  # the array
+
+
+class _Probe:
+    """Counts the references to a value that ``mapping[key] = value`` has while it runs."""
+
+    count = 0
+
+    def __setitem__(self, key: object, value: object) -> None:
+        local = object()
+        self.count = _count(value) - _count(local) + 1
+
+
+_probe = _Probe()
+_probe[0] = object()
+_IN_STATEMENT = _probe.count
+_probe.__setitem__(0, object())
+_IN_CALL = _probe.count
+
+
+def known_references(caller: types.FrameType) -> int:
+    """How many references to a value `__setitem__` has, and whoever called it: an assignment has more than a call."""
+    is_statement = caller.f_code.co_code[caller.f_lasti] == opmap["STORE_SUBSCR"]
+    return _IN_STATEMENT if is_statement else _IN_CALL
+
+
 # What getrefcount() says of an object that nothing refers to but the value of a dict; the item of a list; what it says
-# of the argument of a function beyond the references that there are before.
+# of the argument of a function beyond the references that there are before; of a private mapping that an array lies in.
 _OF_DICT = next(map(_count, {0: object()}.values()))
 _OF_LIST = _count_box()
 _OF_ARGUMENT = _count_argument(object())
+_OF_VIEW = _count_view()
+
 
 _is_atom: dict[type, bool] = {}
 _known_atoms: set[type] = set()
@@ -66,10 +104,18 @@ _known_atoms: set[type] = set()
 
 def _learn(kind: type) -> bool:
     """Decide whether what an object of a type refers to is left alone."""
-    atom = issubclass(kind, _ATOMS) or kind.__module__.partition(".")[0] in _IMMUTABLE_PACKAGES
-    if kind.__module__.partition(".")[0] == "numpy":
+    package = kind.__module__.partition(".")[0]
+    if package == "pandas" and (kind.__module__.startswith("pandas._libs") or hasattr(kind, "construct_from_string")):
+        atom = True  # its internals, and its types of elements
+    elif package == "numpy":
         numpy = sys.modules["numpy"]
-        atom = issubclass(kind, numpy.dtype | numpy.generic | numpy.ufunc)
+        atom = issubclass(kind, numpy.dtype | numpy.generic | numpy.ufunc) and not issubclass(kind, numpy.void)
+    elif package in _IMMUTABLE_PACKAGES:
+        atom = not hasattr(kind, "is_mutable")  # a buffer of Arrow
+    elif issubclass(kind, _PLAIN):
+        atom = kind in _PLAIN or package in _IMMUTABLE_PLAIN or not _has_attributes(kind)
+    else:
+        atom = issubclass(kind, _NAMED)
     if len(_is_atom) < 10_000:  # types come and go
         _is_atom[kind] = atom
         if atom:
@@ -77,15 +123,53 @@ def _learn(kind: type) -> bool:
     return atom
 
 
-def has_memory(value: object) -> bool:
-    """Whether an object's memory may be seen through others."""
+def _has_attributes(kind: type) -> bool:
+    """Whether a class that was derived from a plain one gives its objects attributes."""
+    derived = [base for base in kind.__mro__ if base.__flags__ & _HEAP_TYPE and base not in _PLAIN]
+    return any(vars(base).get("__slots__", True) for base in derived)
+
+
+def _is_named(function: types.FunctionType) -> bool:
+    """Whether a function is where its name says, so that it is pickled by it."""
+    found: Any = sys.modules.get(function.__module__)
+    for name in function.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is function
+
+
+_stays: dict[type, bool | None] = {}  # None: where it is mutable, and on memory of others
+
+
+def _learn_whether_it_stays(kind: type) -> bool | None:
     numpy = sys.modules.get("numpy")
-    return isinstance(value, _MEMORY) or (numpy is not None and isinstance(value, numpy.ndarray))
+    known: bool | None = (
+        issubclass(kind, types.FunctionType | mmap.mmap)
+        or (numpy is not None and issubclass(kind, numpy.void))
+        or any(isinstance(vars(base).get("__del__"), types.FunctionType) for base in kind.__mro__)
+    )
+    if hasattr(kind, "is_mutable"):
+        known = None
+    if len(_stays) < 10_000:
+        _stays[kind] = known
+    return known
+
+
+def stays(value: object, *, own_memory: bool = False) -> bool:
+    """Whether an object is more than what pickle makes of it, so that it has to stay as it is.
+
+    Such are functions without a name of their own, memory of files, what has a finalizer, memory of others in a buffer
+    of Arrow, and records of NumPy, which cannot be stored to once they were pickled.
+    """
+    kind = type(value)
+    known = _stays[kind] if kind in _stays else _learn_whether_it_stays(kind)
+    return known if known is not None else not own_memory and bool(getattr(value, "is_mutable", False))
 
 
 def is_atom(value: object) -> bool:
     """Whether nothing can be changed in an object."""
     kind = type(value)
+    if kind is types.FunctionType:
+        return _is_named(value)  # type: ignore[arg-type]
     return _is_atom[kind] if kind in _is_atom else _learn(kind)
 
 
@@ -202,7 +286,28 @@ class Held(NamedTuple):
 _NOT_HELD = Held(False, [], [])
 
 
-def holders(box: list[Any], known: int = 0, *, own_memory: bool = False) -> Held:
+class Memory:
+    """Memory that a value was made on, and that nobody else knew then.
+
+    Libraries keep views of it that the collector does not see. Views that came later are somebody's.
+    """
+
+    __slots__ = ("_managed", "_references")
+
+    def __init__(self, view: memoryview) -> None:
+        self._managed = gc.get_referents(view)[0]
+        self._references = 0
+
+    def settle(self) -> None:
+        """Count who has it, once the value is made."""
+        self._references = _count(self._managed)
+
+    def has_new_views(self) -> bool:
+        """Whether there are views that the value was not made of."""
+        return _count(self._managed) > self._references
+
+
+def holders(box: list[Any], known: int = 0, *, memory: Memory | None = None, view: object = None) -> Held:
     """Tell what others hold of a value.
 
     Parameters
@@ -211,16 +316,23 @@ def holders(box: list[Any], known: int = 0, *, own_memory: bool = False) -> Held
         The value, in a list, which should be the only reference to it.
     known
         Further references to the value that do not count.
-    own_memory
-        The value was made on memory that nobody else knows. Views that libraries keep of it do not count.
+    memory
+        What the value was made on.
+    view
+        The private mapping that an array came in, which its entry refers to.
     """
     if is_atom(box[0]):
         return _NOT_HELD
+    own_memory = memory is not None and not memory.has_new_views()
     if is_plain_array(box[0]):
         if _count(box[0]) > _OF_LIST + known:
             return Held(True, [], [])
+        if view is not None and box[0].base is view:
+            return Held(True, [], []) if _count_argument(view) > _OF_VIEW else _NOT_HELD
         if not _may_have_held_base(box[0].base, own_memory):
             return _NOT_HELD
+    elif stays(box[0], own_memory=own_memory):
+        return Held(True, [], [])
     seen: dict[int, Any] = {id(box[0]): box[0]}
     inner: dict[int, int] = {}
     level = box
@@ -237,19 +349,44 @@ def holders(box: list[Any], known: int = 0, *, own_memory: bool = False) -> Held
                 inner[number] = 1
                 if number not in seen:
                     seen[number] = value
-                    level.append(value)
+                    if type(value) is not types.FunctionType:  # its module is not inside of the value
+                        level.append(value)
     del found
     value = None
     counts = list(map(_count, seen.values()))
     own = next(iter(seen))
     counts[0] -= 1 + known
     outside = {number: count - _OF_DICT - inner.get(number, 0) for number, count in zip(seen, counts, strict=True)}
-    others = [number for number, count in outside.items() if count > 0 and not _is_harmless(seen[number], own_memory)]
+    others = [
+        number
+        for number, count in outside.items()
+        if (count > 0 and not _is_harmless(seen[number], own_memory)) or stays(seen[number], own_memory=own_memory)
+    ]
+    if others and (caches := _caches(seen, others)):
+        others = [number for number in others if number not in caches]
     if not others:
         return _NOT_HELD
-    if others[0] == own:
+    if others[0] == own or _are_attributes(seen, others):
         return Held(True, [], [])
     return Held(False, [seen[number] for number in others], _find_shared(seen, inner, outside, others))
+
+
+def _caches(seen: dict[int, Any], others: list[int]) -> set[int]:
+    """Tell which of the others are caches: equal indexes of pandas share one, which pickle leaves out."""
+    pandas = sys.modules.get("pandas")
+    if pandas is None or not any(type(seen[number]) is dict for number in others):
+        return set()
+    return {id(getattr(value, "_cache", None)) for value in seen.values() if isinstance(value, pandas.Index)}
+
+
+def _are_attributes(seen: dict[int, Any], others: list[int]) -> bool:
+    """Whether the attributes of an object are among the others: by its ``__dict__``, which it gets anew from pickle."""
+    mappings = {number for number in others if type(seen[number]) is dict}
+    return bool(mappings) and any(
+        id(value.__dict__) in mappings
+        for value in seen.values()
+        if type(value).__dictoffset__ and hasattr(value, "__dict__")
+    )
 
 
 def _find_shared(

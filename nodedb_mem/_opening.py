@@ -25,6 +25,7 @@ _IN_RAM = {
     lib.NDM_MEDIUM_RAMFS: "ramfs",
     lib.NDM_MEDIUM_OVERLAY: "an overlay that writes to tmpfs or ramfs",
 }
+_OWNERSHIP = {"thread": lib.NDM_OWNED_BY_THREAD, "process": lib.NDM_OWNED_BY_PROCESS}
 _PACKAGE = __name__.partition(".")[0]
 
 
@@ -36,6 +37,7 @@ def region_options(
     *,
     recover: bool,
     keep_mapped: bool,
+    ownership: str,
 ) -> memoryview:
     """Check settings of a region, and give them as the bytes of an `ndm_options`.
 
@@ -43,14 +45,18 @@ def region_options(
     ------
     RegionSizeError
         A size is negative, or 2**63 and more.
+    ValueError
+        `ownership` is neither "thread" nor "process".
     """
+    if ownership not in _OWNERSHIP:
+        raise ValueError(f"ownership must be 'thread' or 'process', not {ownership!r}")
     sizes = [index(initial_capacity), index(max_capacity), index(alignment)]
     if not all(0 <= size < 1 << 63 for size in sizes):
         raise RegionSizeError("capacities and alignment must be positive and below 2**63")
     limit = UNLIMITED if cache_limit is None else index(cache_limit)
     if limit < 0:
         raise RegionSizeError("cache_limit must not be negative")
-    options = [*sizes, min(limit, UNLIMITED), bool(recover), bool(keep_mapped)]
+    options = [*sizes, min(limit, UNLIMITED), bool(recover), bool(keep_mapped), _OWNERSHIP[ownership]]
     return memoryview(ffi.buffer(ffi.new("ndm_options *", options)))
 
 

@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 from weakref import WeakMethod
 
+from nodedb_mem._system import default_ceiling
 from nodedb_mem.errors import BudgetExhaustedError, GlobalCeilingExceededError
+from nodedb_mem.governor import MemoryGovernor
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-
-class Reservation(Protocol):
-    """Bytes that are reserved until `release`."""
-
-    def release(self) -> object:
-        """Give them back."""
-
-
-class Governor(Protocol):
-    """What a mapping needs of a memory governor."""
-
-    def reserve(self, engine: int, size: int, /) -> Reservation:
-        """Reserve bytes; BudgetExhaustedError or GlobalCeilingExceededError where they do not fit."""
-
-    def charge(self, engine: int, size: int, /) -> Reservation:
-        """Count bytes that are in use already, whether they fit or not."""
-
-    def add_reclaimer(self, engine: int, callback: Callable[[int], int], /) -> Any:
-        """Ask `callback(bytes_wanted)` for bytes when they are short; the result has `remove()`."""
+    from nodedb_mem._reclaim import Reclaimer
+    from nodedb_mem._watch import Watch
+    from nodedb_mem.governor import Reservation
 
 
 class Account:
-    """What one mapping reserves, of one engine. Without a governor it does nothing."""
+    """What one mapping reserves, of one engine. Without a governor it does nothing.
 
-    def __init__(self, governor: Governor | None, engine: int) -> None:
+    With `watch` it has a governor of its own, whose ceiling is that of the process, and which watches what is real.
+    """
+
+    def __init__(self, governor: MemoryGovernor | None, engine: int, *, watch: bool = False) -> None:
+        if watch and governor is not None:
+            raise ValueError("the governor has a watch of its own: call its watch() instead")
         self.governor = governor
         self.engine = engine
-        self.reclaimer: Any = None
+        self.is_watching = watch
+        self.watch: Watch | None = None
+        self.reclaimer: Reclaimer | None = None
 
     def open(self, give_back: Callable[[int], int]) -> None:
         """Be asked for memory from now on, by a method whose object is not kept by that.
@@ -46,7 +39,13 @@ class Account:
         ------
         UnknownEngineError
             The governor does not know the engine.
+        ModuleNotFoundError
+            The watch finds no psutil.
         """
+        if self.is_watching:
+            ceiling = default_ceiling()
+            self.governor = MemoryGovernor(ceiling, {self.engine: ceiling})
+            self.watch = self.governor.watch()
         if self.governor is None:
             return
         known = WeakMethod(give_back)
@@ -58,11 +57,17 @@ class Account:
         self.governor.reserve(self.engine, 0).release()
         self.reclaimer = self.governor.add_reclaimer(self.engine, ask)
 
-    def close(self) -> None:
+    def leave(self) -> None:
         """Be asked no more."""
         if self.reclaimer is not None:
             self.reclaimer.remove()
             self.reclaimer = None
+
+    def close(self) -> None:
+        """Be asked no more, and end the watch."""
+        self.leave()
+        if self.watch is not None:
+            self.watch.stop()
 
     def obtain(self, size: int) -> tuple[Reservation | None, bool]:
         """Reserve the bytes of a value, for which others may have to give back theirs.

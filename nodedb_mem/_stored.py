@@ -5,17 +5,17 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nodedb_mem._changes import PageMap, address_of, is_same
-from nodedb_mem._held import is_plain_array
-from nodedb_mem.codec import ALIGNMENT, IN_BAND, Encoded, decode, encode, load, split
+from nodedb_mem import _memory
+from nodedb_mem._held import Memory, is_plain_array
+from nodedb_mem.codec import ALIGNMENT, Encoded, decode, encode, load, split
 from nodedb_mem.errors import CapacityExceededError, RegionIOError
-from nodedb_mem.refs import SlotParts
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from typing_extensions import Buffer
 
+    from nodedb_mem._changes import PageMap
     from nodedb_mem.region import OverflowRegion
 
 # A private mapping costs 5 us whatever its size, a copy a fault for each of its pages.
@@ -51,9 +51,9 @@ def alignment_of(region: OverflowRegion) -> int:
 
 
 def encode_for(key: object, value: object, alignment: int, kept: Sequence[object] = ()) -> Encoded:
-    """Encode the value of a key. Raises a TypeError that names the key where it cannot be pickled."""
+    """Encode the value of a key. Raises a TypeError that names the key where it cannot be pickled, or made again."""
     try:
-        return encode(value, alignment=alignment, kept=kept)
+        return encode(value, alignment=alignment, kept=kept, prove=True)
     except TypeError as error:
         raise TypeError(f"the value of {key!r}: {error}") from error
 
@@ -74,7 +74,7 @@ def put(region: OverflowRegion, key: object, encoded: Encoded, engine: int) -> S
 
 def get(
     region: OverflowRegion, stored: Stored, kept: Sequence[object] = (), *, may_map: bool = True
-) -> tuple[Any, Buffer | None]:
+) -> tuple[Any, Buffer | None, Memory | None]:
     """Read an object. Its buffers are writable, and its own: the stored bytes never change.
 
     Returns
@@ -83,10 +83,12 @@ def get(
     view : buffer or None
         The private mapping that its buffers lie in; None where they are copies. It is no memoryview: one of these would
         count among those who hold the memory.
+    memory : Memory or None
+        What its buffers lie in; None for an array that refers to its mapping itself, and where there are none.
     """
     slot, size, copied, head = stored
     if copied:
-        return decode(region.read(slot) if size > _SMALL else region.read_bytes(slot), kept=kept), None
+        return decode(region.read(slot) if size > _SMALL else region.read_bytes(slot), kept=kept), None, None
     if size > _COPIED and may_map:
         try:
             view = region.restore(slot)
@@ -94,56 +96,49 @@ def get(
             if error.errno != errno.ENOMEM:
                 raise
         else:
-            return load(split(view, head), kept), view.obj
+            value = load(split(view, head), kept)
+            if is_plain_array(value) and value.base is view.obj:
+                return value, view.obj, None
+            return value, view.obj, Memory(view)
     room = bytearray(size + ALIGNMENT)
-    start = -address_of(room) % ALIGNMENT
+    start = -_memory.address_of(room) % ALIGNMENT
     view = memoryview(room)[start : start + size]
     region.read_into(slot, view)
-    return decode(view, kept=kept), None
+    return decode(view, kept=kept), None, Memory(view)
 
 
-def layout_of(value: Any) -> tuple[object, ...] | None:
-    """Return what pickle says of an array beside its bytes. None if the object is no array, or a small or odd one.
-
-    Two arrays on one memory are the same to pickle, and lie in one piece at the end of the value, if this is equal.
-    """
-    if not is_plain_array(value) or not value.flags.c_contiguous or value.nbytes <= IN_BAND:
-        return None
-    return value.dtype, value.shape, value.strides, value.flags.writeable, address_of(value)
-
-
-def is_same_array(region: OverflowRegion, stored: Stored, value: Any, view: Buffer | None, pages: PageMap) -> bool:
-    """Whether the bytes of an array are what was stored; its `layout_of` is as it was."""
-    if view is not None:
-        return not pages.has_changed(address_of(view), stored.size)
-    return is_same(value, region.read(stored.slot)[stored.size - value.nbytes :], value.nbytes)
-
-
-def is_unchanged(region: OverflowRegion, stored: Stored, encoded: Encoded, view: Buffer | None, pages: PageMap) -> bool:
-    """Whether an object, encoded again, is what was stored.
+def is_unchanged(
+    stored: Stored, encoded: Encoded, read: Callable[[int], memoryview], view: Buffer | None, pages: PageMap
+) -> bool:
+    """Whether an object, encoded again for a region of `ALIGNMENT`, is what was stored.
 
     Parameters
     ----------
+    read
+        Reads a slot.
     view
         The private mapping that its buffers came in, if any. Of buffers that still lie there the kernel knows whether
         they were stored to. Others are compared.
     """
     if encoded.size != stored.size:
         return False
-    if len(encoded.parts) == 1 and stored.size <= _SMALL:
-        return encoded.parts[0] == region.read_bytes(stored.slot)
-    at = region.read(stored.slot)
-    sizes = [memoryview(part).nbytes for part in encoded.parts]
-    layout = SlotParts.layout(sizes, region._alignment if encoded.aligned else 1)
-    before = len(encoded.parts) - len(encoded.buffers) if encoded.aligned else len(encoded.parts)
-    base = address_of(view) if view is not None else 0
+    parts = encoded.parts
+    in_band = len(parts) - len(encoded.buffers) if encoded.aligned else len(parts)
+    base = 0 if view is None else _memory.address_of(view)
+    before: memoryview | None = None  # what was stored
     in_place = False
-    for number, (part, start, size) in enumerate(zip(encoded.parts, layout.offsets, sizes, strict=True)):
+    end = 0
+    for number, part in enumerate(parts):
+        start = -(-end // ALIGNMENT) * ALIGNMENT if encoded.aligned else end
+        end = start + memoryview(part).nbytes
         if number == 0 and stored.head is not None:
             if part != stored.head:
                 return False
-        elif number >= before and base and address_of(part) == base + start:
+        elif base and number >= in_band and _memory.address_of(part) == base + start:
             in_place = True
-        elif not is_same(part, at[start:], size):
-            return False
-    return not (in_place and pages.has_changed(base, stored.size))
+        else:
+            if before is None:
+                before = read(stored.slot)
+            if not _memory.is_at(part, before, start):
+                return False
+    return not (in_place and view is not None and pages.has_changed(view))

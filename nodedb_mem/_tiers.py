@@ -22,19 +22,20 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from nodedb_mem._changes import PageMap
-from nodedb_mem._held import has_memory, holders, is_atom
+from nodedb_mem._held import holders, is_atom, known_references
 from nodedb_mem._sizeof import sizeof
-from nodedb_mem._stored import Stored, encode_for, get, is_same_array, is_unchanged, layout_of, put
+from nodedb_mem._stored import Stored, encode_for, get, is_unchanged, put
 from nodedb_mem.codec import ALIGNMENT
 from nodedb_mem.errors import RegionIOError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+    from types import FrameType
 
     from typing_extensions import Buffer
 
-    from nodedb_mem._held import Shared, Span
-    from nodedb_mem._reserving import Reservation
+    from nodedb_mem._held import Memory, Shared, Span
+    from nodedb_mem._memory import Reservation
     from nodedb_mem.codec import Encoded
     from nodedb_mem.objects import ObjectRef
     from nodedb_mem.region import OverflowRegion
@@ -52,14 +53,14 @@ class Entry:
     """A value and the keys that name it.
 
     `value` is `COLD` when it is in its slot only. `stored` is where it was last written; `view` is the private mapping
-    that it came back in, and `layout` the array's that came back. `kept` is what its pickle names.
+    that it came back in, `memory` what it was made on. `kept` is what its pickle names.
     """
 
     __slots__ = (
         "held",
         "kept",
         "keys",
-        "layout",
+        "memory",
         "pins",
         "reservation",
         "shares",
@@ -76,7 +77,7 @@ class Entry:
         self.weight = weight
         self.stored: Stored | None = None
         self.view: Buffer | None = None
-        self.layout: tuple[object, ...] | None = None
+        self.memory: Memory | None = None
         self.kept: list[Any] = []
         self.pins = 0
         self.reservation: Reservation | None = None  # of its weight, while it is hot
@@ -100,6 +101,8 @@ class Tiers:
         self.pages = PageMap()
         self.sharers: dict[int, set[Entry]] = {}  # by the id() of an array
         self.moving: Entry | None = None
+        self.transit: tuple[Entry, list[Any]] | None = None  # an entry whose value is on its way out, and the value
+        self.unsettled = False  # an exception now, of a signal, would leave the books as they are
         self.mappings = self.freed = self.untrimmed = 0
         self.bytes = self.bytes_out = 0
         self.hits = self.misses = self.evictions = self.writes_saved = self.bytes_saved = 0
@@ -137,12 +140,43 @@ class Tiers:
         self.owned = False
         self.closed = True
 
+    def mend(self, entries: Mapping[Any, Entry]) -> None:
+        """Make the books anew, after an exception came between, such as KeyboardInterrupt. No value is lost by it."""
+        if self.transit is not None:
+            entry, box = self.transit
+            if box and entry.value is COLD:
+                entry.value = box.pop()
+        self.moving = self.transit = None
+        known = dict.fromkeys(entries.values())
+        for entry in known.keys() | self.hot.keys():
+            entry.keys, entry.shares = [], {}
+            if entry not in known or entry.value is COLD:
+                entry.view = entry.memory = None
+                if entry.reservation is not None:
+                    entry.reservation.release()
+                    entry.reservation = None
+        for key, entry in entries.items():
+            entry.keys.append(key)
+        hot = {entry: None for entry in known if entry.value is not COLD}
+        self.hot = OrderedDict({entry: None for entry in self.hot if entry in hot} | hot)
+        self.by_value = {id(entry.value): entry for entry in self.hot}
+        self.sharers.clear()
+        self.bytes = sum(entry.weight for entry in self.hot)
+        self.mappings = sum(entry.view is not None for entry in self.hot)
+        self.bytes_out = sum(entry.stored.size for entry in known if entry not in hot and entry.stored is not None)
+        used = {entry.stored.slot for entry in known if entry.stored is not None}
+        for slot in range(self.region.slot_count):
+            if slot not in used and slot in self.region:
+                self.region.free(slot)
+        self.unsettled = False
+
     # -- up -------------------------------------------------------------------------------------------------------
 
     def add(
         self, entry: Entry, value: Any, view: Buffer | None = None, *, reservation: Reservation | None = None
     ) -> None:
         """Make an entry hot."""
+        self.unsettled = True
         entry.reservation = reservation
         entry.view = view
         self.mappings += view is not None
@@ -156,17 +190,20 @@ class Tiers:
         self._refuse_moving(entry)
         assert entry.stored is not None
         start = perf_counter()
-        value, view = get(self.region, entry.stored, entry.kept, may_map=self.mappings < _MOST_MAPPINGS)
+        value, view, entry.memory = get(self.region, entry.stored, entry.kept, may_map=self.mappings < _MOST_MAPPINGS)
+        if entry.memory is not None:
+            entry.memory.settle()
+        self.unsettled = True
         self.misses += 1
         self.bytes_read += entry.stored.size
         self.bytes_out -= entry.stored.size
         self.add(entry, value, view, reservation=reservation)
-        entry.layout = layout_of(value)
         self.read_seconds += perf_counter() - start
         return value
 
     def weigh_again(self, entry: Entry, weight: int, reservation: Reservation | None) -> None:
         """Note the weight of a hot entry that was assigned again."""
+        self.unsettled = True
         if entry.reservation is not None:
             entry.reservation.release()
         entry.reservation = reservation
@@ -191,6 +228,7 @@ class Tiers:
     def forget(self, entry: Entry, key: Any) -> None:
         """Take a key off its entry. The last one takes the value along."""
         self._refuse_moving(entry)
+        self.unsettled = True
         entry.keys.remove(key)
         if entry.keys:
             return
@@ -204,7 +242,7 @@ class Tiers:
     def _leave(self, entry: Entry, value_id: int) -> None:
         """Count the entry as hot no longer; its value has been taken off."""
         self.mappings -= entry.view is not None
-        entry.view = None
+        entry.view = entry.memory = None
         self._unshare(entry)
         del self.by_value[value_id]
         del self.hot[entry]
@@ -226,17 +264,18 @@ class Tiers:
 
     # -- down -----------------------------------------------------------------------------------------------------
 
-    def shrink(self, target: int, most_held: int, *, own: Entry | None = None, known: int = 0) -> None:
+    def shrink(self, target: int, most_held: int, *, own: Entry | None = None, caller: FrameType | None = None) -> None:
         """Put the coldest values out until those in RAM weigh no more than `target`.
 
         Gives up where `most_held` have been passed over, because they are in use, and each at most once. `own` is being
-        assigned: the frames of that have `known` references to its value.
+        assigned by `caller`.
         """
         passed = 0
         most = min(most_held, len(self.hot))
-        while self.bytes > target and passed < most:
+        while self.bytes > target and self.hot and passed < most:
             entry = self._coldest()
-            if entry.pins or entry.stuck or not self.put_out(entry, known if entry is own else 0):
+            known = known_references(caller) if entry is own and caller is not None else 0
+            if entry.pins or entry.stuck or not self.put_out(entry, known):
                 self.hot.move_to_end(entry)
                 passed += 1
         if self.untrimmed >= _TRIM and _malloc_trim is not None:
@@ -264,18 +303,22 @@ class Tiers:
         start = perf_counter()
         box = [entry.value]
         value_id = id(entry.value)
+        self.transit = entry, box
         self.moving = entry
+        self.unsettled = True
         entry.value = COLD  # from here on no other thread comes by it
         out = False
         try:
-            own_memory = entry.stored is not None and type(box[0]) is not memoryview
-            held = holders(box, known, own_memory=own_memory)
+            held = holders(box, known, memory=entry.memory, view=entry.view)
             has_had_chance, entry.held = entry.held, bool(held.inside)
             if held.shared:
                 self._share(entry, held.shared)
             if not held.itself and (has_had_chance or not held.inside):
                 mine = {id(each.base) for each in held.shared if self._is_among_us(entry, each)}
                 out = self._write(entry, box, [each for each in held.inside if id(each) not in mine])
+                # A weak reference may have made somebody a holder meanwhile.
+                again = holders(box, known, memory=entry.memory, view=entry.view)
+                out = out and not again.itself and len(again.inside) <= len(held.inside)
             del held
         except BaseException as error:
             self.failures += 1
@@ -285,6 +328,8 @@ class Tiers:
             self.moving = None
             if not out:
                 entry.value = box.pop()  # a traceback should not hold it
+                self.transit = None
+                self.unsettled = False
         if not out:
             self.passed_over += 1
             return False
@@ -295,6 +340,7 @@ class Tiers:
         self.bytes_out += entry.stored.size
         if self.weigh is sizeof:  # what has grown in place weighs more when it comes back
             entry.weight = max(entry.weight, entry.stored.size)
+        self.transit = None
         box.clear()  # the memory goes now
         self.write_seconds += perf_counter() - start
         return True
@@ -336,17 +382,9 @@ class Tiers:
         stored = entry.stored
         if stored is not None and is_atom(box[0]):
             return self._save(stored)
-        if (
-            stored is not None
-            and not kept
-            and entry.layout is not None
-            and layout_of(box[0]) == entry.layout
-            and is_same_array(self.region, stored, box[0], entry.view, self.pages)
-        ):
-            return self._save(stored)
         encoded = encode_for(entry.keys[0], box[0], ALIGNMENT, kept)
-        if any(has_memory(each) for number, each in enumerate(kept) if number not in encoded.named):
-            return False  # others see memory that the pickle has by another object
+        if any(type(each) is not object for number, each in enumerate(kept) if number not in encoded.named):
+            return False  # the pickle has another object in the place of one that others hold
         if not self._store(entry, encoded, kept):
             assert stored is not None
             self._save(stored)
@@ -356,17 +394,19 @@ class Tiers:
         """Write an encoded value; false, and nothing is done, if it is what is stored."""
         stored = entry.stored
         bound = bool(encoded.named or entry.kept)
-        if stored is not None and not bound and is_unchanged(self.region, stored, encoded, entry.view, self.pages):
+        if stored is not None and not bound and is_unchanged(stored, encoded, self._read, entry.view, self.pages):
             return False
         fresh = put(self.region, entry.keys[0], encoded, self.engine)
         self._free(entry)
         entry.stored = fresh
-        entry.layout = None
         entry.kept = []
         if encoded.named:
             entry.kept = [each if number in encoded.named else None for number, each in enumerate(kept)]
         self.bytes_written += fresh.size
         return True
+
+    def _read(self, slot: int) -> memoryview:
+        return self.region.read(slot)
 
     def _save(self, stored: Stored) -> bool:
         """Count a write that was not needed."""

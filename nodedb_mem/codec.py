@@ -7,10 +7,10 @@ process needs to take the value apart again:
 |---|---|---|
 | magic | 4 | ``NdmV`` |
 | version | 1 | 1 |
-| kind | 1 | pickle, bytes, bytearray, str, memoryview |
+| kind | 1 | pickle, bytes, bytearray, str, memoryview, NumPy array |
 | alignment | 1 | its power of two: each buffer starts at a multiple of it, counted from the value's start |
 | flags | 1 | 1: read-only (a memoryview); 2: the pickle names objects that live in the process that wrote it |
-| start | 4 | where the pickled part starts |
+| start | 4 | where the pickled part starts; of a memoryview or an array its layout, as text |
 | buffers | 4 | how many there are |
 | size | 8 | of the pickled part |
 | reserved | 4 | 0 |
@@ -24,10 +24,13 @@ from __future__ import annotations
 
 import io
 import pickle
+import sys
+from functools import lru_cache
 from struct import Struct
 from typing import TYPE_CHECKING, Any, NamedTuple
 from zlib import crc32
 
+from nodedb_mem._held import is_plain_array
 from nodedb_mem.errors import UndecodableError
 
 if TYPE_CHECKING:
@@ -39,7 +42,7 @@ _HEAD = Struct("<4s4B2IQ2I")
 _CHECK = _HEAD.size - 4
 _MAGIC = b"NdmV"
 _VERSION = 1
-_PICKLE, _BYTES, _BYTEARRAY, _STR, _MEMORYVIEW = range(5)
+_PICKLE, _BYTES, _BYTEARRAY, _STR, _MEMORYVIEW, _ARRAY = range(6)
 _READ_ONLY, _BOUND = 1, 2
 
 _JOINED = 16 << 10  # a pickled part, or a value of bytes, up to this size is copied behind the head: one part less
@@ -60,8 +63,6 @@ class Encoded(NamedTuple):
         Each part has to start at a multiple of the alignment that `encode` was told.
     size : int
         Of the value, in bytes, as it will lie in its slot.
-    pickled : bytes
-        The part that pickle made; empty where the object needed no pickle.
     buffers : list of memoryview
         Where the object's own bytes are.
     copied : bool
@@ -73,7 +74,6 @@ class Encoded(NamedTuple):
     parts: list[Buffer]
     aligned: bool
     size: int
-    pickled: bytes
     buffers: list[memoryview]
     copied: bool
     named: frozenset[int] = frozenset()
@@ -84,33 +84,37 @@ class Value(NamedTuple):
 
     kind: int
     flags: int
-    pickled: memoryview
+    pickled: memoryview | bytes
     buffers: list[memoryview]
 
 
-def encode(value: object, *, alignment: int = ALIGNMENT, kept: Sequence[object] = ()) -> Encoded:
+def encode(value: object, *, alignment: int = ALIGNMENT, kept: Sequence[object] = (), prove: bool = False) -> Encoded:
     """Take an object apart into buffers, without a copy of what is large.
 
     Parameters
     ----------
     value
-        Anything that pickle takes, or cloudpickle where it is installed. bytes, bytearray, str and memoryview go
-        without pickle.
+        Anything that pickle takes, or cloudpickle where it is installed. bytes, bytearray, str, memoryview and NumPy's
+        arrays of plain elements go without pickle.
     alignment
         Of the region that the buffers go to.
     kept
         Objects inside the value that are named by their place in this list, not pickled. The value can be decoded with
         such a list only.
+    prove
+        Make the object again, once for every type in it that is new here, and throw it away.
 
     Raises
     ------
     TypeError
-        The object cannot be pickled.
+        The object cannot be pickled; or, with `prove`, it cannot be made again.
     """
     kind = _KINDS.get(type(value))
     if kind is not None:
         return _encode_plain(kind, value, alignment)
-    pickled, buffers, named = _pickle(value, kept)
+    if is_plain_array(value) and (array := _encode_array(value, alignment)):
+        return array
+    pickled, buffers, named = _pickle(value, kept, prove)
     encoded = _lay_out(_PICKLE, _BOUND if named else 0, alignment, pickled, buffers)
     return encoded._replace(named=named) if named else encoded
 
@@ -141,7 +145,14 @@ def split(buffer: Buffer, head: bytes | None = None) -> Value:
     view = memoryview(buffer)
     if view.format != "B" or view.ndim != 1:
         view = view.cast("B")
-    first = view if head is None else memoryview(head)
+    kind, flags, pickled, places, end = _read_head(view) if head is None else _read_known_head(head)
+    if end != len(view):
+        raise UndecodableError(f"the encoded object has {end} bytes: there are {len(view)}")
+    return Value(kind, flags, pickled, [view[begin:last] for begin, last in places])
+
+
+def _read_head(first: memoryview | bytes) -> tuple[int, int, memoryview | bytes, list[tuple[int, int]], int]:
+    """Read what is before the buffers: kind, flags, pickled part, where the buffers lie, where the value ends."""
     if len(first) < _HEAD.size:
         raise UndecodableError(f"a value has a head of {_HEAD.size} bytes: there are {len(first)}")
     magic, version, kind, shift, flags, start, count, size, _, check = _HEAD.unpack_from(first)
@@ -155,15 +166,16 @@ def split(buffer: Buffer, head: bytes | None = None) -> Value:
     last = start + size
     if crc32(first[_HEAD.size : last], crc32(first[:_CHECK])) != check:
         raise UndecodableError("the encoded object is damaged")
-    buffers = []
     pickled = first[start:last]
-    for number in memoryview(first[_HEAD.size : end].tobytes()).cast("Q") if count else ():
+    places = []
+    for number in memoryview(bytes(first[_HEAD.size : end])).cast("Q") if count else ():
         begin = _up(last, 1 << shift)
         last = begin + number
-        buffers.append(view[begin:last])
-    if last != len(view):
-        raise UndecodableError(f"the encoded object has {last} bytes: there are {len(view)}")
-    return Value(kind, flags, pickled, buffers)
+        places.append((begin, last))
+    return kind, flags, pickled, places, last
+
+
+_read_known_head = lru_cache(1024)(_read_head)
 
 
 def load(value: Value, kept: Sequence[object] = ()) -> Any:
@@ -171,7 +183,7 @@ def load(value: Value, kept: Sequence[object] = ()) -> Any:
     try:
         if value.kind == _PICKLE:
             if value.flags & _BOUND:
-                return _Unpickler(value, kept).load()
+                return _Unpickler(value.pickled, value.buffers, kept).load()
             return pickle.loads(value.pickled, buffers=value.buffers)
         return _DECODERS[value.kind](value)
     except MemoryError:
@@ -192,7 +204,44 @@ def _encode_plain(kind: int, value: Any, alignment: int) -> Encoded:
     head = _head(kind, 0, 0, _HEAD.size + 8, b"", (len(data),))
     size = len(head) + len(data)
     parts: list[Buffer] = [b"".join((head, data))] if len(data) <= _JOINED else [head, data]
-    return Encoded(parts, False, size, b"", [memoryview(data)], True)
+    return Encoded(parts, False, size, [memoryview(data)], True)
+
+
+def _encode_array(value: Any, alignment: int) -> Encoded | None:
+    """Encode an array of plain elements. None where that is for pickle: it is small, or in pieces, or says more."""
+    dtype, flags = value.dtype, value.flags
+    if value.nbytes <= IN_BAND or not flags.forc or dtype.metadata is not None:
+        return None
+    order = "C" if flags.c_contiguous else "F"
+    head = _array_head(dtype, value.shape, order, 0 if flags.writeable else _READ_ONLY, value.nbytes, alignment)
+    if head is None:
+        return None
+    # Dates are no buffers.
+    data = pickle.PickleBuffer(value.view("i8") if dtype.kind in "mM" else value).raw()
+    return Encoded([head, data], True, _up(len(head), alignment) + data.nbytes, [data], False)
+
+
+@lru_cache(1024)
+def _array_head(dtype: Any, shape: tuple[int, ...], order: str, flags: int, size: int, alignment: int) -> bytes | None:
+    if sys.modules["numpy"].dtype(dtype.str) != dtype:
+        return None
+    layout = " ".join((dtype.str, order, *map(str, shape))).encode()
+    return _head(_ARRAY, alignment.bit_length() - 1, flags, _HEAD.size + 8, layout, (size,)) + layout
+
+
+def _decode_array(value: Value) -> Any:
+    (data,) = value.buffers
+    dtype, order, shape = _array_layout(bytes(value.pickled))
+    buffer = data.toreadonly() if value.flags & _READ_ONLY else data
+    return sys.modules["numpy"].ndarray(shape, dtype, buffer, order=order)
+
+
+@lru_cache(1024)
+def _array_layout(layout: bytes) -> tuple[Any, Any, tuple[int, ...]]:
+    import numpy
+
+    dtype, order, *sizes = layout.decode().split(" ")
+    return numpy.dtype(dtype), order, tuple(map(int, sizes))
 
 
 def _encode_view(view: memoryview, alignment: int) -> Encoded:
@@ -220,30 +269,45 @@ _DECODERS: dict[int, Callable[[Value], object]] = {
     _BYTEARRAY: lambda value: bytearray(value.buffers[0]),
     _STR: lambda value: str(value.buffers[0], "utf-8", "surrogatepass"),
     _MEMORYVIEW: _decode_view,
+    _ARRAY: _decode_array,
 }
 
 
 # -- pickle -------------------------------------------------------------------------------------------------------
 
 
-class _Pickler(pickle.Pickler):
-    """A pickler that names some objects by their number instead of pickling them."""
+_sound: set[type] = set()  # their objects have been made again
+_MOST_SOUND = 10_000  # types come and go
 
-    def __init__(self, file: Any, kept: Sequence[object], **options: Any) -> None:
-        super().__init__(file, 5, **options)
-        self.numbers = {id(each): number for number, each in enumerate(kept)}
-        self.named: set[int] = set()
 
-    def persistent_id(self, obj: object) -> int | None:
-        number = self.numbers.get(id(obj))
-        if number is not None:
-            self.named.add(number)
-        return number
+def _note_type(pickler: Any, obj: object) -> Any:
+    """As a pickler's `reducer_override`: collect the types that are made by a call."""
+    if type(obj) not in _sound:
+        pickler.types.add(type(obj))
+    return NotImplemented
+
+
+def _name(pickler: Any, obj: object) -> int | None:
+    """As a pickler's `persistent_id`: name the kept objects by their number, instead of pickling them."""
+    number: int | None = pickler.numbers.get(id(obj))
+    if number is not None:
+        pickler.named.add(number)
+    return number
+
+
+def _pickler(base: Any, kept: Sequence[object], prove: bool) -> Any:
+    """Make a class of picklers."""
+    verbs: dict[str, Any] = {"numbers": {id(each): number for number, each in enumerate(kept)}}
+    if kept:
+        verbs["persistent_id"] = _name
+    if prove and base is pickle.Pickler:
+        verbs["reducer_override"] = _note_type
+    return type("Pickler", (base,), verbs)
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, value: Value, kept: Sequence[object]) -> None:
-        super().__init__(io.BytesIO(value.pickled), buffers=value.buffers)
+    def __init__(self, pickled: memoryview | bytes, buffers: Sequence[Buffer], kept: Sequence[object]) -> None:
+        super().__init__(io.BytesIO(pickled), buffers=buffers)
         self.kept = kept
 
     def persistent_load(self, number: int) -> object:
@@ -252,41 +316,63 @@ class _Unpickler(pickle.Unpickler):
         return self.kept[number]
 
 
-def _pickle(value: object, kept: Sequence[object]) -> tuple[bytes, list[memoryview], frozenset[int]]:
-    buffers: list[memoryview] = []
+_PROVING = _pickler(pickle.Pickler, (), True)
 
-    def take(buffer: pickle.PickleBuffer) -> bool:
-        """Keep a buffer out of the pickle, unless it is small."""
-        raw = buffer.raw()
-        if raw.nbytes <= IN_BAND:
-            return True
-        buffers.append(raw)
-        return False
 
+def _pickle(value: object, kept: Sequence[object], prove: bool) -> tuple[bytes, list[memoryview], frozenset[int]]:
     try:
-        if kept:
-            file = io.BytesIO()
-            pickler = _Pickler(file, kept, buffer_callback=take)
-            pickler.dump(value)
-            return file.getvalue(), buffers, frozenset(pickler.named)
-        return pickle.dumps(value, 5, buffer_callback=take), buffers, frozenset()
+        if not kept and not prove:
+            buffers: list[memoryview] = []
+            return pickle.dumps(value, 5, buffer_callback=_taker(buffers)), buffers, frozenset()
+        return _dump(_pickler(pickle.Pickler, kept, prove) if kept else _PROVING, value, kept, prove)
     except MemoryError:
         raise
     except Exception as refused:
-        buffers.clear()
         try:
-            return _cloudpickle(value, take), buffers, frozenset()
+            import cloudpickle
+
+            return _dump(_pickler(cloudpickle.Pickler, kept, prove), value, kept, prove)
         except MemoryError:
             raise
         except Exception as error:
             raise TypeError(f"cannot pickle {type(value).__name__!r}: {refused}") from error
 
 
-def _cloudpickle(value: object, take: Callable[[pickle.PickleBuffer], bool]) -> bytes:
-    import cloudpickle
+def _dump(
+    kind: Any, value: object, kept: Sequence[object], prove: bool
+) -> tuple[bytes, list[memoryview], frozenset[int]]:
+    file = io.BytesIO()
+    buffers: list[memoryview] = []
+    pickler = kind(file, 5, buffer_callback=_taker(buffers))
+    pickler.named, pickler.types = set(), set()
+    pickler.dump(value)
+    pickled = file.getvalue()
+    if prove and (pickler.types or "reducer_override" not in vars(kind)):
+        _make_again(pickled, buffers, kept)
+        if len(_sound) < _MOST_SOUND:
+            _sound.update(pickler.types)
+    return pickled, buffers, frozenset(pickler.named)
 
-    result: bytes = cloudpickle.dumps(value, 5, buffer_callback=take)
-    return result
+
+def _make_again(pickled: bytes, buffers: list[memoryview], kept: Sequence[object]) -> None:
+    """Make an object and throw it away. Its class may store to the buffers then, which are the original's."""
+    try:
+        _Unpickler(pickled, [buffer.toreadonly() for buffer in buffers], kept).load()
+    except Exception:
+        _Unpickler(pickled, [bytearray(buffer) for buffer in buffers], kept).load()
+
+
+def _taker(buffers: list[memoryview]) -> Callable[[pickle.PickleBuffer], bool]:
+    """Keep buffers out of a pickle, unless they are small."""
+
+    def take(buffer: pickle.PickleBuffer) -> bool:
+        raw = buffer.raw()
+        if raw.nbytes <= IN_BAND:
+            return True
+        buffers.append(raw)
+        return False
+
+    return take
 
 
 # -- layout -------------------------------------------------------------------------------------------------------
@@ -303,7 +389,7 @@ def _lay_out(kind: int, flags: int, alignment: int, pickled: bytes, buffers: lis
     for each in sizes:
         size = _up(size, alignment) + each
     before: list[Buffer] = [head + pickled] if joined else [head, pickled]
-    return Encoded([*before, *buffers], not joined or bool(buffers), size, pickled, buffers, not buffers)
+    return Encoded([*before, *buffers], not joined or bool(buffers), size, buffers, not buffers)
 
 
 def _head(kind: int, shift: int, flags: int, start: int, pickled: bytes, sizes: Sequence[int]) -> bytes:

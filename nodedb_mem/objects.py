@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakValueDictionary
 
 from nodedb_mem import _memory
-from nodedb_mem._changes import address_of
 from nodedb_mem.codec import ALIGNMENT, decode
 from nodedb_mem.errors import RegionIOError
 from nodedb_mem.reader import OverflowReader
@@ -97,7 +96,7 @@ def _copy(reader: OverflowReader, ref: SlotRef) -> memoryview:
     """Copy a value to memory that is writable and aligned."""
     data = reader.read_bytes(ref)
     room = bytearray(len(data) + ALIGNMENT)
-    start = -address_of(room) % ALIGNMENT
+    start = -_memory.address_of(room) % ALIGNMENT
     view = memoryview(room)[start : start + len(data)]
     view[:] = data
     return view

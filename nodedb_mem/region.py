@@ -31,13 +31,13 @@ _free = _memory.free
 
 
 class OverflowRegion(RegionConstructors):
-    """One overflow file and its mapping, owned by the thread that opens it.
+    """One overflow file and its mapping, owned by the thread that opens it, or by all threads of its process.
 
-    Every verb raises `WrongThreadError` on any other thread and in a forked child, and `RegionClosedError` after
-    `close`. Only `path`, `closed`, `repr`, `adopt` and `with` work everywhere. A verb that raises has changed nothing.
-    There are four exceptions. `close` closes the region and then reports that a write-back failed. `compact` and
-    `trim` may stop half-way: every value is intact then, and what was done so far stays. A write that the disk refuses
-    may have moved other values to make room.
+    Every verb raises `WrongThreadError` on a thread that does not own the region and in a forked child, and
+    `RegionClosedError` after `close`. Only `path`, `closed`, `repr`, `adopt` and `with` work everywhere. A verb that
+    raises has changed nothing. There are four exceptions. `close` closes the region and then reports that a write-back
+    failed. `compact` and `trim` may stop half-way: every value is intact then, and what was done so far stays. A write
+    that the disk refuses may have moved other values to make room.
 
     A write needs free bytes, and they need not lie together. Where they are scattered, the region moves values until
     they do. Values with a live view or a lease stay where they are, and room is made between them.
@@ -66,6 +66,10 @@ class OverflowRegion(RegionConstructors):
         Whether pages of values of 64 KiB and more stay in the RSS after their last view. By default they are in the
         RSS only while a view of them lives, at every `cache_limit`, and the next view maps them again. True is for who
         views the same large values again and again, and does not mind the RSS.
+    ownership
+        Who may call. "thread" is the thread that opens the region. "process" is every thread of the process. The core
+        lets one of them in at a time, and others while one waits for the disk or copies a large value. A verb that
+        moves values or makes the file grow keeps the others out until it returns.
     recover
         Keep the values of an earlier region under their slots, whether its owner closed it or was killed. References to
         them stay good, and the earlier alignment holds. A value that was being written when the owner died is lost.
@@ -326,10 +330,10 @@ class OverflowRegion(RegionConstructors):
             One of `slots` is no live slot; nothing has been freed.
         """
         wanted = slot_numbers(slots)
+        layouts = {slot: self._parts.get(slot) for slot in wanted} if self._parts else {}
         _memory.free_many(self._holder, wanted)
-        if self._parts:
-            for slot in wanted:
-                self._parts.pop(slot, None)
+        for slot, layout in layouts.items():
+            self._forget(slot, layout)
 
     def read(self, slot: int) -> memoryview:
         """View a value in place, without a copy.
@@ -382,8 +386,7 @@ class OverflowRegion(RegionConstructors):
             slot = index(slot)
         layout = self._parts.get(slot) if self._parts else None
         _free(self._holder, slot)
-        if layout and self._parts.get(slot) is layout:  # not that of a value written there meanwhile
-            del self._parts[slot]
+        self._forget(slot, layout)
 
     def slot(self, slot: int) -> OverflowSlot:
         """Describe a slot, live or freed.
@@ -414,12 +417,15 @@ class OverflowRegion(RegionConstructors):
             in a folder whose own path is too long (ENAMETOOLONG).
         """
         slot = index(slot)
-        _, size, *_ = _memory.slot(self._holder, slot)
+        *_, generation = _memory.slot(self._holder, slot)
         if self._path is not None and not os.path.isabs(self._place):
             message = f"no reader can be led to a file by its relative path: {os.strerror(errno.ENAMETOOLONG)}"
             raise RegionIOError(errno.ENAMETOOLONG, message, self._where[1])
         self._allow_leases()
-        *files, generation, incarnation = _memory.share(self._holder, slot)
+        size, known = 0, None
+        while known != generation:  # another thread may have given the slot to another value
+            _, size, *_, known = _memory.slot(self._holder, slot)
+            *files, generation, incarnation = _memory.share(self._holder, slot)
         if self._path is None:
             paths = [f"/proc/{os.getpid()}/fd/{number}" for number in files]
         else:
@@ -475,6 +481,11 @@ class OverflowRegion(RegionConstructors):
         except TypeError:
             return False
 
+    def _forget(self, slot: int, layout: tuple[int, SlotParts] | None) -> None:
+        """Forget the layout of a freed value; not that of a value that was written there meanwhile."""
+        if layout is not None and (found := self._parts.pop(slot, None)) is not layout and found is not None:
+            self._parts.setdefault(slot, found)
+
     def _check_engine(self, engine: int) -> int:
         """Give the number of an engine that is to be learnt once the core has accepted it; -1 for others."""
         if engine.__class__ is EngineId:
@@ -487,4 +498,4 @@ class OverflowRegion(RegionConstructors):
     def _learn(self, number: int, engine: int) -> None:
         """Remember an engine, so that `slot` gives it back as it was given."""
         if number >= 0:
-            self._engines = self._engines | {number: engine}
+            self._engines[number] = engine

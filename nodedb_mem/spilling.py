@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from types import TracebackType
 
-    from nodedb_mem._reserving import Governor
+    from nodedb_mem.governor import MemoryGovernor
     from nodedb_mem.objects import ObjectRef
 
 __all__ = ["OverflowMap", "SpillMapping", "SpillStats", "sizeof"]
@@ -62,6 +62,9 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
     governor
         A memory governor. Every byte of values in RAM is reserved there, and values go out when it asks for memory.
         What does not fit is charged, and as much goes out.
+    watch
+        Follow what is real, where there is no governor: values go out, too, when this process has come near the most
+        memory that it may use, or its control group has. Needs psutil (extra `watch`).
     engine
         The owner of the values, as for `OverflowRegion.write`, and for the governor.
     max_capacity
@@ -75,6 +78,10 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
     ------
     UnknownEngineError
         The governor does not know the engine.
+    ValueError
+        The budget is negative, or `watch` is set beside a governor, which has a `watch` of its own.
+    ModuleNotFoundError
+        `watch` finds no psutil.
 
     Warns
     -----
@@ -87,13 +94,15 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         budget: int,
         directory: str | os.PathLike[str] | None = None,
         *,
-        governor: Governor | None = None,
+        governor: MemoryGovernor | None = None,
+        watch: bool = False,
         engine: int = EngineId.QUERY,
         max_capacity: int | None = None,
         cache_limit: int | None = None,
         weight: Callable[[Any], int] = sizeof,
     ) -> None:
         self._budget = _checked(budget)
+        self._account = Account(governor, engine, watch=watch)
         folder = tempfile.gettempdir() if directory is None else directory
         ceiling = shutil.disk_usage(folder).total if max_capacity is None else index(max_capacity)
         region = OverflowRegion.temporary(
@@ -104,10 +113,10 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         )
         region.release_ownership()
         self._lock = threading.RLock()
+        self._process = os.getpid()
         self._entries: dict[K, Entry] = {}
         self._tiers = Tiers(region, engine, weight)
-        self._session = _Session(self._lock, self._tiers)
-        self._account = Account(governor, engine)
+        self._session = _Session(self._lock, self._tiers, self._entries)
         try:
             self._account.open(self._give_back)
         except BaseException:
@@ -155,40 +164,42 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         """
         entry, beyond = self._insert(key, value)
         if beyond or self._tiers.bytes > self._budget:
-            with self._session as tiers:
-                tiers.shrink(min(self._budget, tiers.bytes - beyond), _MOST_HELD, own=entry, known=_IN_SETITEM)
+            with self._mine(), self._session as tiers:
+                tiers.shrink(min(self._budget, tiers.bytes - beyond), _MOST_HELD, own=entry, caller=sys._getframe(1))
                 tiers.tidy()
 
     def __delitem__(self, key: K) -> None:
         """Remove a key. Its value is freed, if no other key names it."""
-        with self._session as tiers:
+        with self._mine(), self._session as tiers:
             entry = self._entries.get(key)
             if entry is None:
                 self._miss(key)
-            tiers.forget(entry, key)
+            tiers.unsettled = True
             del self._entries[key]
+            tiers.forget(entry, key)
             tiers.tidy()
 
     def update(self, other: Any = (), /, **more: Any) -> None:
         """Store many values, as a dict's update does. Raises as assignment does; what came before is stored."""
         super().update(other, **more)
         del other
-        with self._session as tiers:
+        with self._mine(), self._session as tiers:
             tiers.shrink(self._budget, _MOST_HELD)
 
     def popitem(self) -> tuple[K, V]:
         """Remove and give the pair that was inserted last. KeyError if there is none."""
-        with self._lock:
+        with self._mine():
             for key in reversed(self._entries):
                 return key, self.pop(key)
         raise KeyError("popitem(): the mapping is empty")
 
     def clear(self) -> None:
         """Remove all keys."""
-        with self._session as tiers:
+        with self._mine(), self._session as tiers:
             for key, entry in list(self._entries.items()):
-                tiers.forget(entry, key)
+                tiers.unsettled = True
                 del self._entries[key]
+                tiers.forget(entry, key)
 
     def __contains__(self, key: object) -> bool:
         """Tell whether there is such a key."""
@@ -244,7 +255,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         CapacityExceededError, RegionIOError
             The value finds no room in the region, or the leases file cannot be made.
         """
-        with self._session as tiers:
+        with self._mine(), self._session as tiers:
             entry = self._entries.get(key)
             if entry is None:
                 self._miss(key)
@@ -255,14 +266,14 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
     @contextmanager
     def pin(self, key: K) -> Iterator[V]:
         """Keep a value in RAM for the length of a ``with`` block, which gets the value."""
-        with self._lock:
+        with self._mine():
             value = self[key]
             entry = self._entries[key]
             entry.pins += 1
         try:
             yield value
         finally:
-            with self._lock:
+            with self._mine():
                 entry.pins -= 1
 
     def evict(self, what: int | Iterable[K] | None = None) -> int:
@@ -287,7 +298,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         """
         if isinstance(what, str | bytes):
             raise TypeError("a number of bytes or an iterable of keys is needed")
-        with self._session as tiers:
+        with self._mine(), self._session as tiers:
             before = tiers.bytes
             if what is None or isinstance(what, int):
                 tiers.shrink(0 if what is None else max(0, before - what), len(tiers.hot))
@@ -300,7 +311,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
 
     def set_budget(self, budget: int) -> None:
         """Set how many bytes of values may stay in RAM; what is beyond goes out. Raises as `evict`."""
-        with self._session as tiers:
+        with self._mine(), self._session as tiers:
             self._budget = _checked(budget)
             tiers.shrink(self._budget, len(tiers.hot))
 
@@ -311,7 +322,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
 
     def stats(self) -> SpillStats:
         """Tell what was done so far."""
-        with self._lock:
+        with self._mine():
             tiers = self._tiers
             in_ram = sum(len(entry.keys) for entry in self._entries.values() if entry.value is not COLD)
             counted = {name: getattr(tiers, name) for name in SpillStats.__dataclass_fields__ if hasattr(tiers, name)}
@@ -326,11 +337,12 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
 
     def close(self) -> None:
         """Drop all values, those in the region, too; closing again does nothing. What came out of it stays readable."""
-        with self._lock:
-            if not self._tiers.closed and os.getpid() == self._session.process:
-                self._entries = {}
-                self._account.close()
-                self._tiers.close()
+        if os.getpid() == self._process:
+            with self._lock:
+                if not self._tiers.closed:
+                    self._entries = self._session.entries = {}
+                    self._account.close()
+                    self._tiers.close()
 
     @property
     def closed(self) -> bool:
@@ -349,8 +361,8 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
 
     def __del__(self) -> None:
         """Let go of the descriptors, and of what is reserved."""
-        if hasattr(self, "_account"):
-            self._account.close()
+        if hasattr(self, "_tiers"):
+            self._account.leave()
             self._tiers.abandon()
 
     def __reduce__(self) -> NoReturn:
@@ -358,6 +370,12 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         raise TypeError(f"cannot copy or pickle {type(self).__name__!r}")
 
     # -- one thread at a time -------------------------------------------------------------------------------------
+
+    def _mine(self) -> threading.RLock:
+        """Give the lock, which nobody releases in a forked child."""
+        if os.getpid() != self._process:
+            raise WrongThreadError("the mapping belongs to the process that made it: this one was forked from it")
+        return self._lock
 
     def _miss(self, key: object) -> NoReturn:
         if self._tiers.closed:
@@ -370,7 +388,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
             self._miss(key)
         reservation, fits = self._account.obtain(entry.weight)
         try:
-            with self._session as tiers:
+            with self._mine(), self._session as tiers:
                 if self._entries.get(key) is entry:
                     value: V = entry.value
                     if value is not COLD:
@@ -402,7 +420,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         reservation, fits = self._account.obtain(weight)
         beyond = 0 if fits else weight
         try:
-            with self._session:
+            with self._mine(), self._session:
                 before = self._entries.get(key)
                 entry = tiers.by_value.get(id(value))
                 if entry is None:
@@ -425,7 +443,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
 
     def _give_back(self, wanted: int) -> int:
         """Put values out for a governor. Bytes that were freed; 0 where another thread is at work here."""
-        if not self._lock.acquire(timeout=_PATIENCE):
+        if os.getpid() != self._process or not self._lock.acquire(timeout=_PATIENCE):
             return 0
         try:
             with self._session as tiers:
@@ -435,7 +453,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
                 except Exception as error:
                     self._note(error)
                 return before - tiers.bytes
-        except (RegionClosedError, WrongThreadError):
+        except RegionClosedError:
             return 0
         finally:
             self._lock.release()
@@ -449,33 +467,27 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
 
 
 class _Session:
-    """The lock of a mapping, for a block of one thread; the region goes with it."""
+    """What one thread does, with the lock of the mapping; the region goes with it."""
 
-    __slots__ = ("depth", "lock", "process", "tiers")
+    __slots__ = ("entries", "lock", "tiers")
 
-    def __init__(self, lock: threading.RLock, tiers: Tiers) -> None:
+    def __init__(self, lock: threading.RLock, tiers: Tiers, entries: dict[Any, Entry]) -> None:
         self.lock = lock
         self.tiers = tiers
-        self.process = os.getpid()
-        self.depth = 0
+        self.entries = entries
 
     def __enter__(self) -> Tiers:
-        if os.getpid() != self.process:
-            raise WrongThreadError("the mapping belongs to the process that made it: this one was forked from it")
-        self.lock.acquire()
-        if self.tiers.closed:
-            self.lock.release()
+        tiers = self.tiers
+        if tiers.closed:
             raise RegionClosedError("the mapping is closed")
-        self.depth += 1
-        return self.tiers
+        if tiers.unsettled and " count=1 " in repr(self.lock):  # not inside of another session
+            tiers.mend(self.entries)
+        return tiers
 
-    def __exit__(self, *exception: object) -> None:
-        self.depth -= 1
-        try:
-            if not self.depth:
-                self.tiers.release()
-        finally:
-            self.lock.release()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is None and self.tiers.transit is None:
+            self.tiers.unsettled = False
+        self.tiers.release()
 
 
 def _checked(budget: int) -> int:
@@ -483,18 +495,3 @@ def _checked(budget: int) -> int:
     if size < 0:
         raise ValueError("budget must not be negative")
     return size
-
-
-class _Probe:
-    """Counts the references to a value that ``mapping[key] = value`` has while it runs."""
-
-    count = 0
-
-    def __setitem__(self, key: object, value: object) -> None:
-        local = object()
-        self.count = sys.getrefcount(value) - sys.getrefcount(local) + 1
-
-
-_probe = _Probe()
-_probe[0] = object()
-_IN_SETITEM = _probe.count

@@ -17,10 +17,11 @@ uint64_t ndm_region_handle(ndm_region *region)
 {
     if (ndm_i_enter(region) != NDM_OK)
         return 0;
+    NDM_I_LEAVES(region);
     uint64_t handle = atomic_load(&region->handle);
     if (handle != 0)
         return handle;
-    if ((handle = ndm_i_handle_new(region, ndm_i_this_thread, region->owner.process)) == 0)
+    if ((handle = ndm_i_handle_new(region, ndm_i_owner_holder(&region->owner), region->owner.process)) == 0)
         ndm_i_fail(NDM_ERR_MEMORY, "no memory for a handle");
     atomic_store(&region->handle, handle);
     return handle;
@@ -31,8 +32,13 @@ ndm_region *ndm_h_region(uint64_t handle)
     ndm_i_call call;
     if (ndm_i_call_begin(handle, &call) != NDM_OK)
         return NULL;
+    ndm_region *region = call.object;
+    if (ndm_i_region_is_closed(region)) {
+        ndm_i_fail(NDM_ERR_CLOSED, "the handle's region is closed");
+        region = NULL;
+    }
     end(&call);
-    return call.object;
+    return region;
 }
 
 int64_t ndm_h_write(uint64_t handle, const uint8_t *data, uint64_t size, int64_t engine)
@@ -91,14 +97,23 @@ int ndm_h_contains(uint64_t handle, int64_t slot)
     return status;
 }
 
+static int64_t size_of(ndm_region *region, int64_t slot)
+{
+    const int status = ndm_i_enter(region);
+    if (status != NDM_OK)
+        return status;
+    NDM_I_LEAVES(region);
+    const ndm_i_record *record = ndm_i_live_record(region, slot);
+    return record ? (int64_t)ndm_i_record_size(record) : ndm_last_error()->status;
+}
+
 int64_t ndm_h_size(uint64_t handle, int64_t slot)
 {
     ndm_i_call call;
     const int status = ndm_i_call_begin(handle, &call);
     if (status != NDM_OK)
         return status;
-    const ndm_i_record *record = ndm_i_enter(call.object) == NDM_OK ? ndm_i_live_record(call.object, slot) : NULL;
-    const int64_t size = record ? (int64_t)ndm_i_record_size(record) : ndm_last_error()->status;
+    const int64_t size = size_of(call.object, slot);
     end(&call);
     return ndm_i_of_slot(slot, size);
 }

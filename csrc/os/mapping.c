@@ -155,7 +155,7 @@ void ndm_i_mapping_forget(const ndm_i_mapping *mapping, const void *address, uin
     madvise(mapping->base + first, last - first, MADV_DONTNEED);
 }
 
-void ndm_i_mapping_fetch(void *address, uint64_t size)
+void ndm_i_mapping_fetch(const void *address, uint64_t size)
 {
     const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
     uint8_t *start = (uint8_t *)ndm_i_round_down((uintptr_t)address, page);

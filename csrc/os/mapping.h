@@ -58,7 +58,7 @@ void ndm_i_mapping_unref(ndm_i_mapping *mapping);
 void ndm_i_mapping_forget(const ndm_i_mapping *mapping, const void *address, uint64_t size);
 
 /* Read the range from disk in one go, if it is not in RAM. */
-void ndm_i_mapping_fetch(void *address, uint64_t size);
+void ndm_i_mapping_fetch(const void *address, uint64_t size);
 
 /* Map the pages of the range for writing, all at once; `address` is a page's. */
 void ndm_i_mapping_populate(void *address, uint64_t size);

@@ -136,6 +136,11 @@ bool ndm_i_owner_init(ndm_i_owner *owner)
     return owner->thread != NULL;
 }
 
+void ndm_i_owner_share(ndm_i_owner *owner)
+{
+    atomic_store_explicit(&owner->holder, NDM_I_SHARED, memory_order_release);
+}
+
 bool ndm_i_owner_close(ndm_i_owner *owner) { return atomic_exchange(&owner->holder, NDM_I_CLOSED) != NDM_I_CLOSED; }
 
 void ndm_i_owner_fini(ndm_i_owner *owner)

@@ -4,7 +4,7 @@
  * handles, TLS addresses, pids). The process number lives in a page that the kernel zeroes in a forked child
  * (MADV_WIPEONFORK), so that even a raw fork is noticed, at the price of one load.
  *
- * Whether the caller owns a thing is decided by one load of one word: the number of the owning thread, or one of two that
+ * Whether the caller owns a thing is decided by one load of one word: the number of the owning thread, or one of three that
  * no thread has.
  */
 #ifndef NDM_OWNER_H
@@ -16,9 +16,10 @@
 
 #define NDM_I_CLOSED UINT64_MAX         /* nobody's, for ever */
 #define NDM_I_RELEASED (UINT64_MAX - 1) /* nobody's: whoever adopts it first */
+#define NDM_I_SHARED (UINT64_MAX - 2)   /* every thread's of the process: whoever has the lock (gate.h) */
 
 typedef struct {
-    _Atomic uint64_t holder; /* the owning thread's number, NDM_I_CLOSED, or NDM_I_RELEASED */
+    _Atomic uint64_t holder; /* the owning thread's number, or one of those above */
     _Atomic bool changing;   /* a thread is adopting it */
     struct ndm_i_thread *thread; /* the owning thread, which may have ended; kept while this is */
     uint64_t process;
@@ -39,6 +40,9 @@ static inline bool ndm_i_is_process(uint64_t process)
 
 /* The calling thread becomes the owner. false: no memory. */
 bool ndm_i_owner_init(ndm_i_owner *owner);
+
+/* What was just initialised is every thread's of the process, until it is closed. */
+void ndm_i_owner_share(ndm_i_owner *owner);
 
 /* Whoever decides anything loads the holder once. */
 static inline uint64_t ndm_i_owner_holder(const ndm_i_owner *owner)

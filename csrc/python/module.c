@@ -1,5 +1,6 @@
 /* nodedb_mem._memory: the data plane, whatever a value's bytes or its slot's number pass through. A file here holds one
  * kind of verb each. The core is called without the GIL, but for a read that need not wait. */
+#include "comparing.h"
 #include "contents.h"
 #include "governing.h"
 #include "objects.h"
@@ -21,8 +22,8 @@ static struct PyModuleDef definition = {
 
 static int add_verbs(PyObject *module)
 {
-    PyMethodDef *const tables[] = {ndm_i_opening, ndm_i_writing, ndm_i_reading, ndm_i_slots, ndm_i_sharing,
-                                   ndm_i_governing};
+    PyMethodDef *const tables[] = {ndm_i_opening, ndm_i_writing, ndm_i_reading,  ndm_i_slots,
+                                   ndm_i_sharing, ndm_i_comparing, ndm_i_governing};
     for (size_t i = 0; i < sizeof tables / sizeof *tables; i++)
         if (PyModule_AddFunctions(module, tables[i]) < 0)
             return -1;

@@ -62,12 +62,10 @@ static PyObject *write_value(PyObject *Py_UNUSED(module), PyObject *const *argum
 }
 
 /* What tells one value from a later one in the same slot, and the sizes of its parts. */
-static PyObject *layout(ndm_region *region, int64_t slot, const ndm_i_gathered *all)
+static PyObject *layout(uint32_t generation, const ndm_i_gathered *all)
 {
-    ndm_slot facts = {0};
-    ndm_region_slot(region, slot, &facts);
     PyObject *sizes = list_of_numbers((const int64_t *)all->sizes, all->count);
-    return sizes ? Py_BuildValue("kN", (unsigned long)facts.generation, sizes) : NULL;
+    return sizes ? Py_BuildValue("kN", (unsigned long)generation, sizes) : NULL;
 }
 
 /* write_vectored(region, buffers, engine, aligned) -> slot, (generation, list of sizes) */
@@ -75,6 +73,7 @@ static PyObject *write_vectored(PyObject *Py_UNUSED(module), PyObject *const *ar
 {
     ndm_i_gathered all;
     int64_t engine, aligned, slot;
+    ndm_slot facts = {0};
     ndm_error refusal;
     PyObject *result = NULL;
     ndm_region *region;
@@ -84,10 +83,11 @@ static PyObject *write_vectored(PyObject *Py_UNUSED(module), PyObject *const *ar
     if (ndm_i_gather(arguments[1], &all)) {
         Py_BEGIN_ALLOW_THREADS
         slot = ndm_region_write_vectored(region, all.parts, all.sizes, (uint64_t)all.count, aligned != 0, engine);
-        ndm_i_noted(slot, &refusal);
+        if (ndm_i_noted(slot, &refusal) >= 0)
+            ndm_region_slot(region, slot, &facts);
         Py_END_ALLOW_THREADS
-        result =
-            slot < 0 ? ndm_i_refuse(arguments[0], NULL, &refusal) : written(region, slot, layout(region, slot, &all));
+        result = slot < 0 ? ndm_i_refuse(arguments[0], NULL, &refusal)
+                          : written(region, slot, layout(facts.generation, &all));
     }
     ndm_i_gathered_free(&all);
     return result;

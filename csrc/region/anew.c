@@ -16,8 +16,10 @@ struct plan {
 
 int ndm_i_start_store(ndm_region *region, const ndm_options *options)
 {
-    return ndm_i_store_init(&region->store, &region->data, &region->home.writable, options->cache_limit,
-                            options->keep_mapped != 0);
+    const int status = ndm_i_store_init(&region->store, &region->data, &region->home.writable, options->cache_limit,
+                                        options->keep_mapped != 0);
+    region->store.writer.gate = &region->gate;
+    return status;
 }
 
 /* All that may be refused. The old values stay as they are. */

@@ -154,6 +154,7 @@ int ndm_region_compact(ndm_region *region, uint64_t budget, ndm_compaction *out)
     int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
+    NDM_I_LEAVES(region);
     const ndm_error before = *ndm_last_error();
     ndm_i_settle(region);
     ndm_i_leases_look_round(&region->leases);

@@ -10,28 +10,64 @@
 
 /* ---- entering a verb ------------------------------------------------------------------------------------ */
 
-int ndm_i_enter_to_look(ndm_region *region)
+/* The region has no owner, or another. */
+static __attribute__((noinline)) int enter_shared(ndm_region *region, bool at_once)
+{
+    const uint64_t holder = ndm_i_owner_holder(&region->owner);
+    if (holder == NDM_I_SHARED && ndm_i_is_process(region->owner.process)) {
+        if (at_once && !ndm_i_gate_trylock(&region->gate))
+            return NDM_ERR_WAIT;
+        if (!at_once)
+            ndm_i_gate_lock(&region->gate);
+        if (!ndm_i_owner_is_closed(&region->owner))
+            return NDM_OK;
+        ndm_i_gate_unlock(&region->gate); /* closed meanwhile */
+    } else if (holder != NDM_I_CLOSED) {
+        return ndm_i_fail(NDM_ERR_WRONG_THREAD, "the region belongs to another thread or process");
+    }
+    return ndm_i_fail(NDM_ERR_CLOSED, "the region is closed");
+}
+
+static inline __attribute__((always_inline)) int enter(ndm_region *region, bool at_once)
 {
     if (!region)
         return ndm_i_fail(NDM_ERR_CLOSED, "the region is closed");
-    const uint64_t holder = ndm_i_owner_holder(&region->owner);
-    if (holder == NDM_I_CLOSED)
-        return ndm_i_fail(NDM_ERR_CLOSED, "the region is closed");
-    if (holder != ndm_i_this_thread || !ndm_i_is_process(region->owner.process))
-        return ndm_i_fail(NDM_ERR_WRONG_THREAD, "the region belongs to another thread or process");
+    if (ndm_i_owner_holder(&region->owner) != ndm_i_this_thread || !ndm_i_is_process(region->owner.process)) {
+        const int status = enter_shared(region, at_once);
+        if (status != NDM_OK)
+            return status;
+    }
     if (ndm_i_limbo_collect(&region->limbo))
         ndm_i_publish(region);
     return NDM_OK;
 }
 
+int ndm_i_enter_to_look(ndm_region *region) { return enter(region, false); }
+
+int ndm_i_enter_at_once(ndm_region *region) { return enter(region, true); }
+
+int ndm_i_check_written(ndm_region *region)
+{
+    if (!ndm_i_store_has_failed(&region->store))
+        return NDM_OK;
+    ndm_i_writer_settle_ahead(&region->store.writer, 0, 0);
+    const int failed = ndm_i_writer_settle(&region->store.writer, 0, region->data.capacity, false);
+    return failed ? ndm_i_fail_io(failed, "writing spilled values back to disk failed") : NDM_OK;
+}
+
+/* On failure the verb has not entered. */
+static __attribute__((noinline, cold)) int enter_failed(ndm_region *region)
+{
+    const int status = ndm_i_check_written(region);
+    if (status != NDM_OK)
+        ndm_i_leave(&region);
+    return status;
+}
+
 int ndm_i_enter(ndm_region *region)
 {
-    int status = ndm_i_enter_to_look(region);
-    if (status == NDM_OK && ndm_i_store_has_failed(&region->store)) {
-        const int failed = ndm_i_writer_settle(&region->store.writer, 0, region->data.capacity, false);
-        status = ndm_i_fail_io(failed, "writing spilled values back to disk failed");
-    }
-    return status;
+    const int status = enter(region, false);
+    return status == NDM_OK && ndm_i_store_has_failed(&region->store) ? enter_failed(region) : status;
 }
 
 ndm_i_record *ndm_i_live_record(const ndm_region *region, int64_t slot)
@@ -112,12 +148,29 @@ static int reach(ndm_region *region, uint64_t end)
 }
 
 /* End of the bytes from `place` on that hold no value. */
-static uint64_t vacant(const ndm_region *region, ndm_i_place place)
+static inline __attribute__((always_inline)) uint64_t vacant(const ndm_region *region, ndm_i_place place)
 {
     const ndm_i_extents *extents = &region->extents;
     if (place.hole == NDM_I_NONE || place.hole == ndm_i_extents_last(extents))
         return UINT64_MAX;
     return ndm_i_bytes(region, place.offset + ndm_i_extents_length(extents, place.hole));
+}
+
+uint64_t ndm_i_taken_end(const ndm_region *region)
+{
+    const uint64_t mark = region->gate.outside > 0 ? ndm_i_bytes(region, region->extents.mark) : 0;
+    return ndm_i_max(region->used_bytes, ndm_i_min(mark, region->data.capacity));
+}
+
+uint64_t ndm_i_still_vacant(const ndm_region *region, const ndm_i_room *room)
+{
+    const ndm_i_extents *extents = &region->extents;
+    const uint32_t next = ndm_i_extents_next(extents, room->extent);
+    if (next == NDM_I_NONE)
+        return UINT64_MAX;
+    const ndm_i_place place = {.offset = ndm_i_extents_offset(extents, next),
+                               .hole = ndm_i_extents_is_free(extents, next) ? next : NDM_I_NONE};
+    return place.hole == NDM_I_NONE ? ndm_i_bytes(region, place.offset) : vacant(region, place);
 }
 
 /* Take an extent for each value. Gives how many have been dealt with, and where the furthest ends. */
@@ -149,8 +202,15 @@ void ndm_i_undo(ndm_region *region, const ndm_i_room *rooms, uint64_t count, ndm
     for (uint64_t i = 0; i < count; i++)
         if (rooms[i].extent != NDM_I_NONE)
             ndm_i_extents_release(&region->extents, rooms[i].extent);
-    ndm_i_extents_lower(&region->extents, before.mark);
-    if (region->data.capacity > before.capacity)
+    /* Others who were let in may have taken what follows. */
+    const ndm_i_extents *extents = &region->extents;
+    const uint32_t last = ndm_i_extents_last(extents);
+    const uint64_t end = last == NDM_I_NONE                      ? 0
+                         : ndm_i_extents_is_free(extents, last) ? ndm_i_extents_offset(extents, last)
+                                                                 : extents->mark;
+    ndm_i_extents_lower(&region->extents, ndm_i_max(before.mark, end));
+    const bool stands = region->gate.shared && ndm_i_bytes(region, extents->mark) > before.capacity;
+    if (region->data.capacity > before.capacity && !stands)
         ndm_i_store_shrink(&region->store, before.capacity);
 }
 

@@ -5,7 +5,8 @@
  * that fails has changed nothing. A single write is a batch of one.
  *
  * Verbs (write.c, read.c, ...) call the ledger; the ledger calls the store's rooms; nothing here calls a verb. All
- * functions are the owner's.
+ * functions are the owner's; of a region that every thread may use, whoever has entered a verb is the owner until he leaves
+ * it. While others are let in, he keeps what he has taken or pinned, and no record that he has looked at.
  */
 #ifndef NDM_LEDGER_H
 #define NDM_LEDGER_H
@@ -14,6 +15,7 @@
 #include "os/bits.h"
 #include "os/file.h"
 #include "os/fork.h"
+#include "os/gate.h"
 #include "os/owner.h"
 #include "region/limbo.h"
 #include "store/extents.h"
@@ -24,6 +26,7 @@
 
 struct ndm_region {
     ndm_i_owner owner;
+    ndm_i_gate gate;
     ndm_i_extents extents;
     ndm_i_slots slots;
     ndm_i_file data;
@@ -50,11 +53,34 @@ struct ndm_region {
 
 /* ---- entering a verb ---- */
 
-/* Every verb begins here: is it the owner's call? What has left limbo comes home on the way. */
+/* Every verb begins here: is it the owner's call? Or may every thread call, once it has the lock? What has left limbo comes
+ * home on the way. A verb that has entered begins with NDM_I_LEAVES. */
 int ndm_i_enter(ndm_region *region);
 
 /* The same, but without looking after a write-back that failed: that is left for a call that can wait, and report it. */
 int ndm_i_enter_to_look(ndm_region *region);
+
+/* The same, for a call that waits for nobody: NDM_ERR_WAIT if another thread has the lock. */
+int ndm_i_enter_at_once(ndm_region *region);
+
+/* Has a write-back failed in the background? Reports it. */
+int ndm_i_check_written(ndm_region *region);
+
+static inline void ndm_i_leave(ndm_region *const *region)
+{
+    if ((*region)->gate.shared)
+        ndm_i_gate_unlock(&(*region)->gate);
+}
+
+/* The verb leaves the region when it returns, wherever that is. */
+#define NDM_I_LEAVES(region) __attribute__((cleanup(ndm_i_leave))) ndm_region *const entered = (region)
+
+/* From here on others may come in while this verb waits for the disk: it has taken or pinned what it works on. */
+static inline void ndm_i_let_others(ndm_region *region)
+{
+    if (region->gate.shared)
+        region->gate.lets = true;
+}
 
 static inline bool ndm_i_region_is_closed(const ndm_region *region)
 {
@@ -87,6 +113,17 @@ typedef struct {
     uint64_t mark, capacity;
 } ndm_i_before;
 
+/* The end of what is taken, also by those who write now and have let others in. */
+uint64_t ndm_i_taken_end(const ndm_region *region);
+
+/* `vacant` of a room, as it is now: others who were let in may have taken what follows. */
+uint64_t ndm_i_still_vacant(const ndm_region *region, const ndm_i_room *room);
+
+static inline uint64_t ndm_i_vacant(const ndm_region *region, const ndm_i_room *room)
+{
+    return region->gate.shared ? ndm_i_still_vacant(region, room) : room->vacant;
+}
+
 /* Bytes below used_bytes that no value, view or lease has, and how many of them lie together at most. */
 uint64_t ndm_i_free_bytes(const ndm_region *region, uint64_t *largest);
 
@@ -100,6 +137,15 @@ int ndm_i_take(ndm_region *region, ndm_i_room *rooms, uint64_t count, ndm_i_befo
 
 /* The bytes could not be stored: all goes back. */
 void ndm_i_undo(ndm_region *region, const ndm_i_room *rooms, uint64_t count, ndm_i_before before);
+
+/* Others come in no more. Where they did, they may have taken the slots that were made sure of, and others are needed. */
+static inline int ndm_i_let_nobody(ndm_region *region, int status, uint64_t count)
+{
+    if (!region->gate.shared)
+        return status;
+    region->gate.lets = false;
+    return status == NDM_OK ? ndm_i_slots_reserve(&region->slots, count) : status;
+}
 
 /* The bytes are in place: enter the values, LIVE or DRAFT. Cannot fail. Their numbers go to `slots`. */
 void ndm_i_enter_values(ndm_region *region, const ndm_i_room *rooms, uint64_t count, ndm_i_before before, uint8_t engine,

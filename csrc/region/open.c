@@ -20,6 +20,8 @@ static void let_go(ndm_region *region)
 {
     if (atomic_fetch_sub(&region->holders, 1) > 1)
         return;
+    if (ndm_i_is_process(region->owner.process)) /* a child's copy of the lock may be held */
+        ndm_i_gate_fini(&region->gate);
     ndm_i_owner_fini(&region->owner);
     free(region->leases_path);
     free(region);
@@ -45,6 +47,8 @@ static int check_options(const ndm_options *options)
         return ndm_i_fail(NDM_ERR_ARGUMENT, "max_capacity must be below 2^63");
     if (!ndm_i_is_alignment(options->alignment))
         return ndm_i_fail(NDM_ERR_ARGUMENT, "alignment must be a power of two, 1 to 4096");
+    if (options->ownership > NDM_OWNED_BY_PROCESS)
+        return ndm_i_fail(NDM_ERR_ARGUMENT, "ownership must be a thread's or a process's");
     return NDM_OK;
 }
 
@@ -231,6 +235,10 @@ static void prepare(ndm_region *region, const ndm_options *options)
     region->max_capacity = options->max_capacity;
     region->data.fd = region->slots.table.fd = region->leases.file.fd = -1;
     atomic_init(&region->holders, 2);
+    if (options->ownership == NDM_OWNED_BY_PROCESS) {
+        ndm_i_gate_share(&region->gate);
+        ndm_i_owner_share(&region->owner);
+    }
     region->at_fork = (ndm_i_fork_entry){.in_child = leave_in_child, .context = region};
     ndm_i_extents_init(&region->extents);
     region->limbo = (ndm_i_limbo){.extents = &region->extents, .home = &region->home, .leases = &region->leases,
@@ -266,8 +274,10 @@ static ndm_region *region_new(const char *path, const char *directory, const ndm
     return region;
 
 fail:
-    if (region)
+    if (region) {
+        ndm_i_gate_fini(&region->gate);
         ndm_i_owner_fini(&region->owner);
+    }
     free(slots_path);
     free(leases_path);
     free(region);
@@ -281,8 +291,8 @@ ndm_region *ndm_region_open_temporary(const char *directory, const ndm_options *
     return region_new(NULL, directory, options);
 }
 
-/* The region's handle, if it has one, is stale from now on. false: the owner is inside a call by handle on another thread,
- * and destroys the region at its end. */
+/* The region's handle, if it has one, is stale from now on. false: another thread is inside a call by handle, and destroys
+ * the region at its end. */
 static bool retire_handle(ndm_region *region)
 {
     const uint64_t handle = atomic_load(&region->handle);
@@ -318,12 +328,18 @@ int ndm_region_close(ndm_region *region)
     if (ndm_i_region_is_closed(region))
         return NDM_OK;
     const ndm_error before = *ndm_last_error();
-    const int status = ndm_i_enter(region);
+    int status = ndm_i_enter_to_look(region);
     if (status == NDM_ERR_CLOSED) /* meanwhile, by its owner */
         return (int)ndm_i_ended(NDM_OK, &before);
-    /* a write-back that failed is reported, and the region closes all the same */
-    if (status != NDM_ERR_WRONG_THREAD && retire_handle(region) && ndm_i_owner_close(&region->owner))
+    if (status != NDM_OK)
+        return status;
+    NDM_I_LEAVES(region);
+    status = ndm_i_check_written(region); /* it is reported, and the region closes all the same */
+    /* Other threads may be inside calls by the handle of a shared region: it goes with the region. */
+    if ((region->gate.shared || retire_handle(region)) && ndm_i_owner_close(&region->owner)) {
+        ndm_i_gate_await(&region->gate); /* nobody new comes in */
         shut(region);
+    }
     return status;
 }
 
@@ -334,6 +350,9 @@ int ndm_region_release_ownership(ndm_region *region)
     const int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
+    NDM_I_LEAVES(region);
+    if (region->gate.shared)
+        return NDM_OK;
     const uint64_t handle = atomic_load(&region->handle);
     if (handle != 0)
         ndm_i_handle_pass(handle, NDM_I_RELEASED);
@@ -348,6 +367,8 @@ int ndm_region_adopt(ndm_region *region)
 {
     if (ndm_i_region_is_closed(region))
         return ndm_i_fail(NDM_ERR_CLOSED, "the region is closed");
+    if (region->gate.shared)
+        return ndm_region_release_ownership(region); /* neither changes anything */
     int refused = ndm_i_owner_adopt(&region->owner);
     for (int tries = 1; refused == EPERM && tries < ADOPT_TRIES && ndm_i_is_process(region->owner.process) &&
                         !ndm_i_region_is_closed(region); tries++) {
@@ -371,6 +392,7 @@ int ndm_region_set_max_capacity(ndm_region *region, uint64_t max_capacity)
     int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
+    NDM_I_LEAVES(region);
     if (max_capacity < region->max_capacity)
         return ndm_i_fail(NDM_ERR_ARGUMENT, "max_capacity can only be raised");
     if (max_capacity > INT64_MAX)

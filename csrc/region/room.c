@@ -141,7 +141,7 @@ static bool disk_is_full(int status)
 /* The slot table had no room to grow. true: there may be some now. */
 static bool give_back_blocks(ndm_region *region)
 {
-    const uint64_t end = region->used_bytes, blocks = region->store.allocated;
+    const uint64_t end = ndm_i_taken_end(region), blocks = region->store.allocated;
     if (blocks <= end || ndm_last_error()->file != NDM_FILE_SLOTS)
         return false;
     ndm_i_store_punch(&region->store, end, region->data.capacity - end, ndm_i_pins_writable(&region->home));
@@ -164,6 +164,7 @@ int ndm_i_room_make(ndm_region *region, ndm_i_room *rooms, uint64_t count, ndm_i
 
 bool ndm_i_room_other(ndm_region *region, ndm_i_room *rooms, uint64_t count, ndm_i_before *before, int status)
 {
+    region->gate.lets = false; /* values move */
     if (!disk_is_full(status))
         return false;
     const request wanted = request_of(region, rooms, count, 0);

@@ -10,6 +10,7 @@ int ndm_region_allow_leases(ndm_region *region)
     int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
+    NDM_I_LEAVES(region);
     if (ndm_i_leases_are_open(&region->leases))
         return ndm_i_leases_mend(&region->leases);
     if (!ndm_i_file_is_own(&region->data)) /* the next owner would refuse a leases file of another user */
@@ -40,6 +41,7 @@ int ndm_region_share(ndm_region *region, int64_t slot, ndm_shared *out)
     int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
+    NDM_I_LEAVES(region);
     const ndm_i_record *record = ndm_i_live_record(region, slot);
     if (!record)
         return ndm_last_error()->status;

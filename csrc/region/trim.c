@@ -28,7 +28,7 @@ static void punch(ndm_region *region)
 {
     const ndm_i_extents *extents = &region->extents;
     const bool stored_to = ndm_i_pins_writable(&region->home);
-    const uint64_t used = region->used_bytes;
+    const uint64_t used = ndm_i_taken_end(region);
     ndm_i_store_punch(&region->store, used, region->data.capacity - used, stored_to);
     for (uint32_t e = ndm_i_extents_first_hole(&region->extents); e != NDM_I_NONE; e = ndm_i_extents_next(extents, e)) {
         const uint64_t size = ndm_i_bytes(region, ndm_i_extents_length(extents, e));
@@ -41,7 +41,7 @@ static void punch(ndm_region *region)
  * may be SIGBUS, too, all stays as it is while there are readers. */
 static void give_back(ndm_region *region)
 {
-    const uint64_t capacity = ndm_i_max(region->used_bytes, region->initial_capacity);
+    const uint64_t capacity = ndm_i_max(ndm_i_taken_end(region), region->initial_capacity);
     const bool shrinks = capacity < region->data.capacity, wants_none = region->data.holes_need_room;
     const bool alone = (shrinks || wants_none) && ndm_i_slots_bar_readers(&region->slots);
     if (shrinks && alone)
@@ -58,9 +58,10 @@ int64_t ndm_region_trim(ndm_region *region)
 {
     uint64_t before, after;
     int status = ndm_i_enter(region);
-    if (status == NDM_OK)
-        status = ndm_i_file_disk_bytes(&region->data, &before);
     if (status != NDM_OK)
+        return status;
+    NDM_I_LEAVES(region);
+    if ((status = ndm_i_file_disk_bytes(&region->data, &before)) != NDM_OK)
         return status;
 
     ndm_i_settle(region);

@@ -6,14 +6,16 @@
 
 #include <stdlib.h>
 
-/* What every writing verb checks first, and room for its value. */
+/* What every writing verb checks first, and room for its value. Then others may come in. */
 static inline __attribute__((always_inline)) int begin(ndm_region *region, int64_t engine, ndm_i_room *room,
                                                        ndm_i_before *before)
 {
-    int status = ndm_i_enter(region);
+    int status = ndm_i_check_engine(engine);
     if (status == NDM_OK)
-        status = ndm_i_check_engine(engine);
-    return status == NDM_OK ? ndm_i_room_take(region, room, 1, before) : status;
+        status = ndm_i_room_take(region, room, 1, before);
+    if (status == NDM_OK)
+        ndm_i_let_others(region);
+    return status;
 }
 
 /* Enter the value if its bytes were stored; undo all if not. */
@@ -21,7 +23,7 @@ static int64_t end(ndm_region *region, int status, const ndm_i_room *room, ndm_i
                    uint8_t state)
 {
     int64_t slot;
-    if (status != NDM_OK) {
+    if ((status = ndm_i_let_nobody(region, status, 1)) != NDM_OK) {
         ndm_i_undo(region, room, 1, before);
         return ndm_i_explained(region, status);
     }
@@ -33,8 +35,11 @@ int64_t ndm_region_write(ndm_region *region, const void *data, uint64_t size, in
 {
     ndm_i_before before;
     ndm_i_room room = {.size = size};
-    int status = begin(region, engine, &room, &before);
+    int status = ndm_i_enter(region);
     if (status != NDM_OK)
+        return status;
+    NDM_I_LEAVES(region);
+    if ((status = begin(region, engine, &room, &before)) != NDM_OK)
         return status;
     if (size > 0)
         status = ndm_i_store_put(&region->store, room.offset, data, size, room.vacant);
@@ -87,9 +92,10 @@ static int store_parts(ndm_region *region, const ndm_i_room *room, const void *c
         const uint64_t start = (at + alignment - 1) & ~(alignment - 1);
         int status = NDM_OK;
         if (start > at)
-            status = ndm_i_store_put(&region->store, room->offset + at, padding, start - at, room->vacant);
+            status = ndm_i_store_put(&region->store, room->offset + at, padding, start - at, ndm_i_vacant(region, room));
         if (status == NDM_OK && sizes[i] > 0)
-            status = ndm_i_store_put(&region->store, room->offset + start, parts[i], sizes[i], room->vacant);
+            status = ndm_i_store_put(&region->store, room->offset + start, parts[i], sizes[i],
+                                     ndm_i_vacant(region, room));
         if (status != NDM_OK)
             return status;
         at = start + sizes[i];
@@ -107,13 +113,14 @@ static int put_parts(ndm_region *region, const ndm_i_room *room, const void *con
 int64_t ndm_region_write_vectored(ndm_region *region, const void *const *parts, const uint64_t *sizes, uint64_t count,
                                   int aligned, int64_t engine)
 {
-    if (ndm_i_region_is_closed(region))
-        return ndm_i_enter(region);
+    int status = ndm_i_enter(region);
+    if (status != NDM_OK)
+        return status;
+    NDM_I_LEAVES(region);
     const uint64_t alignment = aligned ? (uint64_t)1 << region->unit_shift : 1;
     ndm_i_before before;
     ndm_i_room room = {.size = vectored_size(sizes, count, alignment)};
-    int status = begin(region, engine, &room, &before);
-    if (status != NDM_OK)
+    if ((status = begin(region, engine, &room, &before)) != NDM_OK)
         return status;
     status = put_parts(region, &room, parts, sizes, count, alignment);
     if (status != NDM_OK && ndm_i_room_other(region, &room, 1, &before, status))
@@ -125,8 +132,11 @@ int64_t ndm_region_allocate(ndm_region *region, uint64_t size, int64_t engine, c
 {
     ndm_i_before before;
     ndm_i_room room = {.size = size};
-    int status = begin(region, engine, &room, &before);
+    int status = ndm_i_enter(region);
     if (status != NDM_OK)
+        return status;
+    NDM_I_LEAVES(region);
+    if ((status = begin(region, engine, &room, &before)) != NDM_OK)
         return status;
     char *address = ndm_i_empty_view;
     if (size > 0) {
@@ -134,7 +144,7 @@ int64_t ndm_region_allocate(ndm_region *region, uint64_t size, int64_t engine, c
         if (status != NDM_OK && ndm_i_room_other(region, &room, 1, &before, status))
             status = ndm_i_store_clear(&region->store, room.offset, size, room.vacant);
         address = (char *)region->data.mapping->base + room.offset;
-        if (status == NDM_OK)
+        if ((status = ndm_i_let_nobody(region, status, 1)) == NDM_OK)
             status = ndm_i_pin(region, room.extent, region->data.mapping, address, size, true);
     }
     if (status == NDM_OK)
@@ -147,6 +157,7 @@ int ndm_region_commit(ndm_region *region, int64_t slot)
     int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
+    NDM_I_LEAVES(region);
     if (!ndm_i_live_record(region, slot))
         return ndm_last_error()->status;
     ndm_i_slots_commit(&region->slots, (uint32_t)slot);
@@ -158,6 +169,7 @@ int ndm_region_free(ndm_region *region, int64_t slot)
     int status = ndm_i_enter(region);
     if (status != NDM_OK)
         return status;
+    NDM_I_LEAVES(region);
     if (!ndm_i_live_record(region, slot))
         return ndm_last_error()->status;
     ndm_i_remove_value(region, (uint32_t)slot);

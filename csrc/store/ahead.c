@@ -45,7 +45,7 @@ uint64_t ndm_i_ahead_window(const ndm_i_wanted *wanted, uint64_t count, uint64_t
     return i;
 }
 
-void ndm_i_ahead_ask(uint8_t *base, const ndm_i_wanted *wanted, uint64_t count)
+void ndm_i_ahead_ask(const uint8_t *base, const ndm_i_wanted *wanted, uint64_t count)
 {
     const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
     for (uint64_t i = 0; i < count;) {

@@ -29,6 +29,6 @@ enum { NDM_I_AHEAD_GRAINS = 32 };
 uint64_t ndm_i_ahead_window(const ndm_i_wanted *wanted, uint64_t count, uint64_t from, uint64_t grains, uint64_t *held);
 
 /* Ask for the pages of `count` places, in file order, of the file mapped at `base`. Does not wait for them. */
-void ndm_i_ahead_ask(uint8_t *base, const ndm_i_wanted *wanted, uint64_t count);
+void ndm_i_ahead_ask(const uint8_t *base, const ndm_i_wanted *wanted, uint64_t count);
 
 #endif

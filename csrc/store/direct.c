@@ -40,10 +40,24 @@ static void note(ndm_i_store *store, uint64_t offset, uint64_t end, bool all)
     ndm_i_writer_admit(&store->writer, offset / GRAIN, ndm_i_grains_end(end));
 }
 
+/* Let others in, if that is allowed, while the bytes are written: none may take these grains for ones without values. */
+static bool let_others(ndm_i_store *store, uint64_t offset, uint64_t end)
+{
+    if (!store->writer.gate || !store->writer.gate->lets)
+        return false;
+    ndm_i_writer_lock(&store->writer);
+    for (uint64_t grain = offset / GRAIN; grain < ndm_i_grains_end(end); grain++)
+        if (ndm_i_grain_state(&store->grains, grain) <= NDM_I_HOLE)
+            ndm_i_grain_set_state(&store->grains, grain, NDM_I_PARTIAL);
+    ndm_i_writer_unlock(&store->writer);
+    return ndm_i_writer_let(&store->writer);
+}
+
 int ndm_i_direct_put(ndm_i_store *store, uint64_t offset, const uint8_t *data, uint64_t size)
 {
-    const bool all = prepare(store, offset, offset + size);
+    const bool all = prepare(store, offset, offset + size), let = let_others(store, offset, offset + size);
     const int refused = ndm_i_file_write(store->file, data, size, offset);
+    ndm_i_writer_come_back(&store->writer, let);
     if (refused)
         return ndm_i_fail_io(refused, "cannot write to the file");
     note(store, offset, offset + size, all);
@@ -80,8 +94,9 @@ int ndm_i_direct_gather(ndm_i_store *store, uint64_t offset, struct iovec *parts
     if (status != NDM_OK)
         return status;
     forget_former(store, offset, size);
-    const bool all = prepare(store, offset, end);
+    const bool all = prepare(store, offset, end), let = let_others(store, offset, end);
     const int refused = ndm_i_file_gather(store->file, parts, count, offset);
+    ndm_i_writer_come_back(&store->writer, let);
     if (refused)
         return ndm_i_fail_io(refused, "cannot write to the file");
     note(store, offset, end, all);

@@ -64,7 +64,7 @@ static void admit(ndm_i_store *store, const ndm_i_wanted *wanted, uint64_t count
 }
 
 /* What is known to be in RAM is left out. */
-static void ask(ndm_i_store *store, const ndm_i_wanted *wanted, uint64_t count)
+static void ask(ndm_i_store *store, const uint8_t *base, const ndm_i_wanted *wanted, uint64_t count)
 {
     const uint64_t before = ndm_i_store_moment(store); /* what is dropped meanwhile is not seen */
     for (uint64_t i = 0, from = 0; i <= count; i++) {
@@ -72,12 +72,14 @@ static void ask(ndm_i_store *store, const ndm_i_wanted *wanted, uint64_t count)
             ndm_i_seen_note(store->seen, wanted[i].offset, before);
             continue;
         }
-        ndm_i_ahead_ask(store->file->mapping->base, wanted + from, i - from);
+        const bool let = ndm_i_gate_let(store->writer.gate);
+        ndm_i_ahead_ask(base, wanted + from, i - from);
+        ndm_i_gate_come_back(store->writer.gate, let);
         from = i + 1;
     }
 }
 
-void ndm_i_store_gather(ndm_i_store *store, ndm_i_wanted *wanted, uint64_t count)
+void ndm_i_store_gather(ndm_i_store *store, const uint8_t *base, ndm_i_wanted *wanted, uint64_t count)
 {
     uint64_t left, held; /* grains from here on, and of the window */
     ndm_i_ahead_sort(wanted, count);
@@ -86,19 +88,25 @@ void ndm_i_store_gather(ndm_i_store *store, ndm_i_wanted *wanted, uint64_t count
         to = ndm_i_ahead_window(wanted, count, from, window_grains(store), &held);
         admit(store, wanted + from, to - from);
         if (left <= store->writer.limit / 2 || to == count)
-            ask(store, wanted + from, to - from);
+            ask(store, base, wanted + from, to - from);
     }
 }
 
-static int copy(ndm_i_store *store, const ndm_i_wanted *wanted, uint64_t count, uint8_t *buffer)
+static int copy(ndm_i_store *store, const uint8_t *base, const ndm_i_wanted *wanted, uint64_t count, uint8_t *buffer)
 {
     int status = NDM_OK;
-    for (uint64_t i = 0; i < count && status == NDM_OK; i++)
-        status = ndm_i_store_copy_out(store, wanted[i].offset, buffer + wanted[i].tag, wanted[i].size);
+    const bool let = ndm_i_gate_let(store->writer.gate);
+    for (const ndm_i_wanted *from = wanted; from < wanted + count && status == NDM_OK; from++) {
+        uint8_t *to = buffer + from->tag;
+        status = let ? ndm_i_store_load_viewed(store, from->offset, base + from->offset, to, from->size)
+                     : ndm_i_store_copy_out(store, from->offset, to, from->size);
+    }
+    ndm_i_gate_come_back(store->writer.gate, let);
     return status;
 }
 
-int ndm_i_store_load_many(ndm_i_store *store, ndm_i_wanted *wanted, uint64_t count, uint8_t *buffer)
+int ndm_i_store_load_many(ndm_i_store *store, const uint8_t *base, ndm_i_wanted *wanted, uint64_t count,
+                          uint8_t *buffer)
 {
     uint64_t copied = 0, asked = 0, held;
     int status = NDM_OK;
@@ -108,8 +116,8 @@ int ndm_i_store_load_many(ndm_i_store *store, ndm_i_wanted *wanted, uint64_t cou
         const uint64_t next = ndm_i_ahead_window(wanted, count, asked, most, &held);
         admit(store, wanted + asked, next - asked);
         if (held <= most) /* a value that fills more than a window is read in one go by itself */
-            ask(store, wanted + asked, next - asked);
-        status = copy(store, wanted + copied, asked - copied, buffer);
+            ask(store, base, wanted + asked, next - asked);
+        status = copy(store, base, wanted + copied, asked - copied, buffer);
         copied = asked;
         asked = next;
     }

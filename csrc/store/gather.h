@@ -13,11 +13,14 @@
 /* Is [offset, offset + size) missing from RAM, at least in part? Asks the kernel only if the books do not know. */
 bool ndm_i_store_misses(ndm_i_store *store, uint64_t offset, uint64_t size);
 
-/* The places are about to be read through the mapping: bring them to RAM. Where they lie in more grains than half the
+/* In the next two, `base` is where the file is mapped, and stays so if others may come in.
+ *
+ * The places are about to be read through the mapping: bring them to RAM. Where they lie in more grains than half the
  * cache limit, only the last ones, in file order, are asked for: the first would be dropped before they are read. */
-void ndm_i_store_gather(ndm_i_store *store, ndm_i_wanted *wanted, uint64_t count);
+void ndm_i_store_gather(ndm_i_store *store, const uint8_t *base, ndm_i_wanted *wanted, uint64_t count);
 
 /* Copy each place out, to `buffer` + tag. */
-int ndm_i_store_load_many(ndm_i_store *store, ndm_i_wanted *wanted, uint64_t count, uint8_t *buffer);
+int ndm_i_store_load_many(ndm_i_store *store, const uint8_t *base, ndm_i_wanted *wanted, uint64_t count,
+                          uint8_t *buffer);
 
 #endif

@@ -9,17 +9,19 @@
 enum {
     FIRST_CHUNK = 64, /* entries; each further chunk has twice as many */
     CHUNKS = 24,
-    FLAG_BITS = 3,
+    FLAG_BITS = 2,
     LIVE = 1,
-    BUSY = 2,
-    DOOMED = 4,
+    DOOMED = 2,
+    CALLS_SHIFT = 48,
     LAST_GENERATION = INT32_MAX /* an entry that got there is not used again; and handles stay below 2^63 */
 };
+
+#define ONE_CALL ((uint64_t)1 << CALLS_SHIFT)
 
 struct ndm_i_handle_entry {
     _Atomic uint64_t state;
     _Atomic(void *) object;
-    _Atomic uint64_t thread, process; /* the object's owner */
+    _Atomic uint64_t thread, process; /* the object's owner: a thread, or NDM_I_SHARED */
     _Atomic uint32_t next;            /* in the list of unused entries: number of the next one, 0 at the end */
 };
 
@@ -79,6 +81,8 @@ static void entry_give(uint32_t number, struct ndm_i_handle_entry *entry)
 /* The state that an entry has while `handle` is good and no call is running on it. */
 static uint64_t idle_state(uint64_t handle) { return handle >> 32 << FLAG_BITS | LIVE; }
 
+static uint64_t calls_aside(uint64_t state) { return state & (ONE_CALL - 1); }
+
 /* ---- handles -------------------------------------------------------------------------------------------- */
 
 uint64_t ndm_i_handle_new(void *object, uint64_t thread, uint64_t process)
@@ -104,13 +108,12 @@ void ndm_i_handle_pass(uint64_t handle, uint64_t thread)
 bool ndm_i_handle_retire(uint64_t handle)
 {
     struct ndm_i_handle_entry *entry = entry_at((uint32_t)handle, false);
-    const uint64_t idle = idle_state(handle);
-    uint64_t state = idle;
-    while (!atomic_compare_exchange_weak(&entry->state, &state, idle & ~(uint64_t)LIVE)) {
-        if (state == (idle | BUSY) && atomic_compare_exchange_weak(&entry->state, &state, state | DOOMED))
-            return false;
-        state = idle;
-    }
+    const uint64_t dead = idle_state(handle) & ~(uint64_t)LIVE;
+    uint64_t state = atomic_load(&entry->state);
+    while (!atomic_compare_exchange_weak(&entry->state, &state, state < ONE_CALL ? dead : state | DOOMED))
+        ;
+    if (state >= ONE_CALL)
+        return false;
     if (handle >> 32 < LAST_GENERATION)
         entry_give((uint32_t)handle, entry);
     return true;
@@ -122,15 +125,17 @@ int ndm_i_call_begin(uint64_t handle, ndm_i_call *call)
 {
     struct ndm_i_handle_entry *entry = entry_at((uint32_t)handle, false);
     const uint64_t idle = idle_state(handle);
-    if (!entry || (atomic_load_explicit(&entry->state, memory_order_acquire) | BUSY) != (idle | BUSY))
+    uint64_t state = entry ? atomic_load_explicit(&entry->state, memory_order_acquire) : 0;
+    if (calls_aside(state) != idle)
         goto stale;
-    if (atomic_load_explicit(&entry->thread, memory_order_relaxed) != ndm_i_this_thread ||
+    const uint64_t thread = atomic_load_explicit(&entry->thread, memory_order_relaxed);
+    if ((thread != ndm_i_this_thread && thread != NDM_I_SHARED) ||
         !ndm_i_is_process(atomic_load_explicit(&entry->process, memory_order_relaxed)))
         return ndm_i_fail(NDM_ERR_WRONG_THREAD, "the region belongs to another thread or process");
-    uint64_t state = idle;
-    if (!atomic_compare_exchange_strong_explicit(&entry->state, &state, idle | BUSY, memory_order_acquire,
-                                                 memory_order_relaxed))
-        goto stale;
+    while (!atomic_compare_exchange_weak_explicit(&entry->state, &state, state + ONE_CALL, memory_order_acquire,
+                                                  memory_order_relaxed))
+        if (calls_aside(state) != idle)
+            goto stale;
     call->object = atomic_load_explicit(&entry->object, memory_order_relaxed);
     call->entry = entry;
     call->idle = idle;
@@ -142,9 +147,7 @@ stale:
 
 bool ndm_i_call_end(const ndm_i_call *call)
 {
-    uint64_t state = call->idle | BUSY;
-    if (atomic_compare_exchange_strong_explicit(&call->entry->state, &state, call->idle, memory_order_release,
-                                                memory_order_acquire))
+    if (atomic_fetch_sub(&call->entry->state, ONE_CALL) - ONE_CALL != (call->idle | DOOMED))
         return true;
     atomic_store(&call->entry->state, call->idle); /* it was doomed, and nobody else may touch it now */
     return false;

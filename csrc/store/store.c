@@ -272,7 +272,7 @@ int ndm_i_store_move(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t si
     if (size < FETCH_FROM)
         ndm_i_store_fetch_around(store, from, size);
     else
-        ndm_i_store_fetch(store, from, size);
+        ndm_i_store_fetch(store, from, store->file->mapping->base + from, size);
     uint64_t done = atomic_load_explicit(moved, memory_order_relaxed), forgotten = done;
     while (done < size && status == NDM_OK) {
         const uint64_t piece = ndm_i_min(ndm_i_min(size - done, distance), MOVE_STEP);
@@ -314,15 +314,15 @@ bool ndm_i_store_at_hand(const ndm_i_store *store, uint64_t offset, uint64_t siz
     return !is_suspect(store, offset, size) || ndm_i_seen_at(store->seen, offset, ndm_i_store_moment(store));
 }
 
-void ndm_i_store_fetch(ndm_i_store *store, uint64_t offset, uint64_t size)
+static __attribute__((noinline)) void fetch(ndm_i_store *store, uint64_t offset, const void *address, uint64_t size)
 {
-    if (ndm_i_store_at_hand(store, offset, size))
-        return;
     if (is_suspect(store, offset, size)) {
         const uint64_t before = ndm_i_store_moment(store); /* what is dropped meanwhile is not seen */
         /* For pages that are there, madvise would look at each: 15 us for 1 MiB, against 0.3 for the count. */
         if (!ndm_i_is_cached(store->file, offset, offset + size)) {
-            ndm_i_mapping_fetch(store->file->mapping->base + offset, size);
+            const bool let = ndm_i_gate_let(store->writer.gate);
+            ndm_i_mapping_fetch(address, size);
+            ndm_i_gate_come_back(store->writer.gate, let);
             store->misses++;
         }
         ndm_i_seen_note(store->seen, offset, before);
@@ -334,20 +334,37 @@ void ndm_i_store_fetch(ndm_i_store *store, uint64_t offset, uint64_t size)
     ndm_i_writer_admit(&store->writer, offset / GRAIN, ndm_i_grains_end(offset + size));
 }
 
-int ndm_i_store_copy_out(ndm_i_store *store, uint64_t offset, void *buffer, uint64_t size)
+static inline int load_at(const ndm_i_store *store, uint64_t offset, const void *address, void *buffer, uint64_t size)
 {
     /* pread maps no page: nothing is added to RSS, and a later memcpy there meets no page that is mapped read-only. */
     if (size >= FETCH_FROM)
         return ndm_i_file_load(store->file, offset, buffer, size);
-    ndm_i_store_touched(store, offset, offset + size);
-    memmove(buffer, store->file->mapping->base + offset, size);
+    memmove(buffer, address, size);
     return NDM_OK;
+}
+
+void ndm_i_store_fetch(ndm_i_store *store, uint64_t offset, const void *address, uint64_t size)
+{
+    if (!ndm_i_store_at_hand(store, offset, size))
+        fetch(store, offset, address, size);
+}
+
+int ndm_i_store_load_viewed(const ndm_i_store *store, uint64_t offset, const void *address, void *buffer, uint64_t size)
+{
+    return load_at(store, offset, address, buffer, size);
+}
+
+int ndm_i_store_copy_out(ndm_i_store *store, uint64_t offset, void *buffer, uint64_t size)
+{
+    if (size < FETCH_FROM)
+        ndm_i_store_touched(store, offset, offset + size);
+    return load_at(store, offset, store->file->mapping->base + offset, buffer, size);
 }
 
 int ndm_i_store_load(ndm_i_store *store, uint64_t offset, void *buffer, uint64_t size)
 {
     if (size < FETCH_FROM)
-        ndm_i_store_fetch(store, offset, size);
+        ndm_i_store_fetch(store, offset, store->file->mapping->base + offset, size);
     const int status = ndm_i_store_copy_out(store, offset, buffer, size);
     if (size >= FETCH_FROM && status == NDM_OK)
         ndm_i_writer_admit(&store->writer, offset / GRAIN, ndm_i_grains_end(offset + size));

@@ -8,6 +8,11 @@
  * a move, has mapped of them is forgotten after it. Small values are stored and copied out through the mapping. That maps
  * their neighbours, too; where one of these is large, the grain is a stray, and a new stray has the oldest forgotten. A
  * store that keeps things mapped does none of this.
+ *
+ * Where many threads use a region, what waits for the disk may let others in meanwhile (gate.h): put(), fetch(), load_many()
+ * and the other calls that bring grains to RAM. Then the caller holds the extents that it named, and nothing else is as it
+ * was. It has to allow that. Others may store nothing to the bytes in [offset, vacant) of a put() before the call, and
+ * may afterwards.
  */
 #ifndef NDM_STORE_H
 #define NDM_STORE_H
@@ -58,14 +63,18 @@ int ndm_i_store_clear(ndm_i_store *store, uint64_t offset, uint64_t size, uint64
 int ndm_i_store_move(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t size, uint64_t vacant,
                      _Atomic uint64_t *moved);
 
-/* [offset, offset + size) is about to be read through the mapping: large or dropped ranges are fetched in one go. */
-void ndm_i_store_fetch(ndm_i_store *store, uint64_t offset, uint64_t size);
+/* [offset, offset + size) is about to be read at `address`, where it is mapped: large or dropped ranges are fetched in one
+ * go. The mapping has to stay if others may come in. */
+void ndm_i_store_fetch(ndm_i_store *store, uint64_t offset, const void *address, uint64_t size);
 
 /* Is there nothing to fetch? Then ndm_i_store_fetch() does nothing; otherwise it may wait for the disk. */
 bool ndm_i_store_at_hand(const ndm_i_store *store, uint64_t offset, uint64_t size);
 
 /* Copy [offset, offset + size) out. */
 int ndm_i_store_load(ndm_i_store *store, uint64_t offset, void *buffer, uint64_t size);
+
+/* The same, of bytes that a view at `address` keeps where they are, by any thread. */
+int ndm_i_store_load_viewed(const ndm_i_store *store, uint64_t offset, const void *address, void *buffer, uint64_t size);
 
 /* The same, where the writer knows already, and nothing is left to fetch. */
 int ndm_i_store_copy_out(ndm_i_store *store, uint64_t offset, void *buffer, uint64_t size);

@@ -29,6 +29,7 @@ int ndm_i_writer_init(ndm_i_writer *writer, ndm_i_file *file, ndm_i_grains *grai
                       uint64_t limit)
 {
     *writer = (ndm_i_writer){.file = file, .grains = grains, .storing = storing, .limit = NDM_I_UNLIMITED};
+    pthread_mutex_init(&writer->disk, NULL);
     if (limit == NDM_I_UNLIMITED || file->in_memory) /* what lives in memory cannot be dropped from it */
         return NDM_OK;
     writer->queue = malloc(FIRST_QUEUE * sizeof *writer->queue);
@@ -36,7 +37,6 @@ int ndm_i_writer_init(ndm_i_writer *writer, ndm_i_file *file, ndm_i_grains *grai
         return ndm_i_fail(NDM_ERR_MEMORY, "no memory for the writer's queue");
     writer->queue_room = FIRST_QUEUE;
     pthread_mutex_init(&writer->lock, NULL);
-    pthread_mutex_init(&writer->disk, NULL);
     pthread_cond_init(&writer->work, NULL);
     pthread_cond_init(&writer->room, NULL);
     writer->limit = limit / GRAIN < LEAST ? LEAST : limit / GRAIN;
@@ -212,7 +212,7 @@ static void drop(ndm_i_writer *writer, uint64_t stop)
     assert(writer->resident >= count && writer->head <= writer->kicked && writer->kicked <= writer->tail);
     writer->resident -= count;
     atomic_fetch_add(&writer->drops, 1);
-    pthread_cond_signal(&writer->room);
+    pthread_cond_broadcast(&writer->room);
 }
 
 /* One step of work; false if there is none. */
@@ -236,7 +236,7 @@ static void *work(void *argument)
     pthread_mutex_lock(&writer->lock);
     while (!writer->stopping) {
         if (atomic_load(&writer->error) || !step(writer)) {
-            pthread_cond_signal(&writer->room);
+            pthread_cond_broadcast(&writer->room);
             pthread_cond_wait(&writer->work, &writer->lock);
         }
     }
@@ -275,10 +275,8 @@ static int write_back(const ndm_i_file *file, uint64_t start, uint64_t end, uint
 
 int ndm_i_writer_settle(ndm_i_writer *writer, uint64_t start, uint64_t end, bool drop)
 {
-    const bool shared = ndm_i_writer_is_limited(writer);
     uint64_t from = start;
-    if (shared)
-        pthread_mutex_lock(&writer->disk);
+    pthread_mutex_lock(&writer->disk);
     int refused = atomic_load(&writer->error); /* it stays until all is salvaged, and keeps the thread from its work */
     if (!refused && !writer->suspect)
         refused = write_back(writer->file, start, end, &from);
@@ -291,23 +289,64 @@ int ndm_i_writer_settle(ndm_i_writer *writer, uint64_t start, uint64_t end, bool
     }
     if (!refused && drop)
         ndm_i_file_drop(writer->file, writer->file->mapping, start, end);
-    if (shared)
-        pthread_mutex_unlock(&writer->disk);
+    pthread_mutex_unlock(&writer->disk);
     return refused;
+}
+
+bool ndm_i_writer_let(ndm_i_writer *writer)
+{
+    if (!writer->gate || !writer->gate->lets || writer->awaited)
+        return false;
+    writer->writing++;
+    return ndm_i_gate_let(writer->gate);
+}
+
+void ndm_i_writer_come_back(ndm_i_writer *writer, bool let)
+{
+    ndm_i_gate_come_back(writer->gate, let);
+    if (let && --writer->writing == 0)
+        ndm_i_gate_wake(writer->gate);
+}
+
+void ndm_i_writer_settle_ahead(ndm_i_writer *writer, uint64_t start, uint64_t end)
+{
+    uint64_t from;
+    const bool let = ndm_i_gate_let(writer->gate);
+    if (let) {
+        pthread_mutex_lock(&writer->disk);
+        const int refused = write_back(writer->file, start, end, &from);
+        if (refused)
+            atomic_store(&writer->error, refused);
+        pthread_mutex_unlock(&writer->disk);
+    }
+    ndm_i_gate_come_back(writer->gate, let);
+    for (; writer->writing > 0; writer->awaited = false) {
+        writer->awaited = true;
+        ndm_i_gate_wait(writer->gate);
+    }
+}
+
+/* Has whoever brings more to RAM to wait for the thread? */
+static bool is_full(const ndm_i_writer *writer)
+{
+    return writer->resident > writer->limit && writer->tail > writer->head + NEWEST && !atomic_load(&writer->error);
 }
 
 void ndm_i_writer_admit(ndm_i_writer *writer, uint64_t first, uint64_t last)
 {
+    bool let = false;
     if (!ndm_i_writer_is_limited(writer))
         return;
     pthread_mutex_lock(&writer->lock);
+    const uint64_t before = writer->resident;
     for (uint64_t grain = first; grain < last; grain++)
         if (!is_queued(writer, grain) && push(writer, grain))
             writer->resident++;
-    if (writer->resident > writer->limit / 2) {
+    if (writer->resident > before && writer->resident > writer->limit / 2) {
         if (writer->running || start_thread(writer)) {
             pthread_cond_signal(&writer->work);
-            while (writer->resident > writer->limit && writer->tail > writer->head + NEWEST && !atomic_load(&writer->error))
+            let = is_full(writer) && ndm_i_gate_let(writer->gate);
+            while (is_full(writer))
                 pthread_cond_wait(&writer->room, &writer->lock);
         } else {
             while (writer->resident > writer->limit && !atomic_load(&writer->error) && step(writer))
@@ -315,6 +354,7 @@ void ndm_i_writer_admit(ndm_i_writer *writer, uint64_t first, uint64_t last)
         }
     }
     pthread_mutex_unlock(&writer->lock);
+    ndm_i_gate_come_back(writer->gate, let);
 }
 
 /* ---- checking ------------------------------------------------------------------------------------------- */

@@ -11,6 +11,7 @@
 #define NDM_WRITER_H
 
 #include "os/file.h"
+#include "os/gate.h"
 #include "store/grains.h"
 
 #include <pthread.h>
@@ -21,6 +22,9 @@ typedef struct {
     ndm_i_file *file;
     ndm_i_grains *grains;
     const _Atomic uint64_t *storing; /* extents that others may be storing to, through the mapping */
+    ndm_i_gate *gate;                /* of the region, or NULL */
+    unsigned writing;                /* threads that let others in while they write to the file */
+    bool awaited;                    /* somebody waits until they have come back */
     uint64_t limit; /* grains; NDM_I_UNLIMITED: no queue is kept and no thread runs */
     pthread_mutex_t lock;
     pthread_mutex_t disk; /* held from waiting for write-back until the pages are dropped, or an error is dealt with: the
@@ -46,8 +50,18 @@ void ndm_i_writer_fini(ndm_i_writer *writer); /* ends the thread; a forked child
 /* In a forked child: the thread that is gone uses no mapping. Of one that was never started, or has ended: does nothing. */
 void ndm_i_writer_leave_in_child(ndm_i_writer *writer);
 
-/* The owner has brought bytes of the grains [first, last) to RAM. May wait until there is room. */
+/* The owner has brought bytes of the grains [first, last) to RAM. May wait until there is room, and lets others in
+ * meanwhile. */
 void ndm_i_writer_admit(ndm_i_writer *writer, uint64_t first, uint64_t last);
+
+/* Before settle(): what it finds to have failed is written again, and nobody may write beside that. Waits for write-back of
+ * [start, end) and lets others in, if that is allowed; what fails is left for settle() to find. Then waits for those who
+ * are writing. */
+void ndm_i_writer_settle_ahead(ndm_i_writer *writer, uint64_t start, uint64_t end);
+
+/* Let others in, if that is allowed, while the file is written to. */
+bool ndm_i_writer_let(ndm_i_writer *writer);
+void ndm_i_writer_come_back(ndm_i_writer *writer, bool let);
 
 /* Wait for write-back of [start, end), and drop it from RAM if `drop`. If that fails, or has failed in the background,
  * nothing is dropped, and all that is in RAM is salvaged; and again by each call, until all of it is found on disk. Owner

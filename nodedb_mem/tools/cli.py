@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TypeVar
 from nodedb_mem.errors import MemError
 from nodedb_mem.tools.shown import shown
 
-if TYPE_CHECKING:  # rich and zict are extras: --help works without them
+if TYPE_CHECKING:  # rich is an extra: --help works without them
     from rich.console import Console, RenderableType
 
     from nodedb_mem.tools.inspect import Snapshot
@@ -47,10 +47,10 @@ _FOLDERS = {
     "cmakedir": "nodedb_mem-config.cmake (cmake -Dnodedb_mem_DIR=...)",
     "pkgconfigdir": "nodedb_mem.pc (PKG_CONFIG_PATH=...)",
 }
-_MAX_THREADS = 1024  # each holds descriptors, and that many is the usual limit of a process
+_MAX_THREADS = 1024
 _MAX_READERS = 64  # each is a process
 _REFRESH = 1.0  # seconds
-_EXTRAS = {"rich": "cli", "zict": "cli", "matplotlib": "plot"}
+_EXTRAS = {"rich": "cli", "matplotlib": "plot"}
 
 
 def parse_size(text: str) -> int:
@@ -125,16 +125,16 @@ def _parser() -> _Parser:
         "spill",
         help="spill real files and check that they come back equal",
         description="Cut files into buffers, hold a budget of them in RAM, spill the least recently used "
-        "rest into overflow regions, then read all of them back in random order and compare digests.",
+        "rest into an overflow region, then read all of them back in random order and compare digests.",
         epilog="SIZE is in bytes; K, M, G, T (or KiB, ...) multiply by powers of 1024, KB, MB, ... of 1000.",
     )
     add = spill.add_argument
     add("paths", nargs="+", metavar="PATH", help="file, or folder to walk (links inside are not followed)")
     add("--budget", type=parse_size, default="256MiB", metavar="SIZE", help="bytes held in RAM (%(default)s)")
     add("--chunk", type=_chunk_size, default="1MiB", metavar="SIZE", help="bytes of a buffer (%(default)s)")
-    add("--directory", metavar="DIR", help="where the regions' files go (default: where temporary files go)")
-    add("--threads", type=_thread_count, default=1, metavar="N", help="threads, one region each (%(default)s)")
-    add("--readers", type=_reader_count, metavar="N", help="processes that check what is spilled, meanwhile (none)")
+    add("--directory", metavar="DIR", help="where the region's file goes (default: where temporary files go)")
+    add("--threads", type=_thread_count, default=1, metavar="N", help="threads that read and check (%(default)s)")
+    add("--readers", type=_reader_count, metavar="N", help="processes that check each buffer, meanwhile (none)")
     add("--json", action="store_true", help="print the figures as one JSON object")
     spill.set_defaults(command=_spill)
     config = commands.add_parser(
@@ -254,8 +254,9 @@ def _print_table(report: Report) -> None:
         ("bytes in", decimal(report.bytes_in)),
         ("spilled", decimal(report.bytes_spilled)),
         ("chunks", str(report.chunks)),
-        ("regions", str(report.regions)),
-        ("growths", str(report.growths)),
+        ("went out", str(report.evictions)),
+        ("writes saved", str(report.writes_saved)),
+        ("pressure reached", report.pressure),
         ("write throughput", f"{decimal(int(report.write_bytes_per_s))}/s"),
         ("read throughput", f"{decimal(int(report.read_bytes_per_s))}/s"),
         ("peak RSS", decimal(report.peak_rss_bytes)),

@@ -1,39 +1,44 @@
-"""The job behind ``nodedb-mem spill``: files in, cold buffers out to overflow regions, every buffer checked.
+"""The job behind ``nodedb-mem spill``: files in, cold buffers out to an overflow region, every buffer checked.
 
-Each thread owns one temporary region and an equal share of the budget. It takes the next piece of a file,
-keeps it in an LRU mapping of its share, and spills what falls out. When no piece is left it reads its own
-buffers back in random order, the spilled ones through zero-copy views, and compares their digests with those
-of the source bytes. Nothing is pulled back into the LRU, so the budget holds to the end: the buffers in RAM
-are at most the budget and a chunk a thread. Of what is spilled as much again may stay in RAM (`cache_limit`), and
-the bookkeeping, some hundred bytes a chunk, comes on top.
+The threads share one `SpillMapping` of the budget, under a governor. Each takes the next piece of a file and puts its
+bytes into the mapping, which spills what was not used for longest. When no piece is left, the threads take the buffers
+in random order, which brings them back, and compare their digests with those of the source bytes. The buffers in RAM
+are at most the budget and a chunk a thread. Of what is spilled as much again may stay in RAM (`cache_limit`), and the
+bookkeeping, some hundred bytes a chunk, comes on top.
 
-With readers, processes of their own check each spilled buffer too, as soon as it is spilled and while the owners
-write on: a reference goes over, a zero-copy view is digested there.
+With readers, processes of their own check each buffer too, as soon as it is there and while the threads go on: a
+reference goes over, and the bytes are read there.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import multiprocessing
 import os
 import random
 import signal
 import stat
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from hashlib import blake2b
 from time import perf_counter
 from typing import NamedTuple, Protocol
 
-import zict
+from nodedb_mem import (
+    EngineId,
+    MemoryGovernor,
+    ObjectRef,
+    PressureLevel,
+    SpillMapping,
+    StaleSlotError,
+    UndecodableError,
+)
 
-from nodedb_mem import EngineId, OverflowReader, OverflowRegion, SlotRef, StaleSlotError
-
-_INITIAL_CAPACITY = 64 << 20  # bytes of each region's file at first, if the input is not smaller
-_SLACK = 4096  # bytes of ceiling that a value may need beyond its size: the largest alignment
+_SLACK = 4096  # bytes of ceiling that a value may need beyond its size
 
 
 class Piece(NamedTuple):
@@ -75,18 +80,21 @@ class Options:
 class Report:
     """What was done; the fields are the keys of the JSON output, those that are None left out.
 
-    `write_bytes_per_s` is spilled bytes over the time inside ``region.write``. `read_bytes_per_s` is the
-    bytes of all buffers, spilled or held, over the time of reading back and digesting them. Both times are
-    summed over the threads: these are speeds of one thread. `peak_rss_bytes` counts mapped file pages too.
-    `verified_chunks` came back equal; `chunks` is their number plus `mismatched_chunks`. A chunk that differed for a
-    reader is a mismatched one; `verified_by_readers` counts those that were equal there.
+    `bytes_spilled` were not in RAM when everything had been read in. `evictions` counts buffers that went out, to the
+    end; `writes_saved` those of them that were in the region already. `pressure` is the highest level that the governor
+    of the budget has seen. `write_bytes_per_s` is what was written over the time in which buffers went out.
+    `read_bytes_per_s` is the bytes of all buffers over the time of getting them back and digesting them, summed over
+    the threads: it is the speed of one thread. `peak_rss_bytes` counts mapped file pages too. `verified_chunks` came
+    back equal; `chunks` is their number plus `mismatched_chunks`. A chunk that differed for a reader is a mismatched
+    one; `verified_by_readers` counts those that were equal there.
     """
 
     bytes_in: int
     bytes_spilled: int
     chunks: int
-    regions: int
-    growths: int
+    evictions: int
+    writes_saved: int
+    pressure: str
     write_bytes_per_s: float
     read_bytes_per_s: float
     peak_rss_bytes: int
@@ -149,81 +157,18 @@ def run(files: list[Piece], options: Options, watcher: Watcher) -> Report:
     Raises
     ------
     MemError
-        A region could not be opened, written or read. The other threads have stopped.
+        The region could not be opened, written or read. The other threads have stopped.
     ChildProcessError
         A reading process has died.
     """
     return _Job(files, options, watcher).run()
 
 
-@dataclass
-class _Tally:
-    bytes_in: int = 0
-    bytes_spilled: int = 0
-    growths: int = 0
-    verified: int = 0
-    mismatched: int = 0
-    verified_by_readers: int = 0
-    write_seconds: float = 0.0
-    read_seconds: float = 0.0
-
-
-class _Spilled:
-    """The buffers that one thread has spilled, by key, and what the readers will say of them."""
-
-    def __init__(
-        self,
-        region: OverflowRegion,
-        tally: _Tally,
-        sources: list[tuple[Piece, bytes]],
-        readers: ProcessPoolExecutor | None,
-    ) -> None:
-        self.region = region
-        self.tally = tally
-        self.sources = sources
-        self.readers = readers
-        self.slots: dict[int, int] = {}
-        self.checks: dict[int, Future[bool]] = {}
-
-    def put(self, key: int, data: bytes) -> None:
-        start = perf_counter()
-        self.slots[key] = self.region.write(data, EngineId.QUERY)
-        self.tally.write_seconds += perf_counter() - start
-        self.tally.bytes_spilled += len(data)
-        if self.readers is not None:
-            ref = self.region.share(self.slots[key])
-            try:
-                self.checks[key] = self.readers.submit(_check, ref, self.sources[key][1])
-            except BrokenProcessPool:
-                raise ChildProcessError("a reading process has died") from None
-
-    def is_equal_elsewhere(self, key: int) -> bool:
-        """Wait for what a reader says of a buffer; true where none is asked."""
-        if (check := self.checks.pop(key, None)) is None:
-            return True
-        try:
-            equal = check.result()
-        except BrokenProcessPool:
-            raise ChildProcessError("a reading process has died") from None
-        self.tally.verified_by_readers += equal
-        return equal
-
-    def digest(self, key: int) -> bytes:
-        with self.region.read(self.slots[key]) as view:
-            return _digest(view)
-
-
-_readers: dict[str, OverflowReader] = {}  # a reading process's, by path
-
-
-def _check(ref: SlotRef, expected: bytes) -> bool:
-    """Compare a value in another process, without a copy."""
-    if (reader := _readers.get(ref.path)) is None:
-        reader = _readers[ref.path] = OverflowReader(ref)
+def _check(ref: ObjectRef, expected: bytes) -> bool:
+    """Compare a buffer in another process."""
     try:
-        with reader.borrow(ref) as view:
-            return _digest(view) == expected
-    except StaleSlotError:  # nothing is freed here, so that is wrong too
+        return _digest(ref.get()) == expected
+    except (StaleSlotError, UndecodableError):  # nothing is freed here, so that is wrong too
         return False
 
 
@@ -258,12 +203,18 @@ class _Job:
         self.pieces = (
             Piece(file.path, at, min(step, file.size - at)) for file in files for at in range(0, file.size, step)
         )
+        self.sources: dict[int, tuple[Piece, bytes]] = {}  # what was read, and its digest, by the mapping's key
         self.skipped: set[str] = set()
-        self.lock = threading.Lock()  # for the two above
+        self.lock = threading.Lock()  # for the three above, and the figures
         self.stop = threading.Event()
         self.readers: ProcessPoolExecutor | None = None
+        self.checks: dict[int, Future[bool]] = {}
+        self.pressure = PressureLevel.NORMAL
+        self.verified = self.mismatched = self.verified_by_readers = 0
+        self.read_seconds = 0.0
 
     def run(self) -> Report:
+        logging.getLogger("nodedb_mem").addHandler(logging.NullHandler())  # what failed is told by an exception, too
         if not self.options.readers:
             return self.run_threads()
         # Spawned, not forked: there are threads.
@@ -276,74 +227,101 @@ class _Job:
 
     def run_threads(self) -> Report:
         start = perf_counter()
-        initializer = _block_interrupts if self.readers else None
-        with ThreadPoolExecutor(self.threads, "nodedb-mem-spill", initializer) as pool:
-            try:
-                futures = [pool.submit(self.work) for _ in range(self.threads)]
-                tallies = [future.result() for future in as_completed(futures)]
-            except BaseException:
-                self.stop.set()
-                raise
-        total = _Tally(*(sum(getattr(tally, field.name) for tally in tallies) for field in fields(_Tally)))
+        budget = self.options.budget
+        governor = MemoryGovernor(max(1, budget), {EngineId.QUERY: max(1, budget)})
+        governor.on_pressure(self.note_pressure)
+        with SpillMapping[int, bytes](
+            budget,
+            self.options.directory,
+            governor=governor,
+            max_capacity=self.max_capacity,
+            cache_limit=budget,
+            weight=len,
+        ) as held:
+            initializer = _block_interrupts if self.readers else None
+            with ThreadPoolExecutor(self.threads, "nodedb-mem-spill", initializer) as pool:
+                self.on_all(pool, lambda number: self.fill(held))
+                bytes_in = sum(piece.size for piece, _ in self.sources.values())
+                spilled = bytes_in - held.stats().bytes_in_ram
+                keys = random.sample(list(self.sources), len(self.sources))
+                self.on_all(pool, lambda number: self.verify(keys[number :: self.threads], held))
+            stats = held.stats()
         return Report(
-            bytes_in=total.bytes_in,
-            bytes_spilled=total.bytes_spilled,
-            chunks=total.verified + total.mismatched,
-            regions=len(tallies),
-            growths=total.growths,
-            write_bytes_per_s=_rate(total.bytes_spilled, total.write_seconds),
-            read_bytes_per_s=_rate(total.bytes_in, total.read_seconds),
+            bytes_in=bytes_in,
+            bytes_spilled=spilled,
+            chunks=len(self.sources),
+            evictions=stats.evictions,
+            writes_saved=stats.writes_saved,
+            pressure=self.pressure.name.lower(),
+            write_bytes_per_s=_rate(stats.bytes_written, stats.write_seconds),
+            read_bytes_per_s=_rate(bytes_in, self.read_seconds),
             peak_rss_bytes=_peak_rss(),
-            verified_chunks=total.verified,
-            mismatched_chunks=total.mismatched,
+            verified_chunks=self.verified,
+            mismatched_chunks=self.mismatched,
             seconds=perf_counter() - start,
-            verified_by_readers=total.verified_by_readers if self.readers else None,
+            verified_by_readers=self.verified_by_readers if self.readers else None,
         )
 
-    def work(self) -> _Tally:
-        """One thread's part; the thread owns its region from open to close."""
-        tally = _Tally()
-        initial = min(_INITIAL_CAPACITY, self.max_capacity)
-        share = self.options.budget // self.threads
-        with OverflowRegion.temporary(
-            self.options.directory, initial_capacity=initial, max_capacity=self.max_capacity, cache_limit=share
-        ) as region:
-            sources: list[tuple[Piece, bytes]] = []
-            spilled = _Spilled(region, tally, sources, self.readers)
-            held: zict.LRU[int, bytes] = zict.LRU(
-                share,
-                {},
-                on_evict=spilled.put,
-                weight=lambda key, data: len(data),
-            )
-            self.fill(held, sources, tally)
-            self.verify(sources, held, spilled, tally)
-            tally.growths = region.stats().growths
-        return tally
+    def on_all(self, pool: ThreadPoolExecutor, work: Callable[[int], None]) -> None:
+        """Do a part of the work on each thread; where one fails, the others stop."""
+        try:
+            for future in as_completed([pool.submit(work, number) for number in range(self.threads)]):
+                future.result()
+        except BaseException:
+            self.stop.set()
+            raise
 
-    def fill(self, held: zict.LRU[int, bytes], sources: list[tuple[Piece, bytes]], tally: _Tally) -> None:
-        """Take pieces until none is left; add them and their digests to `sources`, placed by their keys in `held`."""
+    def note_pressure(self, engine: int | None, level: PressureLevel) -> None:
+        self.pressure = max(self.pressure, level)
+
+    def fill(self, held: SpillMapping[int, bytes]) -> None:
+        """Take pieces until none is left."""
         while (piece := self.next_piece()) is not None:
             if data := self.read(piece):
-                sources.append((piece, _digest(data)))
-                held[len(sources) - 1] = data
-                tally.bytes_in += len(data)
+                digest = _digest(data)
+                with self.lock:
+                    key = len(self.sources)
+                    self.sources[key] = piece._replace(size=len(data)), digest
+                held[key] = data
+                del data
+                if self.readers is not None:
+                    self.show(key, held)
             self.watcher.advance("spill", piece.size)
 
-    def verify(
-        self, sources: list[tuple[Piece, bytes]], held: zict.LRU[int, bytes], spilled: _Spilled, tally: _Tally
-    ) -> None:
-        for key in random.sample(range(len(sources)), len(sources)):
+    def show(self, key: int, held: SpillMapping[int, bytes]) -> None:
+        """Have a reader check a buffer."""
+        assert self.readers is not None
+        try:
+            self.checks[key] = self.readers.submit(_check, held.share(key), self.sources[key][1])
+        except BrokenProcessPool:
+            raise ChildProcessError("a reading process has died") from None
+
+    def is_equal_elsewhere(self, key: int) -> bool:
+        """Wait for what a reader says of a buffer; true where none is asked."""
+        if (check := self.checks.pop(key, None)) is None:
+            return True
+        try:
+            equal = check.result()
+        except BrokenProcessPool:
+            raise ChildProcessError("a reading process has died") from None
+        with self.lock:
+            self.verified_by_readers += equal
+        return equal
+
+    def verify(self, keys: list[int], held: SpillMapping[int, bytes]) -> None:
+        for key in keys:
             if self.stop.is_set():
                 return
-            piece, expected = sources[key]
+            piece, expected = self.sources[key]
             start = perf_counter()
-            digest = spilled.digest(key) if key in spilled.slots else _digest(held[key])
-            tally.read_seconds += perf_counter() - start
-            if spilled.is_equal_elsewhere(key) and digest == expected:
-                tally.verified += 1
-            else:
-                tally.mismatched += 1
+            digest = _digest(held[key])
+            seconds = perf_counter() - start
+            equal = self.is_equal_elsewhere(key) and digest == expected
+            with self.lock:
+                self.read_seconds += seconds
+                self.verified += equal
+                self.mismatched += not equal
+            if not equal:
                 self.watcher.mismatched(piece)
             self.watcher.advance("verify", piece.size)
 

@@ -145,7 +145,14 @@ _ARRAYS = {
     "swapped bytes": np.arange(6000, dtype=">i4"),
     "record": np.zeros(500, dtype=[("a", "i4"), ("b", "f8", (3,))]),
     "dates": np.arange("2000-01", "2200-01", dtype="datetime64[D]"),
+    "steps": np.arange(3000).astype("m8[25us]").reshape(2, 1500),
     "text": np.array(["a", "bcd"] * 500),
+    "swapped text": np.array(["a", "bcd"] * 500).astype(">U3"),
+    "bytes": np.array([b"a", b"bcd"] * 500),
+    "long double": np.arange(3000, dtype="g"),
+    "metadata": np.zeros(3000, np.dtype("f8", metadata={"unit": "m"})),
+    "one row": np.arange(3000.0)[None, :, None],
+    "cut": np.arange(6000).reshape(60, 100)[:30],
     "bool": np.ones(3000, bool),
     "complex": np.ones(3000, "c16") * 1j,
     "half": np.ones(3000, "f2"),
@@ -165,7 +172,7 @@ def test_an_array_comes_back_as_pickle_brings_it(new_region: NewRegion, name: st
     value = _ARRAYS[name]
     region = new_region()
     again, plain = through(value, region), pickle.loads(pickle.dumps(value, 5))
-    assert type(again) is type(plain) and again.dtype == plain.dtype
+    assert type(again) is type(plain) and again.dtype == plain.dtype and again.dtype.metadata == plain.dtype.metadata
     assert again.shape == plain.shape and again.strides == plain.strides
     assert again.flags.writeable
     assert repr(again) == repr(value)
@@ -173,6 +180,15 @@ def test_an_array_comes_back_as_pickle_brings_it(new_region: NewRegion, name: st
         assert again.tolist()[-1] is not value.tolist()[-1] or isinstance(value.tolist()[-1], str)
     else:
         assert again.tobytes() == value.tobytes()
+
+
+def test_an_array_of_plain_elements_needs_no_pickle(new_region: NewRegion) -> None:
+    region = new_region()
+    for name in ("C order", "F order", "dates", "swapped text", "half", "cut"):
+        assert b"numpy" not in bytes(encode(_ARRAYS[name]).parts[0])
+        frozen = _ARRAYS[name].copy()
+        frozen.setflags(write=False)
+        assert not through(frozen, region).flags.writeable
 
 
 def test_the_buffers_are_views_of_the_value_at_aligned_places(new_region: NewRegion) -> None:

@@ -370,7 +370,7 @@ def test_a_missing_extra_is_named_with_its_remedy(path: Path, library: str, extr
 def test_json_needs_no_extra(path: Path) -> None:
     OverflowRegion(path).close()
     program = (
-        "import sys; sys.modules.update(rich=None, zict=None, matplotlib=None); "
+        "import sys; sys.modules.update(rich=None, matplotlib=None); "
         "from nodedb_mem.tools.cli import main; sys.exit(main())"
     )
     command = [sys.executable, "-c", program, "inspect", str(path), "--json"]

@@ -6,7 +6,9 @@ import asyncio
 import gc
 import logging
 import os
+import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,12 +20,14 @@ from zict.tests import utils_test as zict_checks
 
 from kit import RunPython, in_thread
 from nodedb_mem import (
-    BudgetExhaustedError,
     CapacityExceededError,
+    EngineId,
+    MemoryGovernor,
     RegionClosedError,
     SpillMapping,
     UnknownEngineError,
     WrongThreadError,
+    _reserving,
 )
 
 New = Callable[..., SpillMapping[Any, Any]]
@@ -189,7 +193,7 @@ def test_the_region_does_not_grow_with_time(new: New) -> None:
     random, mapping = np.random.default_rng(3), new(0)
     for _ in range(1500):
         mapping[int(random.integers(30))] = np.zeros(int(random.integers(1, 400_000)), "u1")
-    with mapping._session as tiers:
+    with mapping._lock, mapping._session as tiers:
         assert tiers.bytes_written > 200_000_000
         assert tiers.region.used_bytes < 3 * tiers.region.live_bytes + (8 << 20)
 
@@ -264,7 +268,7 @@ def test_frames_go_out_once(new: New) -> None:
 
 def test_what_is_read_through_old_kernels_maps(new: New) -> None:
     mapping = new()
-    mapping._tiers.pages._scans = False
+    mapping._tiers.pages.by_page = True
     mapping["a"], mapping["b"] = array(1, 40_000_000), array(2, 400_000)
     mapping.evict()
     assert int(mapping["a"].sum()) + int(mapping["b"].sum()) > 0
@@ -327,6 +331,21 @@ def test_what_somebody_holds_is_changed_under_its_key_too(new: New, name: str, r
     mapping.evict()
     assert mapping.stats().keys_in_ram == 0
     assert pick(mapping["a"])[0] == 3
+
+
+def test_who_holds_the_mapping_that_an_array_came_in_is_seen(new: New) -> None:
+    mapping = new()
+    mapping["a"] = array(1, 400_000)
+    mapping.evict()
+    memory = memoryview(mapping["a"].base)
+    at = mapping["a"].ctypes.data - np.frombuffer(memory, "u1").ctypes.data
+    for number in range(3):
+        mapping.evict()
+        memory[at] = number
+        assert mapping["a"][0] == number
+    del memory
+    mapping.evict()
+    assert mapping.stats().keys_in_ram == 0 and mapping["a"][0] == 2
 
 
 def test_what_is_a_view_of_something_in_use_stays(new: New) -> None:
@@ -561,6 +580,20 @@ def test_a_forked_child_has_what_is_in_ram(new: New) -> None:
     assert (mapping["cold"] == array(1)).all()
 
 
+def test_a_child_does_not_wait_for_a_lock_of_its_parent(new: New) -> None:
+    mapping = new(150_000)
+    mapping["hot"] = 1
+    with mapping._lock:
+        child = os.fork()
+        if child == 0:
+            try:
+                refused = in_thread(mapping.evict), in_thread(mapping.stats), in_thread(mapping.close)
+                os._exit(list(map(type, refused)) != [WrongThreadError, WrongThreadError, type(None)])
+            finally:
+                os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_any_thread_may_use_it(new: New) -> None:
     mapping = new(150_000)
 
@@ -649,82 +682,61 @@ def test_nothing_is_left_after_a_kill(run_python: RunPython, tmp_path: Path) -> 
 # With a governor
 
 
-class Budgets:
-    """A governor of one engine, as little as a mapping needs."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.used, self.peak = limit, 0, 0
-        self.reclaimers: list[Callable[[int], int]] = []
-        self.charged = 0
-        self.lock = threading.Lock()
-
-    def reserve(self, engine: int, size: int) -> Any:
-        for reclaim in list(self.reclaimers):
-            if self.used + size > self.limit:
-                reclaim(self.used + size - self.limit)
-        if self.used + size > self.limit:
-            raise BudgetExhaustedError(engine, size, self.limit - self.used, self.limit)
-        return Reserved(self, size)
-
-    def charge(self, engine: int, size: int) -> Any:
-        self.charged += 1
-        return Reserved(self, size)
-
-    def add_reclaimer(self, engine: int, callback: Callable[[int], int]) -> Any:
-        self.reclaimers.append(callback)
-        return type("Handle", (), {"remove": lambda handle: self.reclaimers.remove(callback)})()
+QUERY = EngineId.QUERY
 
 
-class Reserved:
-    def __init__(self, budgets: Budgets, size: int) -> None:
-        self.budgets, self.size = budgets, size
-        with budgets.lock:
-            budgets.used += size
-            budgets.peak = max(budgets.peak, budgets.used)
-
-    def release(self) -> None:
-        with self.budgets.lock:
-            self.budgets.used -= self.size
-            self.size = 0
+def governor(limit: int) -> MemoryGovernor:
+    return MemoryGovernor(limit, {QUERY: limit})
 
 
 def test_what_is_in_ram_is_reserved_and_given_back_when_asked_for(new: New) -> None:
-    budgets = Budgets(1_000_000)
+    budgets = governor(1_000_000)
     mapping = new(1 << 30, governor=budgets)
     for number in range(30):
         mapping[number] = array(number)
-        assert budgets.used == mapping.stats().bytes_in_ram <= 1_000_000
+        assert budgets.snapshot().allocated == mapping.stats().bytes_in_ram <= 1_000_000
     for number in range(30):
         assert (mapping[number] == array(number)).all()
-        assert budgets.used == mapping.stats().bytes_in_ram <= 1_000_000
-    assert budgets.charged == 0 and budgets.peak <= 1_000_000
+        assert budgets.snapshot().allocated == mapping.stats().bytes_in_ram <= 1_000_000
+    assert budgets.snapshot().engines[QUERY].peak <= 1_000_000
     mapping[3] = mapping[3]
     mapping["three"] = mapping[3]
     del mapping[4], mapping[3]
-    assert budgets.used == mapping.stats().bytes_in_ram
-    held = budgets.reserve(0, 900_000)
-    assert mapping.stats().bytes_in_ram <= 100_000
-    held.release()
+    assert budgets.snapshot().allocated == mapping.stats().bytes_in_ram
+    with budgets.reserve(QUERY, 900_000):
+        assert mapping.stats().bytes_in_ram <= 100_000
+    assert budgets.snapshot().engines[QUERY].reclaimed > 0
     mapping.close()
-    assert budgets.used == 0 and budgets.reclaimers == []
+    assert budgets.snapshot().allocated == 0 and not budgets._reclaimers
 
 
 def test_what_does_not_fit_is_charged_and_goes_out(new: New) -> None:
-    budgets = Budgets(50_000)
+    budgets = governor(50_000)
     mapping = new(1 << 30, governor=budgets)
     for number in range(3):
         mapping[number] = array(number)
-        assert budgets.used == 0
+        assert budgets.snapshot().allocated == 0
     value = mapping[1]
-    assert budgets.used > 100_000 and budgets.charged == 4 and (value == array(1)).all()
+    assert budgets.snapshot().allocated > 100_000 and (value == array(1)).all()
     del value
     mapping["a"] = 1
     mapping.evict()
-    assert budgets.used == mapping.stats().bytes_in_ram == 0
+    assert budgets.snapshot().allocated == mapping.stats().bytes_in_ram == 0
+
+
+def test_another_engine_has_the_ceiling_by_the_mappings_giving_way(new: New) -> None:
+    budgets = MemoryGovernor(2_000_000, {QUERY: 1_000_000, EngineId.VECTOR: 1_000_000})
+    mapping = new(1 << 30, governor=budgets)
+    for number in range(30):
+        mapping[number] = array(number)
+    budgets.set_ceiling(1_200_000)
+    with budgets.reserve(EngineId.VECTOR, 1_000_000):
+        assert budgets.snapshot().allocated <= 1_200_000 and mapping.stats().keys_in_ram <= 2
+        assert all((mapping[number] == array(number)).all() for number in range(30))
 
 
 def test_two_mappings_under_one_governor_give_way_to_each_other(new: New) -> None:
-    budgets = Budgets(1_000_000)
+    budgets = governor(1_000_000)
     first, second = new(1 << 30, governor=budgets), new(1 << 30, governor=budgets)
 
     def work(mapping: SpillMapping[Any, Any]) -> None:
@@ -737,35 +749,65 @@ def test_two_mappings_under_one_governor_give_way_to_each_other(new: New) -> Non
         thread.start()
     for thread in threads:
         thread.join()
-    assert budgets.used == first.stats().bytes_in_ram + second.stats().bytes_in_ram
+    assert budgets.snapshot().allocated == first.stats().bytes_in_ram + second.stats().bytes_in_ram
     assert all((mapping[number] == array(number)).all() for mapping in (first, second) for number in range(60))
 
 
-def test_an_engine_that_the_governor_does_not_know(new: New, tmp_path: Path) -> None:
-    class Unknown(Budgets):
-        def reserve(self, engine: int, size: int) -> Any:
-            raise UnknownEngineError("no such engine")
-
+def test_an_engine_that_the_governor_does_not_know(tmp_path: Path) -> None:
     with pytest.raises(UnknownEngineError):
-        SpillMapping(1, tmp_path, governor=Unknown(1))
+        SpillMapping(1, tmp_path, governor=MemoryGovernor(1_000_000))
 
 
 def test_an_abandoned_mapping_gives_everything_back(tmp_path: Path) -> None:
-    budgets = Budgets(1_000_000)
+    budgets = governor(1_000_000)
     mapping: SpillMapping[str, Any] = SpillMapping(1 << 30, tmp_path, governor=budgets)
     mapping["a"] = array(1)
     del mapping
     gc.collect()
-    assert budgets.used == 0 and budgets.reclaimers == []
+    assert budgets.snapshot().allocated == 0 and not budgets._reclaimers
 
 
-def test_with_the_memory_governor(new: New) -> None:
-    governing = pytest.importorskip("nodedb_mem.governor")
-    governor = governing.MemoryGovernor(2_000_000, {4: 1_000_000, 0: 500_000})
-    mapping = new(1 << 30, governor=governor)
-    for number in range(30):
-        mapping[number] = array(number)
-    assert governor.snapshot().engines[4].allocated == mapping.stats().bytes_in_ram <= 1_000_000
-    assert all((mapping[number] == array(number)).all() for number in range(30))
-    mapping.close()
-    assert governor.snapshot().allocated == 0
+# With a watch
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert condition()
+
+
+def test_what_grows_outside_of_a_watched_mapping_has_it_spill(new: New, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_reserving, "default_ceiling", lambda: 200 << 20)
+    mapping = new(100 << 20, watch=True)
+    for number in range(20):
+        mapping[number] = np.full(4 << 20, number, "u1")
+    assert mapping.stats().keys_out == 0
+    ballast = np.ones(120 << 20, "u1")
+    until(lambda: mapping.stats().keys_out > 3)
+    assert ballast[-1] == 1 and all((mapping[number] == number).all() for number in range(20))
+
+
+def test_a_watched_mapping_keeps_below_what_the_process_may_use(new: New, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_reserving, "default_ceiling", lambda: 8 << 20)
+    mapping = new(1 << 40, watch=True)
+    for number in range(20):
+        mapping[number] = np.full(1 << 20, number, "u1")
+        assert mapping.stats().bytes_in_ram <= 8 << 20
+
+
+def test_a_watch_beside_a_governor_and_a_watch_without_psutil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="watch"):
+        SpillMapping(1, tmp_path, governor=governor(1), watch=True)
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    with pytest.raises(ModuleNotFoundError, match=r"nodedb_mem\[watch\]"):
+        SpillMapping(1, tmp_path, watch=True)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_abandoned_watch_ends(tmp_path: Path) -> None:
+    mapping: SpillMapping[str, Any] = SpillMapping(1, tmp_path, watch=True)
+    watch = mapping._account.watch
+    del mapping
+    gc.collect()
+    until(lambda: not watch.is_alive())

@@ -277,3 +277,41 @@ def test_in_a_group_it_spills_in_time_and_is_killed_without_the_watch(group: Pat
     assert watched.returncode == 0, (watched.stdout, watched.stderr)
     grown, left, reclaimed = map(int, watched.stdout.split())
     assert grown == 45 and left < 35 and reclaimed == 2 * (35 - left)
+
+
+WATCHED_MAPPING = """
+    import os, sys, time
+    import numpy as np
+    from nodedb_mem import SpillMapping
+
+    MIB = 1 << 20
+    open(sys.argv[1] + "/cgroup.procs", "w").write(str(os.getpid()))
+    mapping = SpillMapping(1 << 40, sys.argv[3], watch=sys.argv[2] == "watched")
+    for number in range(35):
+        mapping[number] = np.full(2 * MIB, number, "u1")
+    ballast = []
+    for _ in range(100):
+        ballast.append(bytearray(MIB))
+        time.sleep(0.04)
+    out = mapping.stats().keys_out
+    del ballast
+    assert all((mapping[number] == number).all() for number in range(35))
+    print(out)
+    mapping.close()
+    """
+
+
+@pytest.mark.system
+def test_in_a_group_a_watched_mapping_spills_in_time(group: Path, tmp_path: Path, sanitized: bool) -> None:
+    if sanitized:
+        pytest.skip("AddressSanitizer keeps freed memory, which the group counts")
+
+    def run(how: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", textwrap.dedent(WATCHED_MAPPING), str(group), how, str(tmp_path)]
+        return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+
+    unwatched = run("unwatched")
+    assert unwatched.returncode == -signal.SIGKILL, (unwatched.stdout, unwatched.stderr)
+    watched = run("watched")
+    assert watched.returncode == 0, (watched.stdout, watched.stderr)
+    assert int(watched.stdout) > 0

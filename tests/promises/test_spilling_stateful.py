@@ -182,7 +182,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def maintain(self) -> None:
-        with self.mapping._session as tiers:
+        with self.mapping._lock, self.mapping._session as tiers:
             tiers.region.compact()
             tiers.region.trim()
 
@@ -206,7 +206,7 @@ class Machine(RuleBasedStateMachine):
         assert set(tiers.hot) == {entry for entry in entries if id(entry.value) in tiers.by_value}
         assert tiers.bytes_out == sum(entry.stored.size for entry in entries if entry not in tiers.hot)
         assert tiers.mappings == sum(entry.view is not None for entry in entries)
-        with self.mapping._session:
+        with self.mapping._lock, self.mapping._session:
             assert len(tiers.region) == sum(entry.stored is not None for entry in entries)
             assert lib.ndm_region_check(tiers.region._handle) == 0
 
