@@ -22,7 +22,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from nodedb_mem._changes import PageMap
-from nodedb_mem._held import holders, is_atom, known_references
+from nodedb_mem._held import holders, is_atom, is_referred_to, known_references
 from nodedb_mem._sizeof import sizeof
 from nodedb_mem._stored import Stored, encode_for, get, is_unchanged, put
 from nodedb_mem.codec import ALIGNMENT
@@ -316,9 +316,7 @@ class Tiers:
             if not held.itself and (has_had_chance or not held.inside):
                 mine = {id(each.base) for each in held.shared if self._is_among_us(entry, each)}
                 out = self._write(entry, box, [each for each in held.inside if id(each) not in mine])
-                # A weak reference may have made somebody a holder meanwhile.
-                again = holders(box, known, memory=entry.memory, view=entry.view)
-                out = out and not again.itself and len(again.inside) <= len(held.inside)
+                out = out and not is_referred_to(box, known)  # a weak reference may have become a strong one meanwhile
             del held
         except BaseException as error:
             self.failures += 1
