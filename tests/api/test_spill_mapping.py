@@ -28,6 +28,7 @@ from nodedb_mem import (
     UnknownEngineError,
     WrongThreadError,
     _reserving,
+    _tiers,
 )
 
 New = Callable[..., SpillMapping[Any, Any]]
@@ -196,6 +197,19 @@ def test_the_region_does_not_grow_with_time(new: New) -> None:
     with mapping._lock, mapping._session as tiers:
         assert tiers.bytes_written > 200_000_000
         assert tiers.region.used_bytes < 3 * tiers.region.live_bytes + (8 << 20)
+
+
+def test_the_room_of_what_was_deleted_is_given_back(new: New, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tiers, "_TIDY", 4 << 20)
+    monkeypatch.setattr(_tiers, "_HOLES", 8 << 20)
+    mapping = new(0)
+    for number in range(60):
+        mapping[number] = array(number, 1_000_000)
+    for number in range(50):
+        del mapping[number]
+    with mapping._lock, mapping._session as tiers:
+        assert tiers.region.used_bytes < 30 << 20 and tiers.region.stats().disk_bytes < 40 << 20
+    assert all((mapping[number] == array(number, 1_000_000)).all() for number in range(50, 60))
 
 
 # What was changed
