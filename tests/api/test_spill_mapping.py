@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from zict.tests import utils_test as zict_checks
 
-from kit import RunPython, in_thread
+from kit import RunPython, in_thread, system
 from nodedb_mem import (
     CapacityExceededError,
     EngineId,
@@ -620,7 +620,8 @@ def test_any_thread_may_use_it(new: New) -> None:
     assert in_thread(lambda: int(mapping[3][5])) == int(array(3)[5])
 
 
-def test_threads_at_once(new: New) -> None:
+@pytest.mark.parametrize("steps", [400, system(40_000)])  # a minute
+def test_threads_at_once(new: New, steps: int) -> None:
     mapping, errors = new(2_000_000), []
     stop = threading.Event()
 
@@ -628,7 +629,7 @@ def test_threads_at_once(new: New) -> None:
         try:
             random = np.random.default_rng(worker)
             mine: dict[Any, int] = {}
-            for step in range(400):
+            for step in range(steps):
                 key = worker, int(random.integers(30))
                 if key not in mine:
                     mapping[key] = np.zeros(int(random.integers(1, 200_000)), "u1")
