@@ -46,6 +46,7 @@ int ndm_i_store_init(ndm_i_store *store, ndm_i_file *file, const _Atomic uint64_
 {
     *store = (ndm_i_store){.file = file, .writer.limit = NDM_I_UNLIMITED, .seen = calloc(1, sizeof *store->seen)};
     store->pwrite_from = file->large_folios ? NDM_I_LARGE : PWRITE_FROM_SMALL_FOLIOS;
+    store->grains.huge_folios = file->large_folios;
     store->forget_from = keep_mapped ? UINT64_MAX : NDM_I_LARGE;
     int status = store->seen ? make_room(store, ndm_i_grains_end(file->capacity)) : ndm_i_fail(NDM_ERR_MEMORY, "no memory for the store");
     if (status == NDM_OK)
@@ -63,6 +64,28 @@ void ndm_i_store_fini(ndm_i_store *store)
     store->seen = NULL;
 }
 
+/* The file has grown. What the old end cut has blocks up to there only: its grain, and a folio around that. 0 or errno. */
+static int mend_cut(ndm_i_store *store, uint64_t old)
+{
+    ndm_i_file *file = store->file;
+    const uint64_t grain = old / GRAIN, rest = ndm_i_min(ndm_i_grains_end(old) * GRAIN, file->capacity);
+    uint64_t end = rest;
+    if (old % NDM_I_HUGE > 0 && ndm_i_grains_are_wide(&store->grains, grain)) {
+        if (atomic_load(store->writer.storing) == 0) {
+            ndm_i_writer_lock(&store->writer);
+            ndm_i_grains_doubt(&store->grains, grain, grain + 1);
+            ndm_i_writer_unlock(&store->writer);
+            return 0;
+        }
+        end = ndm_i_min(ndm_i_round_up(old, NDM_I_HUGE), file->capacity);
+    }
+    const bool whole = old % GRAIN > 0 && ndm_i_grain_state(&store->grains, grain) >= NDM_I_READY;
+    if (end == rest && !whole)
+        return 0;
+    const int refused = ndm_i_file_allocate(file, old, end);
+    return refused || !whole ? refused : ndm_i_file_write(file, NULL, rest - old, old);
+}
+
 int ndm_i_store_grow(ndm_i_store *store, uint64_t needed, uint64_t wanted, uint64_t ceiling)
 {
     ndm_i_file *file = store->file;
@@ -75,16 +98,10 @@ int ndm_i_store_grow(ndm_i_store *store, uint64_t needed, uint64_t wanted, uint6
     ndm_i_writer_unlock(&store->writer);
     if (status != NDM_OK)
         return status;
-    /* A grain that the old end cut has blocks up to there only. */
-    const uint64_t rest = ndm_i_min(ndm_i_grains_end(old) * GRAIN, file->capacity);
-    if (rest > old && ndm_i_grain_state(&store->grains, old / GRAIN) >= NDM_I_READY) {
-        int refused = ndm_i_file_allocate(file, old, rest);
-        if (!refused)
-            refused = ndm_i_file_write(file, NULL, rest - old, old);
-        if (refused) {
-            ndm_i_store_shrink(store, old);
-            return ndm_i_fail_io(refused, "cannot extend the file");
-        }
+    const int refused = mend_cut(store, old);
+    if (refused) {
+        ndm_i_store_shrink(store, old);
+        return ndm_i_fail_io(refused, "cannot extend the file");
     }
     return NDM_OK;
 }
@@ -96,8 +113,10 @@ void ndm_i_store_shrink(ndm_i_store *store, uint64_t capacity)
     ndm_i_file_shrink(store->file, capacity);
     if (store->file->capacity == capacity) {
         ndm_i_writer_forget(&store->writer, first, last);
-        for (uint64_t grain = first; grain < last; grain++)
+        for (uint64_t grain = first; grain < last; grain++) {
             ndm_i_grain_set_state(&store->grains, grain, NDM_I_EMPTY);
+            ndm_i_grain_unmark(&store->grains, grain, NDM_I_WIDE);
+        }
         store->allocated = ndm_i_min(store->allocated, capacity); /* a grain that the new end cuts has lost the rest */
     }
     ndm_i_writer_unlock(&store->writer);
@@ -193,20 +212,20 @@ int ndm_i_store_clear(ndm_i_store *store, uint64_t offset, uint64_t size, uint64
     return NDM_OK;
 }
 
-/* A small value, in a grain with a large one, is touched through the mapping. */
+/* A small value, in 2 MiB with a large one, is touched through the mapping. */
 static __attribute__((noinline, cold)) void note_strays(ndm_i_store *store, uint64_t offset, uint64_t end)
 {
     const ndm_i_mapping *mapping = store->file->mapping;
-    for (uint64_t grain = offset / GRAIN; grain < ndm_i_grains_end(end); grain++) {
+    for (uint64_t stray = offset / NDM_I_HUGE; stray <= (end - 1) / NDM_I_HUGE; stray++) {
         unsigned at = 0;
-        while (at < NDM_I_STRAYS && store->strays[at] != grain + 1)
+        while (at < NDM_I_STRAYS && store->strays[at] != stray + 1)
             at++;
-        if (at < NDM_I_STRAYS || store->grains.large[grain] == 0)
+        if (at < NDM_I_STRAYS || store->grains.large[stray] == 0)
             continue;
         uint64_t *oldest = &store->strays[store->next_stray++ % NDM_I_STRAYS];
-        if (*oldest > 0 && *oldest * GRAIN <= mapping->length)
-            ndm_i_mapping_forget(mapping, mapping->base + (*oldest - 1) * GRAIN, GRAIN);
-        *oldest = grain + 1;
+        if (*oldest > 0 && *oldest * NDM_I_HUGE <= mapping->length)
+            ndm_i_mapping_forget(mapping, mapping->base + (*oldest - 1) * NDM_I_HUGE, NDM_I_HUGE, true);
+        *oldest = stray + 1;
     }
 }
 
@@ -245,8 +264,8 @@ int ndm_i_store_put(ndm_i_store *store, uint64_t offset, const void *data, uint6
 static void forget_moved(const ndm_i_store *store, uint64_t from, uint64_t to, uint64_t size)
 {
     const ndm_i_mapping *mapping = store->file->mapping;
-    ndm_i_mapping_forget(mapping, mapping->base + from, size);
-    ndm_i_mapping_forget(mapping, mapping->base + to, size);
+    ndm_i_mapping_forget(mapping, mapping->base + from, size, true);
+    ndm_i_mapping_forget(mapping, mapping->base + to, size, true);
 }
 
 /* One piece of a move; no byte of it lies in both places. */
@@ -265,7 +284,7 @@ int ndm_i_store_move(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t si
     const uint64_t distance = from > to ? from - to : to - from;
     /* What can be refused is refused before the value is written over itself: size, limits, and all blocks. */
     int status = NDM_OK;
-    if (!ndm_i_grains_are_ready(&store->grains, to, to + size))
+    if (size >= NDM_I_LARGE || !ndm_i_grains_are_ready(&store->grains, to, to + size))
         status = ndm_i_file_check_writable(store->file, ndm_i_max(from, to) + size);
     if (status != NDM_OK)
         return status;
@@ -366,8 +385,12 @@ void ndm_i_store_punch(ndm_i_store *store, uint64_t offset, uint64_t size, bool 
     ndm_i_file *file = store->file;
     const uint64_t unit = stored_to ? GRAIN : (uint64_t)sysconf(_SC_PAGESIZE);
     const bool to_end = offset + size >= file->capacity;
-    const uint64_t start = (offset + unit - 1) / unit * unit;
-    const uint64_t end = to_end ? ndm_i_grains_end(file->capacity) * GRAIN : (offset + size) / unit * unit;
+    uint64_t start = (offset + unit - 1) / unit * unit;
+    uint64_t end = to_end ? ndm_i_grains_end(file->capacity) * GRAIN : (offset + size) / unit * unit;
+    if (stored_to && start < end && ndm_i_grains_are_wide(&store->grains, start / GRAIN))
+        start = ndm_i_round_up(start, NDM_I_HUGE);
+    if (stored_to && start < end && !to_end && ndm_i_grains_are_wide(&store->grains, (end - 1) / GRAIN))
+        end = ndm_i_round_down(end, NDM_I_HUGE);
     const uint64_t first = start / GRAIN, last = ndm_i_grains_end(end);
     if (start >= end)
         return;
@@ -391,6 +414,10 @@ void ndm_i_store_punch(ndm_i_store *store, uint64_t offset, uint64_t size, bool 
             ndm_i_grain_set_state(&store->grains, grain, NDM_I_PARTIAL);
         }
     }
+    ndm_i_grains_doubt(&store->grains, first, last);
+    const uint64_t whole = ndm_i_round_down(end, NDM_I_HUGE) / GRAIN;
+    for (uint64_t grain = ndm_i_round_up(start, NDM_I_HUGE) / GRAIN; done && grain < whole; grain++)
+        ndm_i_grain_unmark(&store->grains, grain, NDM_I_WIDE);
     ndm_i_writer_unlock(&store->writer);
 }
 
@@ -401,6 +428,10 @@ int ndm_i_store_evict(ndm_i_store *store, uint64_t start, uint64_t end, bool nei
         const uint64_t folio = file->large_folios ? GRAIN : (uint64_t)sysconf(_SC_PAGESIZE);
         start = start / folio * folio;
         end = ndm_i_min((end + folio - 1) / folio * folio, file->capacity);
+        uint64_t first = start / GRAIN, last = ndm_i_grains_end(end);
+        ndm_i_grains_widen(&store->grains, &first, &last, ndm_i_grains_end(file->capacity));
+        start = ndm_i_min(start, first * GRAIN);
+        end = ndm_i_max(end, ndm_i_min(last * GRAIN, file->capacity));
     }
     int refused = ndm_i_writer_settle(&store->writer, start, end, true);
     if (refused)

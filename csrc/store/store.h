@@ -6,7 +6,7 @@
  *
  * Values of NDM_I_LARGE and more are not mapped unless a view of them lives: they are stored by pwrite, and what a view, or
  * a move, has mapped of them is forgotten after it. Small values are stored and copied out through the mapping. That maps
- * their neighbours, too; where one of these is large, the grain is a stray, and a new stray has the oldest forgotten. A
+ * their neighbours, too; where one of these is large, the 2 MiB are a stray, and a new stray has the oldest forgotten. A
  * store that keeps things mapped does none of this.
  */
 #ifndef NDM_STORE_H
@@ -16,7 +16,7 @@
 #include "store/seen.h"
 #include "store/writer.h"
 
-enum { NDM_I_STRAYS = 8 };
+enum { NDM_I_STRAYS = 2 };
 
 typedef struct {
     ndm_i_file *file;
@@ -26,7 +26,7 @@ typedef struct {
     uint64_t misses;      /* times that something had to be fetched */
     uint64_t allocated;   /* EMPTY grains below have their blocks */
     uint64_t pwrite_from; /* cold values from this size on go by pwrite; large ones always */
-    uint64_t strays[NDM_I_STRAYS]; /* grains and one; 0: none */
+    uint64_t strays[NDM_I_STRAYS]; /* numbers of 2 MiB, and one; 0: none */
     unsigned next_stray;
     uint64_t forget_from; /* pages of values from this size on are forgotten: NDM_I_LARGE, or UINT64_MAX to keep them mapped */
     uint64_t fetched;     /* bytes of grains that were read as a whole */
@@ -85,11 +85,16 @@ static inline bool ndm_i_store_has_failed(const ndm_i_store *store)
     return atomic_load_explicit(&store->writer.error, memory_order_relaxed) != 0;
 }
 
-/* Does a view of this value have to be forgotten after it? Of a large one, and of a small one in a grain with a large one. */
-static inline bool ndm_i_store_forgets(const ndm_i_store *store, uint64_t offset, uint64_t size)
+/* Does a view of this value have to be forgotten after it? Of a large one, and of a small one in 2 MiB with a large one. If so,
+ * `*wide` says whether its folios may have more than a grain. */
+static inline bool ndm_i_store_forgets(const ndm_i_store *store, uint64_t offset, uint64_t size, bool *wide)
 {
-    return size >= store->forget_from || (ndm_i_grains_hold_large(&store->grains, offset, offset + size) &&
-                                          store->forget_from != UINT64_MAX);
+    if (size < store->forget_from && (store->forget_from == UINT64_MAX ||
+                                      !ndm_i_grains_hold_large(&store->grains, offset, offset + size)))
+        return false;
+    *wide = ndm_i_grains_are_wide(&store->grains, offset / NDM_I_GRAIN) ||
+            ndm_i_grains_are_wide(&store->grains, (offset + size - 1) / NDM_I_GRAIN);
+    return true;
 }
 
 /* To be taken before what it is noted with: see seen.h. */
