@@ -140,7 +140,7 @@ typedef struct {
     uint64_t recover;          /* 1: keep the values that an earlier region left; its alignment holds, too */
     uint64_t keep_mapped;      /* 0: pages of values of 64 KiB and more are in this process's RSS only while a view of them
                                   lives, whatever the limit. 1: they stay mapped after a view, so that viewing them again
-                                  costs no faults */
+                                  costs no faults; and values below 256 KiB are mapped once they are stored */
 } ndm_options;
 
 /* Create or open the region at `path` (mode 0600), and lock it. The calling thread becomes its owner. The region

@@ -65,7 +65,8 @@ class OverflowRegion(RegionConstructors):
     keep_mapped
         Whether pages of values of 64 KiB and more stay in the RSS after their last view. By default they are in the
         RSS only while a view of them lives, at every `cache_limit`, and the next view maps them again. True is for who
-        views the same large values again and again, and does not mind the RSS.
+        views the same large values again and again, and does not mind the RSS. Values below 256 KiB are then mapped
+        once they are written.
     recover
         Keep the values of an earlier region under their slots, whether its owner closed it or was killed. References to
         them stay good, and the earlier alignment holds. A value that was being written when the owner died is lost.

@@ -7,7 +7,7 @@
  * Values of NDM_I_LARGE and more are not mapped unless a view of them lives: they are stored by pwrite, and what a view, or
  * a move, has mapped of them is forgotten after it. Small values are stored and copied out through the mapping. That maps
  * their neighbours, too; where one of these is large, the 2 MiB are a stray, and a new stray has the oldest forgotten. A
- * store that keeps things mapped does none of this.
+ * store that keeps things mapped does none of this, and treats values below 256 KiB like small ones.
  */
 #ifndef NDM_STORE_H
 #define NDM_STORE_H
@@ -25,7 +25,8 @@ typedef struct {
     ndm_i_seen *seen;     /* what need not be fetched */
     uint64_t misses;      /* times that something had to be fetched */
     uint64_t allocated;   /* EMPTY grains below have their blocks */
-    uint64_t pwrite_from; /* cold values from this size on go by pwrite; large ones always */
+    uint64_t direct_from; /* values from this size on go by pwrite and pread */
+    uint64_t pwrite_from; /* to a cold place, values from this size on go by pwrite */
     uint64_t strays[NDM_I_STRAYS]; /* numbers of 2 MiB, and one; 0: none */
     unsigned next_stray;
     uint64_t forget_from; /* pages of values from this size on are forgotten: NDM_I_LARGE, or UINT64_MAX to keep them mapped */

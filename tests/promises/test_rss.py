@@ -342,6 +342,27 @@ def test_keep_mapped_keeps_what_was_viewed(watch: Watch, limit: int | None) -> N
     assert all(region.read(slot) == blob(MIB) for slot in slots)
 
 
+@at_each_limit
+@pytest.mark.parametrize("size", [64 * KIB, 256 * KIB - 1, 256 * KIB])
+def test_keep_mapped_stores_medium_values_through_the_mapping(watch: Watch, limit: int | None, size: int) -> None:
+    watched = watch(limit, keep_mapped=True, alignment=4096)
+    region = watched.region
+    slots = [region.write(blob(size, number), 0) for number in range(8)]
+    stored = watched.look()
+    assert stored >= 8 * size if size < 256 * KIB else stored == 0
+    for _ in range(2):
+        for number, slot in enumerate(slots):
+            region.free(slot)
+            slots[number] = region.write(blob(size, number + 1), 0)
+        region.evict()  # the second time, into space that is not in RAM
+    assert all(region.read_bytes(slot) == blob(size, number + 1) for number, slot in enumerate(slots))
+    region.evict()
+    room = bytearray(8 * size)
+    region.read_many_into(slots, room)
+    assert room == b"".join(blob(size, number + 1) for number in range(8))
+    assert all(region.read(slot) == blob(size, number + 1) for number, slot in enumerate(slots))
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_keep_mapped_of_a_temporary_region(tmp_path: Path, mapped_of_deleted: Mapped, keep: bool) -> None:
     with OverflowRegion.temporary(tmp_path, keep_mapped=keep) as region:
