@@ -60,8 +60,9 @@ MIB = 1 << 20
 directory = os.path.dirname(path)
 options = dict(initial_capacity=rng.choice([MIB, 3 * MIB + 4096]), max_capacity=1 << 30)
 options |= dict(alignment=rng.choice([64, 4096]), cache_limit=rng.choice([None, 0]))
+options |= dict(keep_mapped=rng.choice([False, True]))
 region = OverflowRegion.open(path, **options)
-live = {}
+live, drafts = {}, []
 
 def value(size):
     return rng.randbytes(1000) * (size // 1000 + 1)
@@ -83,18 +84,25 @@ def write(size):
     data = value(size)[:size]
     try:
         if rng.random() < 0.3:
-            slot, view = region.allocate(size, 0)
-            view[:] = data
-            del view
-            region.commit(slot)
+            drafts.append((*region.allocate(size, 0), data))
         else:
-            slot = region.write(data, 0)
-        live[slot] = data
+            live[region.write(data, 0)] = data
     except RegionError:
         pass
 
+def finish_drafts(most):
+    while len(drafts) > most:
+        slot, view, data = drafts.pop(0)
+        view[:] = data
+        del view
+        region.commit(slot)
+        live[slot] = data
+
 for step in range(400):
     choice = rng.random()
+    finish_drafts(3)
+    for draft in range(len(drafts)):
+        drafts[draft][1][rng.randrange(len(drafts[draft][1]))] = step % 256
     if choice < 0.5:
         write(rng.choice([100, 5000, 60_000, 300_000, MIB, MIB + 4096, 2 * MIB, 3 * MIB, 5 * MIB]))
     elif choice < 0.75 and live:
@@ -105,7 +113,10 @@ for step in range(400):
         region.trim()
         fill_disk() if rng.random() < 0.7 else None
     elif choice < 0.87:
-        region.evict()
+        try:
+            region.evict()
+        except RegionIOError:
+            pass
     elif choice < 0.92:
         os.sync()  # what is clean asks for blocks with the next store
     elif choice < 0.95:
@@ -114,6 +125,7 @@ for step in range(400):
         except RegionIOError:
             pass
     elif choice < 0.97 and recover:
+        finish_drafts(0)
         region.close()
         if os.path.exists(directory + "/filler"):  # opening may want room for its table
             os.unlink(directory + "/filler")
@@ -128,6 +140,7 @@ for step in range(400):
     if step % 20 == 0:
         assert lib.ndm_region_check(region._handle) == 0
         assert all(region.read(slot) == data for slot, data in live.items())
+finish_drafts(0)
 assert all(region.read(slot) == data for slot, data in live.items())
 region.close()
 print("done")
