@@ -149,7 +149,7 @@ typedef struct {
     uint64_t recover;          /* 1: keep the values that an earlier region left; its alignment holds, too */
     uint64_t keep_mapped;      /* 0: pages of values of 64 KiB and more are in this process's RSS only while a view of them
                                   lives, whatever the limit. 1: they stay mapped after a view, so that viewing them again
-                                  costs no faults */
+                                  costs no faults; and values below 256 KiB are mapped once they are stored */
     uint64_t ownership;        /* an ndm_ownership: who may call */
 } ndm_options;
 
@@ -337,9 +337,9 @@ int ndm_region_set_max_capacity(ndm_region *region, uint64_t max_capacity);
 /* Lower the high-water mark past free space at its end, shrink the file to it (not below its size at open), and give
  * the blocks of free extents of 64 KiB and more back to the file system. Returns the bytes of disk given back. Space
  * given back gets blocks again before it is touched. While a view of ndm_region_allocate() lives, only whole, aligned
- * 512 KiB of a free extent are given back. While readers are there, the file keeps its size and its end becomes a hole; on
- * tmpfs and on overlays nothing is given back then, because a reader's look at a hole may be SIGBUS there. Linear in the
- * number of extents. */
+ * 512 KiB of a free extent are given back, or 2 MiB where a large value was. While readers are there, the file keeps its
+ * size and its end becomes a hole; on tmpfs and on overlays nothing is given back then, because a reader's look at a hole
+ * may be SIGBUS there. Linear in the number of extents. */
 int64_t ndm_region_trim(ndm_region *region);
 
 typedef struct {

@@ -65,7 +65,8 @@ class OverflowRegion(RegionConstructors):
     keep_mapped
         Whether pages of values of 64 KiB and more stay in the RSS after their last view. By default they are in the
         RSS only while a view of them lives, at every `cache_limit`, and the next view maps them again. True is for who
-        views the same large values again and again, and does not mind the RSS.
+        views the same large values again and again, and does not mind the RSS. Values below 256 KiB are then mapped
+        once they are written.
     ownership
         Who may call. "thread" is the thread that opens the region. "process" is every thread of the process. The core
         lets one of them in at a time, and others while one waits for the disk or copies a large value. A verb that

@@ -117,7 +117,7 @@ int ndm_i_file_write_back(const ndm_i_file *file, uint64_t start, uint64_t end, 
 
 void ndm_i_file_drop(const ndm_i_file *file, const ndm_i_mapping *mapping, uint64_t start, uint64_t end)
 {
-    ndm_i_mapping_forget(mapping, mapping->base + start, end - start); /* mapped pages are not dropped */
+    ndm_i_mapping_forget(mapping, mapping->base + start, end - start, false); /* mapped pages are not dropped */
     posix_fadvise(file->fd, (off_t)start, (off_t)(end - start), POSIX_FADV_DONTNEED);
 }
 

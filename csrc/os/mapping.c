@@ -15,23 +15,21 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
-#define HUGE_PAGE ((uint64_t)2 << 20)
-
 /* One call fetches no more than the device's readahead or its largest request, whichever is more, and what is left out is
  * read page by page: 64 MiB took 915 ms by one call, 40-60 ms in pieces of 128 KiB to 2 MiB. 128 KiB is the usual readahead,
  * and less than what devices take at once. */
 #define FETCH_PIECE ((uint64_t)128 << 10)
 
 
-/* Reserve address space that starts at a multiple of 2 MiB: between two such places mremap moves whole page tables
- * (measured 35 times faster than otherwise). */
+/* Reserve address space that starts at a multiple of 2 MiB: folios of that size can be mapped whole then, and between two
+ * such places mremap moves whole page tables (measured 35 times faster than otherwise). */
 static uint8_t *reserve(uint64_t length)
 {
-    uint64_t room = length + HUGE_PAGE;
+    uint64_t room = length + NDM_I_HUGE;
     uint8_t *area = mmap(NULL, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (area == MAP_FAILED)
         return NULL;
-    uint8_t *base = (uint8_t *)ndm_i_round_up((uintptr_t)area, HUGE_PAGE);
+    uint8_t *base = (uint8_t *)ndm_i_round_up((uintptr_t)area, NDM_I_HUGE);
     const uint64_t head = (uint64_t)(base - area), tail = room - head - length;
     /* Cutting needs a mapping more than the process may have: do without. What was cut off may be another thread's by then. */
     if (head > 0 && munmap(area, head) != 0) {
@@ -77,7 +75,7 @@ ndm_i_mapping *ndm_i_mapping_new(int fd, uint64_t length)
     ndm_i_mapping *mapping = mapping_new();
     if (!mapping)
         return NULL;
-    length = ndm_i_round_up(length, HUGE_PAGE);
+    length = ndm_i_round_up(length, NDM_I_HUGE);
     uint8_t *place = reserve(length);
     /* A failed call may have unmapped the place before, and another thread may have it by now: it is left alone. */
     void *base =
@@ -94,7 +92,8 @@ ndm_i_mapping *ndm_i_mapping_new_to_read(int fd, uint64_t length)
     ndm_i_mapping *mapping = mapping_new();
     if (!mapping)
         return NULL;
-    void *base = mmap(NULL, length, PROT_READ, MAP_SHARED | MAP_NORESERVE, fd, 0);
+    uint8_t *place = reserve(length);
+    void *base = mmap(place, length, PROT_READ, MAP_SHARED | MAP_NORESERVE | (place ? MAP_FIXED : 0), fd, 0);
     if ((mapping = mapped(mapping, base, length, "cannot map the file")))
         madvise(base, length, MADV_RANDOM);
     return mapping;
@@ -119,7 +118,7 @@ static int extend(ndm_i_mapping **mapping, uint64_t length)
     if (!fresh)
         return NDM_ERR_MEMORY;
     const bool viewed = atomic_load(&old->users) > 1;
-    length = ndm_i_round_up(length, HUGE_PAGE);
+    length = ndm_i_round_up(length, NDM_I_HUGE);
     uint8_t *place = reserve(length);
     void *base = mremap(old->base, viewed ? 0 : old->length, length, MREMAP_MAYMOVE | (place ? MREMAP_FIXED : 0), place);
     if (!(fresh = mapped(fresh, base, length, "cannot extend the mapping")))
@@ -130,7 +129,7 @@ static int extend(ndm_i_mapping **mapping, uint64_t length)
         free(fresh);
         return NDM_OK;
     }
-    ndm_i_mapping_forget(old, old->base, old->length); /* pages that no view touches could not be dropped otherwise */
+    ndm_i_mapping_forget(old, old->base, old->length, false); /* pages that no view touches could not be dropped otherwise */
     *mapping = fresh;
     ndm_i_mapping_unref(old);
     return NDM_OK;
@@ -144,13 +143,14 @@ int ndm_i_mapping_extend(ndm_i_mapping **mapping, uint64_t length)
     return status;
 }
 
-void ndm_i_mapping_forget(const ndm_i_mapping *mapping, const void *address, uint64_t size)
+void ndm_i_mapping_forget(const ndm_i_mapping *mapping, const void *address, uint64_t size, bool wide)
 {
     /* A fault maps the whole folio (Linux 6.18), or what is in RAM of the aligned 64 KiB around it (fault_around_bytes). So a
      * view of a value maps pages of its neighbours. They would stay for ever if nobody viewed those. */
     const uint64_t offset = (uint64_t)((const uint8_t *)address - mapping->base);
-    const uint64_t first = ndm_i_round_down(offset, NDM_I_GRAIN);
-    const uint64_t last = ndm_i_min(ndm_i_round_up(offset + size, NDM_I_GRAIN), mapping->length);
+    const uint64_t around = wide ? NDM_I_HUGE : NDM_I_GRAIN; /* 2 us more where the 2 MiB have pages of their own */
+    const uint64_t first = ndm_i_round_down(offset, around);
+    const uint64_t last = ndm_i_min(ndm_i_round_up(offset + size, around), mapping->length);
     assert((const uint8_t *)address >= mapping->base && offset + size <= mapping->length);
     madvise(mapping->base + first, last - first, MADV_DONTNEED);
 }
@@ -170,7 +170,7 @@ void ndm_i_mapping_renew(const ndm_i_mapping *mapping, uint64_t start, uint64_t 
 {
     /* Where a page is mapped for reading only, a fault makes that page writable. Where none is mapped, it maps the whole
      * folio, so that 128 faults become one. */
-    ndm_i_mapping_forget(mapping, mapping->base + start, end - start);
+    ndm_i_mapping_forget(mapping, mapping->base + start, end - start, false);
     ndm_i_mapping_populate(mapping->base + start, end - start);
 }
 

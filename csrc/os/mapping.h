@@ -13,8 +13,11 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* Every write is cut at multiples of it, so no folio is larger: see grains.h. */
+/* Writes are cut at multiples of it, so no folio is larger, but for those of large values: these have up to 2 MiB, which one
+ * entry of the page table maps. See grains.h. */
 #define NDM_I_GRAIN ((uint64_t)512 << 10)
+#define NDM_I_DOUBLE (2 * NDM_I_GRAIN)
+#define NDM_I_HUGE (4 * NDM_I_GRAIN)
 
 typedef struct ndm_i_mapping {
     uint8_t *base;
@@ -52,10 +55,10 @@ static inline bool ndm_i_mapping_unref_shared(ndm_i_mapping *mapping)
  * cuts one in two (vm.max_map_count). What is refused is kept, and tried again whenever something else was unmapped, or is mapped. */
 void ndm_i_mapping_unref(ndm_i_mapping *mapping);
 
-/* The pages of the range leave this process's RSS, with what a fault there has mapped besides: all of its grains. Their
- * contents stay in the page cache, and views of them still work. Any thread that holds the mapping, which is of a whole
- * file. */
-void ndm_i_mapping_forget(const ndm_i_mapping *mapping, const void *address, uint64_t size);
+/* The pages of the range leave this process's RSS, with what a fault there has mapped besides: all of its grains; if `wide`,
+ * all of the 2 MiB they lie in. Their contents stay in the page cache, and views of them still work. Any thread that holds
+ * the mapping, which is of a whole file. */
+void ndm_i_mapping_forget(const ndm_i_mapping *mapping, const void *address, uint64_t size, bool wide);
 
 /* Read the range from disk in one go, if it is not in RAM. */
 void ndm_i_mapping_fetch(const void *address, uint64_t size);

@@ -284,9 +284,11 @@ int ndm_i_pin(ndm_region *region, uint32_t extent, ndm_i_mapping *mapping, const
               bool writable)
 {
     /* A private mapping goes with its view: nothing is left to be forgotten. */
-    const bool forgets = mapping == region->data.mapping &&
-                         ndm_i_store_forgets(&region->store, (uint64_t)((const uint8_t *)address - mapping->base), size);
-    return ndm_i_pins_add(&region->home, extent, mapping, address, forgets ? size : 0, writable)
+    bool wide = false;
+    const bool forgets =
+        mapping == region->data.mapping &&
+        ndm_i_store_forgets(&region->store, (uint64_t)((const uint8_t *)address - mapping->base), size, &wide);
+    return ndm_i_pins_add(&region->home, extent, mapping, address, forgets ? size : 0, wide, writable)
                ? NDM_OK
                : ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
 }

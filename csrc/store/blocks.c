@@ -31,10 +31,14 @@ void ndm_i_blocks_ahead(ndm_i_store *store, uint64_t end)
 
 int ndm_i_blocks_of_grain(ndm_i_store *store, uint64_t grain)
 {
-    const uint64_t start = grain * GRAIN, end = ndm_i_min(start + GRAIN, store->file->capacity);
+    uint64_t start = grain * GRAIN, end = ndm_i_min(start + GRAIN, store->file->capacity);
     const uint8_t state = ndm_i_grain_state(&store->grains, grain);
     if (state >= NDM_I_READY || (state == NDM_I_EMPTY && end <= store->allocated))
         return 0;
+    if (ndm_i_grains_are_wide(&store->grains, grain)) { /* with all that may share its folio */
+        start = ndm_i_round_down(start, NDM_I_HUGE);
+        end = ndm_i_min(start + NDM_I_HUGE, store->file->capacity);
+    }
     int refused = ndm_i_file_allocate(store->file, start, end);
     if (!refused && !store->file->can_allocate)
         return EOPNOTSUPP;

@@ -8,7 +8,7 @@
  * there. */
 void ndm_i_blocks_ahead(ndm_i_store *store, uint64_t end);
 
-/* Give a grain all its blocks. 0 or errno. */
+/* Give a grain all its blocks, and all that may share a folio with it. 0 or errno. */
 int ndm_i_blocks_of_grain(ndm_i_store *store, uint64_t grain);
 
 #endif

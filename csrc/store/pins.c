@@ -26,6 +26,7 @@ struct ndm_i_entry {
     uint32_t extent; /* VIEW for a view */
     bool orphan;     /* pin: freed by the owner */
     bool writable;   /* pin: counted in home->writable */
+    bool wide;       /* view: all of its 2 MiB leave the RSS with it */
 };
 
 struct table {
@@ -189,7 +190,7 @@ void ndm_i_home_leave(ndm_i_home *home)
 }
 
 bool ndm_i_pins_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, const void *address, uint64_t forget,
-                     bool writable)
+                    bool wide, bool writable)
 {
     struct table *table = table_here();
     if (!table)
@@ -202,7 +203,7 @@ bool ndm_i_pins_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, c
     } else if ((added = fill_spares(table, 2))) {
         struct ndm_i_entry *view = take_spare(table);
         *view = (struct ndm_i_entry){
-            .where = address, .forget = forget, .count = 1, .mapping = mapping, .extent = VIEW};
+            .where = address, .forget = forget, .count = 1, .mapping = mapping, .extent = VIEW, .wide = wide};
         ndm_i_mapping_ref(mapping);
         insert(table, link, view);
         link = find(table, home, extent);
@@ -251,6 +252,7 @@ static inline void pin_ends(struct table *table, struct ndm_i_entry *pin)
 /* What is left to do when a view has left the table, and the lock is free. */
 struct ending {
     uint64_t forget;
+    bool wide;
     ndm_i_mapping *mapping; /* NULL: its use has been dropped */
     ndm_i_home *home;       /* the same */
 };
@@ -265,7 +267,7 @@ static inline void view_ends(struct table *table, struct ndm_i_entry **link, str
     ndm_i_home *home = --pin->count == 0 ? pin->home : NULL;
     if (home)
         pin_ends(table, pin);
-    *ending = (struct ending){.forget = view->forget, .mapping = view->mapping, .home = home};
+    *ending = (struct ending){.forget = view->forget, .wide = view->wide, .mapping = view->mapping, .home = home};
     give_spare(table, view);
     if (ending->forget == 0 && ndm_i_mapping_unref_shared(ending->mapping)) /* what is forgotten has to be there still */
         ending->mapping = NULL;
@@ -295,7 +297,7 @@ bool ndm_i_pins_drop(const void *address, bool may_unmap)
     pthread_mutex_unlock(&table->lock);
 
     if (ending.forget > 0)
-        ndm_i_mapping_forget(ending.mapping, address, ending.forget);
+        ndm_i_mapping_forget(ending.mapping, address, ending.forget, ending.wide);
     if (ending.mapping)
         ndm_i_mapping_unref(ending.mapping);
     if (ending.home)

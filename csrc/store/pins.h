@@ -39,9 +39,10 @@ bool ndm_i_home_init(ndm_i_home *home, void (*last)(ndm_i_home *));
 void ndm_i_home_leave(ndm_i_home *home);
 
 /* Record a view of `extent` at `address` inside `mapping`; `writable` if stores to it reach the file. The pages of the
- * first `forget` bytes leave the process's RSS with the last view at that address. false: no memory. Owner only. */
+ * first `forget` bytes leave the process's RSS with the last view at that address; if `wide`, with all of their 2 MiB. false:
+ * no memory. Owner only. */
 bool ndm_i_pins_add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, const void *address, uint64_t forget,
-                     bool writable);
+                    bool wide, bool writable);
 
 /* End one view. Any thread. false, and nothing is done, if that would unmap memory and `may_unmap` is not set. */
 bool ndm_i_pins_drop(const void *address, bool may_unmap);

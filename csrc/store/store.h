@@ -6,8 +6,8 @@
  *
  * Values of NDM_I_LARGE and more are not mapped unless a view of them lives: they are stored by pwrite, and what a view, or
  * a move, has mapped of them is forgotten after it. Small values are stored and copied out through the mapping. That maps
- * their neighbours, too; where one of these is large, the grain is a stray, and a new stray has the oldest forgotten. A
- * store that keeps things mapped does none of this.
+ * their neighbours, too; where one of these is large, the 2 MiB are a stray, and a new stray has the oldest forgotten. A
+ * store that keeps things mapped does none of this, and treats values below 256 KiB like small ones.
  *
  * Where many threads use a region, what waits for the disk may let others in meanwhile (gate.h): put(), fetch(), load_many()
  * and the other calls that bring grains to RAM. Then the caller holds the extents that it named, and nothing else is as it
@@ -21,7 +21,7 @@
 #include "store/seen.h"
 #include "store/writer.h"
 
-enum { NDM_I_STRAYS = 8 };
+enum { NDM_I_STRAYS = 2 };
 
 typedef struct {
     ndm_i_file *file;
@@ -30,8 +30,9 @@ typedef struct {
     ndm_i_seen *seen;     /* what need not be fetched */
     uint64_t misses;      /* times that something had to be fetched */
     uint64_t allocated;   /* EMPTY grains below have their blocks */
-    uint64_t pwrite_from; /* cold values from this size on go by pwrite; large ones always */
-    uint64_t strays[NDM_I_STRAYS]; /* grains and one; 0: none */
+    uint64_t direct_from; /* values from this size on go by pwrite and pread */
+    uint64_t pwrite_from; /* to a cold place, values from this size on go by pwrite */
+    uint64_t strays[NDM_I_STRAYS]; /* numbers of 2 MiB, and one; 0: none */
     unsigned next_stray;
     uint64_t forget_from; /* pages of values from this size on are forgotten: NDM_I_LARGE, or UINT64_MAX to keep them mapped */
     unsigned unwatched, watched; /* stores to come that are not watched for faults, that are (watch.h) */
@@ -97,11 +98,16 @@ static inline bool ndm_i_store_has_failed(const ndm_i_store *store)
     return atomic_load_explicit(&store->writer.error, memory_order_relaxed) != 0;
 }
 
-/* Does a view of this value have to be forgotten after it? Of a large one, and of a small one in a grain with a large one. */
-static inline bool ndm_i_store_forgets(const ndm_i_store *store, uint64_t offset, uint64_t size)
+/* Does a view of this value have to be forgotten after it? Of a large one, and of a small one in 2 MiB with a large one. If so,
+ * `*wide` says whether its folios may have more than a grain. */
+static inline bool ndm_i_store_forgets(const ndm_i_store *store, uint64_t offset, uint64_t size, bool *wide)
 {
-    return size >= store->forget_from || (ndm_i_grains_hold_large(&store->grains, offset, offset + size) &&
-                                          store->forget_from != UINT64_MAX);
+    if (size < store->forget_from && (store->forget_from == UINT64_MAX ||
+                                      !ndm_i_grains_hold_large(&store->grains, offset, offset + size)))
+        return false;
+    *wide = ndm_i_grains_are_wide(&store->grains, offset / NDM_I_GRAIN) ||
+            ndm_i_grains_are_wide(&store->grains, (offset + size - 1) / NDM_I_GRAIN);
+    return true;
 }
 
 /* Bytes of [offset, end), small, are touched through the mapping: note those of its grains that hold large values, too. */

@@ -4,6 +4,7 @@
 #include "os/bits.h"
 #include "os/bytes.h"
 #include "os/residency.h"
+#include "store/blocks.h"
 
 #define GRAIN NDM_I_GRAIN
 
@@ -20,11 +21,10 @@ static void fetch_grain(ndm_i_store *store, uint64_t grain)
 static bool bring_back(ndm_i_store *store, uint64_t grain)
 {
     ndm_i_file *file = store->file;
-    const uint64_t start = grain * GRAIN, end = ndm_i_min(start + GRAIN, file->capacity);
+    const uint64_t end = ndm_i_min((grain + 1) * GRAIN, file->capacity);
     if (!file->keeps_blocks || ndm_i_file_size(file) < end)
         return false;
-    if (ndm_i_grain_state(&store->grains, grain) == NDM_I_PARTIAL &&
-        (ndm_i_file_allocate(file, start, end) != 0 || !file->can_allocate))
+    if (ndm_i_blocks_of_grain(store, grain) != 0)
         return false;
     fetch_grain(store, grain);
     ndm_i_writer_lock(&store->writer); /* the thread may be dropping it: then its pages come back one by one */

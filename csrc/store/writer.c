@@ -118,7 +118,7 @@ void ndm_i_writer_forget(ndm_i_writer *writer, uint64_t first, uint64_t last)
         assert(!is_queued(writer, grain) || writer->resident > 0);
         if (is_queued(writer, grain))
             writer->resident--; /* its entry is stale now, and will be skipped */
-        ndm_i_grain_unmark(writer->grains, grain, UINT8_MAX);
+        ndm_i_grain_unmark(writer->grains, grain, NDM_I_QUEUED | NDM_I_RECENT);
     }
 }
 
@@ -176,12 +176,15 @@ static void drop(ndm_i_writer *writer, uint64_t stop)
 {
     uint64_t first = 0;
     spare_recent(writer, stop);
-    const uint64_t count = take_run(writer, &writer->head, stop, DROP, &first);
+    uint64_t count = take_run(writer, &writer->head, stop, DROP, &first), last = first + count;
     if (writer->kicked < writer->head)
         writer->kicked = writer->head;
     if (count == 0)
         return;
-    for (uint64_t grain = first; grain < first + count; grain++) {
+    ndm_i_grains_widen(writer->grains, &first, &last, ndm_i_grains_end(writer->file->capacity));
+    count = 0;
+    for (uint64_t grain = first; grain < last; grain++) {
+        count += is_queued(writer, grain); /* of those besides the run the entries are stale now */
         ndm_i_grain_unmark(writer->grains, grain, NDM_I_QUEUED);
         if (ndm_i_grain_state(writer->grains, grain) >= NDM_I_READY)
             ndm_i_grain_set_state(writer->grains, grain, NDM_I_DROPPED);
@@ -192,7 +195,7 @@ static void drop(ndm_i_writer *writer, uint64_t stop)
     atomic_store(&writer->looking, mapping);
     ndm_i_fork_let();
     const uint64_t start = first * GRAIN;
-    const uint64_t end = ndm_i_min((first + count) * GRAIN, writer->file->capacity);
+    const uint64_t end = ndm_i_min(last * GRAIN, writer->file->capacity);
     pthread_mutex_unlock(&writer->lock);
     pthread_mutex_lock(&writer->disk);
     int refused = end > start ? ndm_i_file_write_back(writer->file, start, end, true) : 0;
@@ -206,7 +209,7 @@ static void drop(ndm_i_writer *writer, uint64_t stop)
     ndm_i_mapping_unref(mapping);
     ndm_i_fork_let();
     pthread_mutex_lock(&writer->lock);
-    for (uint64_t grain = first; refused && grain < first + count; grain++) /* what did not reach the disk stays */
+    for (uint64_t grain = first; refused && grain < last; grain++) /* what did not reach the disk stays */
         if (!is_queued(writer, grain) && push(writer, grain))
             writer->resident++;
     assert(writer->resident >= count && writer->head <= writer->kicked && writer->kicked <= writer->tail);

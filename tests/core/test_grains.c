@@ -37,14 +37,14 @@ static void test_states(void)
 
 static void test_marks(void)
 {
-    static const uint8_t marks[] = {NDM_I_QUEUED, NDM_I_RECENT};
+    static const uint8_t marks[] = {NDM_I_QUEUED, NDM_I_RECENT, NDM_I_WIDE};
     ndm_i_grains grains;
     start(&grains);
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 3; i++) {
         CHECK(!ndm_i_grain_is(&grains, 3, marks[i]));
         ndm_i_grain_mark(&grains, 3, marks[i]);
         ndm_i_grain_mark(&grains, 3, marks[i]);
-        for (int k = 0; k < 2; k++)
+        for (int k = 0; k < 3; k++)
             CHECK(ndm_i_grain_is(&grains, 3, marks[k]) == (k <= i));
     }
     CHECK(!ndm_i_grain_is(&grains, 2, UINT8_MAX) && !ndm_i_grain_is(&grains, 4, UINT8_MAX));
@@ -63,7 +63,7 @@ static void test_reserve(void)
     start(&grains);
     for (uint64_t grain = 0; grain < COUNT; grain++) {
         ndm_i_grain_set_state(&grains, grain, (uint8_t)(grain % 6));
-        ndm_i_grain_mark(&grains, grain, (uint8_t)(grain % 4));
+        ndm_i_grain_mark(&grains, grain, (uint8_t)(grain % 8));
     }
     const _Atomic uint8_t *before = grains.states;
     CHECK(ndm_i_grains_reserve(&grains, 0) && ndm_i_grains_reserve(&grains, COUNT));
@@ -72,7 +72,7 @@ static void test_reserve(void)
         CHECK(ndm_i_grains_reserve(&grains, room) && grains.room == room);
         for (uint64_t grain = 0; grain < room; grain++) {
             CHECK(ndm_i_grain_state(&grains, grain) == (grain < COUNT ? grain % 6 : NDM_I_EMPTY));
-            for (int bit = 0; bit < 2; bit++)
+            for (int bit = 0; bit < 3; bit++)
                 CHECK(ndm_i_grain_is(&grains, grain, (uint8_t)(1 << bit)) == (grain < COUNT && (grain >> bit & 1)));
         }
     }
@@ -159,7 +159,7 @@ static void test_damage(void)
         atomic_store(&grains.states[grain], NDM_I_EMPTY);
         for (unsigned marks = 0; marks <= UINT8_MAX; marks++) {
             atomic_store(&grains.marks[grain], (uint8_t)marks);
-            CHECK(ndm_i_grains_check(&grains, capacity) == (marks > 3));
+            CHECK(ndm_i_grains_check(&grains, capacity) == (marks > 7));
         }
         atomic_store(&grains.marks[grain], 0);
     }
@@ -174,6 +174,59 @@ static void test_damage(void)
     stop(&grains);
 }
 
+/* Grains 4 to 7 share a huge folio; 8 and 9 may, with what lies past the end. */
+static void test_wide(void)
+{
+    ndm_i_grains grains;
+    start(&grains);
+    for (uint64_t grain = 0; grain < COUNT; grain++)
+        ndm_i_grain_set_state(&grains, grain, grain % 2 ? NDM_I_READY : NDM_I_DROPPED);
+    for (uint64_t grain = 5; grain < 8; grain++) /* one of them lost its mark */
+        ndm_i_grain_mark(&grains, grain, NDM_I_WIDE);
+    ndm_i_grain_mark(&grains, 9, NDM_I_WIDE);
+    for (uint64_t grain = 0; grain < COUNT; grain++)
+        CHECK(ndm_i_grains_are_wide(&grains, grain) == (grain >= 4));
+    static const uint64_t ranges[][4] = {{0, 3, 0, 3}, {1, 5, 1, 8}, {5, 6, 4, 8}, {7, 9, 4, COUNT}, {3, 10, 3, COUNT}, {6, 6, 6, 6}};
+    for (unsigned i = 0; i < sizeof ranges / sizeof *ranges; i++) {
+        uint64_t first = ranges[i][0], last = ranges[i][1];
+        ndm_i_grains_widen(&grains, &first, &last, COUNT);
+        CHECK(first == ranges[i][2] && last == ranges[i][3]);
+    }
+    ndm_i_grains_doubt(&grains, 6, 7);
+    for (uint64_t grain = 0; grain < COUNT; grain++)
+        CHECK(ndm_i_grain_state(&grains, grain) ==
+              ((grain >= 4 && grain < 8) ? NDM_I_PARTIAL : grain % 2 ? NDM_I_READY : NDM_I_DROPPED));
+    ndm_i_grains_doubt(&grains, 0, 4); /* others' blocks are nothing to them */
+    CHECK(ndm_i_grain_state(&grains, 9) == NDM_I_READY);
+    stop(&grains);
+    start(&grains); /* what was adopted may have folios of any size */
+    ndm_i_grains_adopt(&grains, GRAIN, GRAIN);
+    ndm_i_grains_adopt_rest(&grains, 2 * GRAIN);
+    CHECK(!ndm_i_grains_are_wide(&grains, 1));
+    grains.huge_folios = true;
+    ndm_i_grains_adopt(&grains, GRAIN, GRAIN);
+    CHECK(ndm_i_grains_are_wide(&grains, 0) && ndm_i_grain_is(&grains, 1, NDM_I_WIDE));
+    ndm_i_grains_adopt_rest(&grains, 2 * GRAIN);
+    CHECK(ndm_i_grain_is(&grains, 0, NDM_I_WIDE) && !ndm_i_grains_are_wide(&grains, 4));
+    stop(&grains);
+}
+
+/* Large values are counted in each 2 MiB that they touch, small ones nowhere. */
+static void test_large(void)
+{
+    ndm_i_grains grains;
+    start(&grains);
+    ndm_i_grains_count_large(&grains, 0, NDM_I_LARGE - 1, 1);
+    CHECK(grains.large_values == 0 && !ndm_i_grains_hold_large(&grains, 0, 1));
+    ndm_i_grains_count_large(&grains, NDM_I_HUGE - 1, NDM_I_HUGE + 1, 1);
+    CHECK(grains.large_values == 1 && grains.large[0] == 1 && grains.large[1] == 1 && grains.large[2] == 0);
+    CHECK(ndm_i_grains_hold_large(&grains, 0, 1) && !ndm_i_grains_hold_large(&grains, 2 * NDM_I_HUGE, 2 * NDM_I_HUGE + 1));
+    CHECK(ndm_i_grains_hold_large(&grains, 2 * NDM_I_HUGE - 1, 2 * NDM_I_HUGE + 1));
+    ndm_i_grains_count_large(&grains, NDM_I_HUGE - 1, NDM_I_HUGE + 1, -1);
+    CHECK(grains.large_values == 0 && ndm_i_grains_check(&grains, COUNT * GRAIN) == 0);
+    stop(&grains);
+}
+
 int main(void)
 {
     test_states();
@@ -183,6 +236,8 @@ int main(void)
     test_ends();
     test_questions();
     test_damage();
-    puts("grains: states, marks, reserve, adopt, ends, questions, damage: ok");
+    test_wide();
+    test_large();
+    puts("grains: states, marks, reserve, adopt, ends, questions, damage, wide, large: ok");
     return 0;
 }

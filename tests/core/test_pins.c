@@ -12,7 +12,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-enum { LENGTH = 1 << 21 };
+enum { LENGTH = 1 << 24 };
 
 static _Atomic int ended; /* homes whose last user has left */
 static int fd;
@@ -47,7 +47,7 @@ static uint64_t check(ndm_i_home *home) { return ndm_i_pins_check(home, all_soun
 
 static void add(ndm_i_home *home, uint32_t extent, ndm_i_mapping *mapping, uint64_t offset, bool writable)
 {
-    CHECK(ndm_i_pins_add(home, extent, mapping, mapping->base + offset, 0, writable));
+    CHECK(ndm_i_pins_add(home, extent, mapping, mapping->base + offset, 0, true, writable));
     CHECK(ndm_i_pins_any(home) && ndm_i_pins_pinned(home, extent) && check(home) == 0);
 }
 
@@ -164,8 +164,8 @@ static void test_may_unmap(void)
     ndm_i_mapping *mapping = map(), *own = map();
     start(&home);
     add(&home, 1, mapping, 0, false);
-    CHECK(ndm_i_pins_add(&home, 2, mapping, mapping->base + 65536, 65536, false));
-    CHECK(ndm_i_pins_add(&home, 2, mapping, mapping->base + 65536, 65536, false));
+    CHECK(ndm_i_pins_add(&home, 2, mapping, mapping->base + 65536, 65536, true, false));
+    CHECK(ndm_i_pins_add(&home, 2, mapping, mapping->base + 65536, 65536, true, false));
     add(&home, 3, own, 0, false);
     ndm_i_mapping_unref(own); /* the view alone holds it */
     CHECK(ndm_i_pins_drop(mapping->base + 65536, false));
@@ -182,10 +182,10 @@ static void test_may_unmap(void)
 }
 
 /* The pages leave the RSS with the last view at that address; so do those that its faults map besides, and no others. */
-static void test_forget(void)
+static void forget(bool wide)
 {
     ndm_i_home home;
-    const uint64_t window = NDM_I_GRAIN;
+    const uint64_t window = wide ? NDM_I_HUGE : NDM_I_GRAIN;
     CHECK(ftruncate(fd, LENGTH) == 0);
     ndm_i_mapping *private = ndm_i_mapping_new(fd, LENGTH);
     CHECK(private);
@@ -195,21 +195,27 @@ static void test_forget(void)
           private->base);
     memset(private->base, 7, LENGTH);
     for (int i = 0; i < 2; i++)
-        CHECK(ndm_i_pins_add(&home, 1, private, private->base + 2 * window - 1, 2, false));
+        CHECK(ndm_i_pins_add(&home, 1, private, private->base + 2 * window - 1, 2, wide, false));
     drop(private, 2 * window - 1);
     CHECK(private->base[window] == 7);
     drop(private, 2 * window - 1);
-    for (uint64_t at = 0; at < LENGTH; at += window) { /* it lies in two grains */
+    for (uint64_t at = 0; at < LENGTH; at += window) { /* it lies in two of them */
         const uint8_t is = at == window || at == 2 * window ? 0 : 7;
         CHECK(private->base[at] == is && private->base[at + window - 1] == is);
     }
     /* Never past the end of the mapping. */
-    CHECK(ndm_i_pins_add(&home, 1, private, private->base + LENGTH - 1, 1, false));
+    CHECK(ndm_i_pins_add(&home, 1, private, private->base + LENGTH - 1, 1, wide, false));
     drop(private, LENGTH - 1);
     CHECK(private->base[LENGTH - window] == 0 && private->base[0] == 7);
     ndm_i_home_leave(&home);
     ndm_i_mapping_unref(private);
     CHECK(ftruncate(fd, 0) == 0);
+}
+
+static void test_forget(void)
+{
+    forget(false);
+    forget(true);
 }
 
 /* More pins than the table has room for at first. */
@@ -220,7 +226,7 @@ static void test_many(void)
     ndm_i_mapping *mapping = map();
     start(&home);
     for (uint32_t i = 0; i < MANY; i++)
-        CHECK(ndm_i_pins_add(&home, i, mapping, mapping->base + i * 64, 0, i % 2));
+        CHECK(ndm_i_pins_add(&home, i, mapping, mapping->base + i * 64, 0, true, i % 2));
     CHECK(atomic_load(&home.users) == MANY + 1 && atomic_load(&home.writable) == MANY / 2 && check(&home) == 0);
     for (uint32_t i = 0; i < MANY; i += 3)
         CHECK(ndm_i_pins_orphan(&home, i));
@@ -285,7 +291,7 @@ static void test_threads(void)
             uint8_t *view = mapping->base + (number % 20000) * 64;
             if (atomic_load(&handed[i]))
                 continue;
-            CHECK(ndm_i_pins_add(&home, number, mapping, view, 0, number % 5 == 0));
+            CHECK(ndm_i_pins_add(&home, number, mapping, view, 0, true, number % 5 == 0));
             atomic_store(&handed[i], view);
             handed_out++;
             orphaned += number % 2 && ndm_i_pins_orphan(&home, number);
@@ -321,7 +327,7 @@ static void test_last(void)
         start(&home);
         atomic_store(&done, true);
         for (size_t i = 0; i < THREADS * EACH; i++) {
-            CHECK(ndm_i_pins_add(&home, (uint32_t)i, mapping, mapping->base + i * 64, 0, false));
+            CHECK(ndm_i_pins_add(&home, (uint32_t)i, mapping, mapping->base + i * 64, 0, true, false));
             atomic_store(&handed[i], mapping->base + i * 64);
         }
         for (size_t i = 0; i < THREADS; i++) {
@@ -356,7 +362,7 @@ static void test_fork(void)
         CHECK(atomic_load(&home.users) == 2 && ndm_i_pins_pinned(&home, 1));
         CHECK(ndm_i_pins_drop(mapping->base, true) && atomic_load(&home.users) == 1 && !ndm_i_pins_any(&home));
         CHECK(ndm_i_home_init(&own, on_last));
-        CHECK(ndm_i_pins_add(&own, 1, mapping, mapping->base, 0, false) && ndm_i_pins_pinned(&own, 1));
+        CHECK(ndm_i_pins_add(&own, 1, mapping, mapping->base, 0, true, false) && ndm_i_pins_pinned(&own, 1));
         CHECK(check(&own) == 0);
         CHECK(ndm_i_pins_drop(mapping->base, true) && !ndm_i_pins_any(&own));
         CHECK(write(done_well[1], "x", 1) == 1);

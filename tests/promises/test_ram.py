@@ -29,7 +29,8 @@ Open = Callable[..., OverflowRegion]
 
 PAGE = os.sysconf("SC_PAGESIZE")
 KIB, MIB = 1 << 10, 1 << 20
-GRAIN = 512 * KIB  # no folio is larger
+GRAIN = 512 * KIB  # no folio is larger,
+HUGE = 2 * MIB  # but of large values
 LEAST_LIMIT = 4 * MIB  # a smaller limit is taken for this
 SLACK = 4 * MIB  # what may lie above the limit while the writer is at work: one kick, and a value
 
@@ -210,12 +211,13 @@ def test_pinned_values_stay_and_the_rest_leaves(mount: Mount, new: Open, kind: s
     assert all(view == numbered(slots.index(slot), size) for slot, view in views.items())
     region.evict()
     assert all(in_ram(region, slot) >= size for slot in pinned)
-    grains = {
-        grain
+    folio = HUGE if size >= MIB else GRAIN  # no folio reaches beyond it
+    folios = {
+        number
         for facts in map(region.slot, pinned)
-        for grain in range(facts.offset // GRAIN, (facts.offset + facts.size - 1) // GRAIN + 1)
+        for number in range(facts.offset // folio, (facts.offset + facts.size - 1) // folio + 1)
     }
-    assert region.stats().resident_bytes <= len(grains) * GRAIN  # no folio reaches beyond its grain
+    assert region.stats().resident_bytes <= len(folios) * folio
     assert all(view == numbered(slots.index(slot), size) for slot, view in views.items())
     assert all(region.read(slot) == numbered(number, size) for number, slot in enumerate(slots))
     views.clear()
