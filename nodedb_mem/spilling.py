@@ -1,7 +1,6 @@
 """`SpillMapping`: a mapping that keeps to a budget of RAM, and moves what is coldest to a region.
 
-Threads: a hit takes no lock. All else is done by one thread at a time, which adopts the region, and releases it
-afterwards. How values move is told in `nodedb_mem._tiers`.
+Threads: a hit takes no lock. All else is done by one thread at a time. How values move is told in `nodedb_mem._tiers`.
 """
 
 from __future__ import annotations
@@ -111,8 +110,8 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
             initial_capacity=min(DEFAULT_INITIAL_CAPACITY, ceiling),
             max_capacity=ceiling,
             cache_limit=_ANY_SIZE if cache_limit is None else cache_limit,
+            ownership="process",
         )
-        region.release_ownership()
         self._lock = threading.RLock()
         self._process = os.getpid()
         self._entries: dict[K, Entry] = {}
@@ -464,7 +463,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
 
 
 class _Session:
-    """What one thread does, with the lock of the mapping; the region goes with it."""
+    """What one thread does, with the lock of the mapping."""
 
     __slots__ = ("entries", "lock", "tiers")
 
@@ -484,7 +483,6 @@ class _Session:
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if kind is None and self.tiers.transit is None:
             self.tiers.unsettled = False
-        self.tiers.release()
 
 
 def _checked(budget: int) -> int:
