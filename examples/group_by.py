@@ -16,6 +16,7 @@ import json
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,7 +36,12 @@ def flights(copies: int) -> Iterator[pd.DataFrame]:
     assert spec is not None and spec.origin is not None
     file = Path(spec.origin).parent / "data" / "flights.csv.zip"
     for copy in range(copies):
-        with pd.read_csv(file, usecols=KEYS + NUMBERS, chunksize=ROWS) as chunks:
+        # Given its path, pandas would unpack the whole file at once.
+        with (
+            zipfile.ZipFile(file) as packed,
+            packed.open("flights.csv") as table,
+            pd.read_csv(table, usecols=KEYS + NUMBERS, chunksize=ROWS) as chunks,
+        ):
             for chunk in chunks:
                 chunk[NUMBERS] = chunk[NUMBERS].astype("float64")
                 chunk["day"] += 31 * copy
@@ -62,6 +68,7 @@ def group_by(copies: int, budget: int, directory: str) -> tuple[pd.DataFrame, di
                 pieces[int(partition), counts[int(partition)]] = rows.copy()  # rows are a view of all groups
                 counts[int(partition)] += 1
                 del rows
+        pieces.set_budget(budget * 3 // 4)  # the rest is for the partition that is merged
         for partition, count in enumerate(counts):
             found.append(summary(pd.concat([pieces.pop((partition, number)) for number in range(count)])))
         stats = pieces.stats()

@@ -307,6 +307,11 @@ class Memory:
         return _count(self._managed) > self._references
 
 
+def is_referred_to(box: list[Any], known: int = 0) -> bool:
+    """Whether others refer to the value itself; `box` and `known` as `holders` has them."""
+    return not is_atom(box[0]) and _count(box[0]) > _OF_LIST + known
+
+
 def holders(box: list[Any], known: int = 0, *, memory: Memory | None = None, view: object = None) -> Held:
     """Tell what others hold of a value.
 
@@ -325,7 +330,7 @@ def holders(box: list[Any], known: int = 0, *, memory: Memory | None = None, vie
         return _NOT_HELD
     own_memory = memory is not None and not memory.has_new_views()
     if is_plain_array(box[0]):
-        if _count(box[0]) > _OF_LIST + known:
+        if is_referred_to(box, known):
             return Held(True, [], [])
         if view is not None and box[0].base is view:
             return Held(True, [], []) if _count_argument(view) > _OF_VIEW else _NOT_HELD

