@@ -72,10 +72,31 @@ def put(region: OverflowRegion, key: object, encoded: Encoded, engine: int) -> S
     return Stored(slot, encoded.size, encoded.copied, head)
 
 
+class ReplacedError(Exception):
+    """Another thread has freed a slot before it was read."""
+
+
 def get(
-    region: OverflowRegion, stored: Stored, kept: Sequence[object] = (), *, may_map: bool = True
+    region: OverflowRegion,
+    stored: Stored,
+    kept: Sequence[object] = (),
+    *,
+    may_map: bool = True,
+    is_current: Callable[[], bool] | None = None,
 ) -> tuple[Any, Buffer | None, Memory | None]:
     """Read an object. Its buffers are writable, and its own: the stored bytes never change.
+
+    Parameters
+    ----------
+    may_map
+        Whether it may come back on a mapping of its own.
+    is_current
+        Whether the slot is still the object's; asked when its bytes can change no more, and before they are looked at.
+
+    Raises
+    ------
+    ReplacedError
+        It is not.
 
     Returns
     -------
@@ -88,7 +109,9 @@ def get(
     """
     slot, size, copied, head = stored
     if copied:
-        return decode(region.read(slot) if size > _SMALL else region.read_bytes(slot), kept=kept), None, None
+        data = region.read(slot) if size > _SMALL else region.read_bytes(slot)
+        _refuse_replaced(is_current)
+        return decode(data, kept=kept), None, None
     if size > _COPIED and may_map:
         try:
             view = region.restore(slot)
@@ -96,6 +119,7 @@ def get(
             if error.errno != errno.ENOMEM:
                 raise
         else:
+            _refuse_replaced(is_current)
             value = load(split(view, head), kept)
             if is_plain_array(value) and value.base is view.obj:
                 return value, view.obj, None
@@ -104,7 +128,13 @@ def get(
     start = -_memory.address_of(room) % ALIGNMENT
     view = memoryview(room)[start : start + size]
     region.read_into(slot, view)
+    _refuse_replaced(is_current)
     return decode(view, kept=kept), None, Memory(view)
+
+
+def _refuse_replaced(is_current: Callable[[], bool] | None) -> None:
+    if is_current is not None and not is_current():
+        raise ReplacedError
 
 
 def is_unchanged(

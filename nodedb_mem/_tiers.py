@@ -8,7 +8,7 @@ its key, and the holder would keep it in RAM anyway. Such a value counts as just
 turn comes. What is inside of a value and still held by others then, say a configuration that many values share, stays
 in RAM as it is, and the value goes out without it.
 
-All of this is for one thread at a time, which owns the region. Other threads may take the value of a hot entry
+All of this is for one thread at a time. Other threads may take the value of a hot entry
 meanwhile: it is taken off the entry before anyone looks who holds it.
 """
 
@@ -94,8 +94,7 @@ class Tiers:
     """Which entries are hot, and how they move."""
 
     def __init__(self, region: OverflowRegion, engine: int, weigh: Callable[[Any], int]) -> None:
-        self._region = region
-        self.owned = False  # by this thread, until `release`
+        self.region = region
         self.closed = False
         self.engine = engine
         self.weigh = weigh
@@ -112,20 +111,6 @@ class Tiers:
         self.bytes_written = self.bytes_read = self.passed_over = self.failures = 0
         self.write_seconds = self.read_seconds = 0.0
 
-    @property
-    def region(self) -> OverflowRegion:
-        """The region, owned by this thread from here on."""
-        if not self.owned:
-            self._region.adopt()
-            self.owned = True
-        return self._region
-
-    def release(self) -> None:
-        """Let another thread have the region."""
-        if self.owned:
-            self.owned = False
-            self._region.release_ownership()
-
     def abandon(self) -> None:
         """Let go of what no collector sees: descriptors and reservations."""
         self.pages.close()
@@ -140,7 +125,6 @@ class Tiers:
         self.by_value.clear()
         self.sharers.clear()
         self.region.close()
-        self.owned = False
         self.closed = True
 
     def mend(self, entries: Mapping[Any, Entry]) -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import threading
 from collections.abc import Iterable, Mapping, MutableMapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from nodedb_mem._governed import engine_number
 from nodedb_mem._stored import Stored, alignment_of, encode_for, get, put
 from nodedb_mem.codec import decode
 from nodedb_mem.engine import EngineId
-from nodedb_mem.errors import CapacityExceededError, RegionError, RegionIOError
+from nodedb_mem.errors import CapacityExceededError, InvalidSlotError, RegionError, RegionIOError, WrongThreadError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -32,8 +36,10 @@ class OverflowMap(MutableMapping[K, V]):
     aligned, whose stored bytes never change. To keep a change, assign the value again. Replacing or deleting a key
     leaves what came from it as it is.
 
-    The keys stay in RAM, as in a dict, and so does the order of insertion. All verbs that touch values are for the
-    region's owner: `WrongThreadError` elsewhere. The map does not close the region. `clear` frees its slots.
+    The keys stay in RAM, as in a dict, and so does the order of insertion. The map does not close the region. `clear`
+    frees its slots. All verbs that touch values are for the region's owner: `WrongThreadError` elsewhere. With a region
+    of ``ownership="process"`` every thread of the process may use the map. A thread that waits for the disk does not
+    hold up the others.
 
     Parameters
     ----------
@@ -45,13 +51,16 @@ class OverflowMap(MutableMapping[K, V]):
     Raises
     ------
     ValueError
-        The region's alignment is less than 64 bytes.
+        The region's alignment is less than 64 bytes, or the engine is not 0 to 255.
     """
 
     def __init__(self, region: OverflowRegion, *, engine: int = EngineId.QUERY) -> None:
         self._alignment = alignment_of(region)
+        engine_number(engine)
         self._engine = engine
         self._slots: dict[K, Stored] = {}
+        self._lock = threading.Lock()  # of whoever frees slots
+        self._process = os.getpid()
         self.region = region
 
     def __getitem__(self, key: K) -> V:
@@ -66,8 +75,15 @@ class OverflowMap(MutableMapping[K, V]):
         RegionError
             As `OverflowRegion.restore` raises.
         """
-        value: V = get(self.region, self._slots[key])[0]
-        return value
+        while True:
+            stored = self._slots[key]
+            try:
+                value: V = get(self.region, stored, is_current=lambda: self._slots.get(key) is stored)[0]  # noqa: B023
+            except Exception:
+                if self._slots.get(key) is stored:
+                    raise
+            else:
+                return value
 
     def __setitem__(self, key: K, value: V) -> None:
         """Store an object; nothing has changed where that fails.
@@ -84,9 +100,14 @@ class OverflowMap(MutableMapping[K, V]):
         self._replace(key, put(self.region, key, encoded, self._engine))
 
     def __delitem__(self, key: K) -> None:
-        """Free a value. What came from it stays as it is."""
-        self.region.free(self._slots[key].slot)
-        del self._slots[key]
+        """Free a value. What came from it stays as it is. A key whose value cannot be freed is the last one then."""
+        with self._freeing():
+            stored = self._slots.pop(key)
+            try:
+                self.region.free(stored.slot)
+            except RegionError:
+                self._slots[key] = stored
+                raise
 
     def get_many(self, keys: Iterable[K]) -> list[V]:
         """Make many objects, in the order of the keys. Small ones that hold no buffers are read in one call.
@@ -96,14 +117,21 @@ class OverflowMap(MutableMapping[K, V]):
         KeyError
             One of the keys is missing.
         """
-        wanted = [self._slots[key] for key in keys]
-        plain = [number for number, stored in enumerate(wanted) if stored.copied]
-        views = dict(zip(plain, self.region.read_many([wanted[number].slot for number in plain]), strict=True))
-        found: list[Any] = []
-        for number, stored in enumerate(wanted):
+        wanted = [(key, self._slots[key]) for key in keys]
+        plain = [number for number, (_, stored) in enumerate(wanted) if stored.copied]
+        views: dict[int, memoryview] = {}
+        try:
+            found = self.region.read_many([wanted[number][1].slot for number in plain])
+            views = dict(zip(plain, found, strict=True))
+        except InvalidSlotError:  # another thread has freed one of them
+            if all(self._slots.get(key) is stored for key, stored in wanted):
+                raise
+        values: list[Any] = []
+        for number, (key, stored) in enumerate(wanted):
             view = views.pop(number, None)
-            found.append(get(self.region, stored)[0] if view is None else decode(view))
-        return found
+            current = view is not None and self._slots.get(key) is stored
+            values.append(decode(view) if view is not None and current else self[key])
+        return values
 
     def update(self, other: Any = (), /, **more: Any) -> None:
         """Store many objects, as a dict's update does. Small ones are written in one call, a thousand at a time.
@@ -127,14 +155,30 @@ class OverflowMap(MutableMapping[K, V]):
 
     def popitem(self) -> tuple[K, V]:
         """Remove and give the pair that was inserted last. KeyError if there is none."""
-        for key in reversed(self._slots):
-            return key, self.pop(key)
+        while self._slots:
+            with suppress(KeyError, StopIteration):  # another thread has removed it meanwhile
+                key = next(reversed(self._slots))
+                return key, self.pop(key)
         raise KeyError("popitem(): the mapping is empty")
 
     def clear(self) -> None:
         """Free all values in one call."""
-        self.region.free_many([stored.slot for stored in self._slots.values()])
-        self._slots.clear()
+        with self._freeing():
+            before = dict(self._slots)
+            self._slots.clear()
+            try:
+                self.region.free_many([stored.slot for stored in before.values()])
+            except RegionError:
+                self._slots.update(before)
+                raise
+
+    async def aget(self, key: K) -> V:
+        """Give a value without keeping the event loop waiting, on a worker thread. Raises as ``[]``."""
+        return await asyncio.to_thread(self.__getitem__, key)
+
+    async def aset(self, key: K, value: V) -> None:
+        """Store a value on a worker thread. Raises as assignment."""
+        await asyncio.to_thread(self.__setitem__, key, value)
 
     def share(self, key: K) -> ObjectRef:
         """Make a reference to a value, for other processes. It is stale once the key is assigned again or deleted.
@@ -146,7 +190,16 @@ class OverflowMap(MutableMapping[K, V]):
         RegionIOError
             As `OverflowRegion.share` raises.
         """
-        return self.region.share_object(self._slots[key].slot)
+        while True:
+            stored = self._slots[key]
+            try:
+                ref = self.region.share_object(stored.slot)
+            except InvalidSlotError:
+                if self._slots.get(key) is stored:
+                    raise
+            else:
+                if self._slots.get(key) is stored:
+                    return ref
 
     def __contains__(self, key: object) -> bool:
         """Tell whether there is such a key."""
@@ -169,16 +222,30 @@ class OverflowMap(MutableMapping[K, V]):
         return f"<{type(self).__name__} of {len(self)} keys in {self.region!r}>"
 
     def _replace(self, key: K, stored: Stored) -> None:
-        """Put a slot in the place of the one before, which is freed."""
-        before = self._slots.get(key)
-        if before is not None:
+        """Put a slot in the place of the one before, which is freed.
+
+        In this order: whoever reads a slot, and finds it under its key afterwards, has read that value.
+        """
+        with self._freeing():
+            before = self._slots.get(key)
+            self._slots[key] = stored
+            if before is None:
+                return
             try:
                 self.region.free(before.slot)
             except RegionError:
+                self._slots[key] = before
                 with suppress(RegionError):
                     self.region.free(stored.slot)
                 raise
-        self._slots[key] = stored
+
+    @contextmanager
+    def _freeing(self) -> Iterator[None]:
+        """Keep others from freeing slots. In a forked child the lock may be held for ever."""
+        if os.getpid() != self._process:
+            raise WrongThreadError("the mapping belongs to the process that made it: this one was forked from it")
+        with self._lock:
+            yield
 
     def _write(self, batch: list[tuple[K, Encoded]]) -> None:
         """Write what was encoded, all or nothing; values that are one buffer go together."""

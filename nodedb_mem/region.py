@@ -68,9 +68,8 @@ class OverflowRegion(RegionConstructors):
         views the same large values again and again, and does not mind the RSS. Values below 256 KiB are then mapped
         once they are written.
     ownership
-        Who may call. "thread" is the thread that opens the region. "process" is every thread of the process. The core
-        lets one of them in at a time, and others while one waits for the disk or copies a large value. A verb that
-        moves values or makes the file grow keeps the others out until it returns.
+        Who may call. "thread" is the thread that opens the region. "process" is every thread of the process: the core
+        lets one in at a time, and others while it waits for the disk or copies a large value, but moves no value.
     recover
         Keep the values of an earlier region under their slots, whether its owner closed it or was killed. References to
         them stay good, and the earlier alignment holds. A value that was being written when the owner died is lost.
@@ -418,12 +417,12 @@ class OverflowRegion(RegionConstructors):
             in a folder whose own path is too long (ENAMETOOLONG).
         """
         slot = index(slot)
-        *_, generation = _memory.slot(self._holder, slot)
+        _memory.slot(self._holder, slot)  # before a leases file is made
         if self._path is not None and not os.path.isabs(self._place):
             message = f"no reader can be led to a file by its relative path: {os.strerror(errno.ENAMETOOLONG)}"
             raise RegionIOError(errno.ENAMETOOLONG, message, self._where[1])
         self._allow_leases()
-        size, known = 0, None
+        known, generation = 0, -1
         while known != generation:  # another thread may have given the slot to another value
             _, size, *_, known = _memory.slot(self._holder, slot)
             *files, generation, incarnation = _memory.share(self._holder, slot)

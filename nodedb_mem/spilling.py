@@ -1,7 +1,6 @@
 """`SpillMapping`: a mapping that keeps to a budget of RAM, and moves what is coldest to a region.
 
-Threads: a hit takes no lock. All else is done by one thread at a time, which adopts the region, and releases it
-afterwards. How values move is told in `nodedb_mem._tiers`.
+Threads: a hit takes no lock. All else is done by one thread at a time. How values move is told in `nodedb_mem._tiers`.
 """
 
 from __future__ import annotations
@@ -15,8 +14,9 @@ import threading
 from collections.abc import MutableMapping
 from contextlib import contextmanager
 from operator import index
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, SupportsIndex, TypeVar
 
+from nodedb_mem._governed import engine_number
 from nodedb_mem._reserving import Account
 from nodedb_mem._sizeof import sizeof
 from nodedb_mem._tiers import COLD, Entry, Tiers
@@ -43,7 +43,6 @@ _log = logging.getLogger(__name__)
 
 _MOST_HELD = 64  # values in use that one insertion passes over on its way to one that can go out
 _PATIENCE = 0.1  # seconds that a governor's question waits for another thread's work
-_ANY_SIZE = (1 << 63) - 1  # as a cache limit: none, but pages that were read leave the RSS
 
 
 class SpillMapping(MutableMapping[K, V], Generic[K, V]):
@@ -79,7 +78,8 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
     UnknownEngineError
         The governor does not know the engine.
     ValueError
-        The budget is negative, or `watch` is set beside a governor, which has a `watch` of its own.
+        The budget is negative, the engine is not 0 to 255, or `watch` is set beside a governor, which has a `watch` of
+        its own.
     ModuleNotFoundError
         `watch` finds no psutil.
 
@@ -102,6 +102,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         weight: Callable[[Any], int] = sizeof,
     ) -> None:
         self._budget = _checked(budget)
+        engine_number(engine)
         self._account = Account(governor, engine, watch=watch)
         folder = tempfile.gettempdir() if directory is None else directory
         ceiling = shutil.disk_usage(folder).total if max_capacity is None else index(max_capacity)
@@ -109,9 +110,9 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
             folder,
             initial_capacity=min(DEFAULT_INITIAL_CAPACITY, ceiling),
             max_capacity=ceiling,
-            cache_limit=_ANY_SIZE if cache_limit is None else cache_limit,
+            cache_limit=cache_limit,
+            ownership="process",
         )
-        region.release_ownership()
         self._lock = threading.RLock()
         self._process = os.getpid()
         self._entries: dict[K, Entry] = {}
@@ -157,7 +158,10 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         Raises
         ------
         TypeError
-            The value has to be pickled to be weighed, and cannot be; the message names the key. Nothing has changed.
+            The value has to be pickled to be weighed, and cannot be, or its weight is no integer; the message names the
+            key. Nothing has changed.
+        ValueError
+            Its weight is negative. Nothing has changed.
         CapacityExceededError, RegionIOError
             Another value was to make room, and found none in the region: it is `key`'s. It stays in RAM, and what was
             assigned is stored.
@@ -276,7 +280,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
             with self._mine():
                 entry.pins -= 1
 
-    def evict(self, what: int | Iterable[K] | None = None) -> int:
+    def evict(self, what: SupportsIndex | Iterable[K] | None = None) -> int:
         """Put values out now, whatever the budget.
 
         Parameters
@@ -300,8 +304,10 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
             raise TypeError("a number of bytes or an iterable of keys is needed")
         with self._mine(), self._session as tiers:
             before = tiers.bytes
-            if what is None or isinstance(what, int):
-                tiers.shrink(0 if what is None else max(0, before - what), len(tiers.hot))
+            if what is None:
+                tiers.shrink(0, len(tiers.hot))
+            elif hasattr(what, "__index__"):
+                tiers.shrink(max(0, before - index(what)), len(tiers.hot))  # type: ignore[arg-type]
             else:
                 for entry in [self._entries[key] for key in what]:
                     if entry in tiers.hot and not entry.pins:
@@ -326,12 +332,8 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
             tiers = self._tiers
             in_ram = sum(len(entry.keys) for entry in self._entries.values() if entry.value is not COLD)
             counted = {name: getattr(tiers, name) for name in SpillStats.__dataclass_fields__ if hasattr(tiers, name)}
-            return SpillStats(
-                **counted,
-                bytes_in_ram=tiers.bytes,
-                keys_in_ram=in_ram,
-                keys_out=len(self._entries) - in_ram,
-            )
+            keys = {"keys_in_ram": in_ram, "keys_out": len(self._entries) - in_ram}
+            return SpillStats(bytes_in_ram=tiers.bytes, **keys, **counted)
 
     # -- the end --------------------------------------------------------------------------------------------------
 
@@ -414,9 +416,11 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         hash(key)
         tiers = self._tiers
         try:
-            weight = tiers.weigh(value)
+            weight = index(tiers.weigh(value))
         except TypeError as error:
             raise TypeError(f"the value of {key!r}: {error}") from error
+        if weight < 0:
+            raise ValueError(f"the weight of the value of {key!r} is {weight}")
         reservation, fits = self._account.obtain(weight)
         beyond = 0 if fits else weight
         try:
@@ -467,7 +471,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
 
 
 class _Session:
-    """What one thread does, with the lock of the mapping; the region goes with it."""
+    """What one thread does, with the lock of the mapping."""
 
     __slots__ = ("entries", "lock", "tiers")
 
@@ -487,7 +491,6 @@ class _Session:
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if kind is None and self.tiers.transit is None:
             self.tiers.unsettled = False
-        self.tiers.release()
 
 
 def _checked(budget: int) -> int:

@@ -345,11 +345,13 @@ void ndm_i_writer_admit(ndm_i_writer *writer, uint64_t first, uint64_t last)
     for (uint64_t grain = first; grain < last; grain++)
         if (!is_queued(writer, grain) && push(writer, grain))
             writer->resident++;
-    if (writer->resident > before && writer->resident > writer->limit / 2) {
+    /* Where many threads use the region, none waits for what others have brought. */
+    const bool waits = writer->resident > before || !writer->gate || !writer->gate->shared;
+    if (writer->resident > writer->limit / 2) {
         if (writer->running || start_thread(writer)) {
             pthread_cond_signal(&writer->work);
-            let = is_full(writer) && ndm_i_gate_let(writer->gate);
-            while (is_full(writer))
+            let = waits && is_full(writer) && ndm_i_gate_let(writer->gate);
+            while (waits && is_full(writer))
                 pthread_cond_wait(&writer->room, &writer->lock);
         } else {
             while (writer->resident > writer->limit && !atomic_load(&writer->error) && step(writer))

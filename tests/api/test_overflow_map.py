@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import os
+import random
+import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -264,3 +270,107 @@ class Machine(RuleBasedStateMachine):
 
 TestAgainstADict = Machine.TestCase
 TestAgainstADict.settings = settings(max_examples=20, stateful_step_count=20, deadline=None)
+
+
+def test_all_threads_may_use_one_map(new_region: NewRegion, check: Check) -> None:
+    region = new_region(ownership="process", max_capacity=1 << 28)
+    mapping: OverflowMap[int, Any] = OverflowMap(region)
+    made = iter(range(1 << 30))
+
+    def value_of(key: int) -> Any:
+        number = next(made)
+        kind = number % 4
+        if kind == 0:
+            return {"key": key, "number": number}
+        size = (100, 3000, 30_000)[kind - 1]
+        array = np.full(size, number)
+        array[0] = key
+        return array
+
+    def is_whole(key: int, value: Any) -> bool:
+        if isinstance(value, dict):
+            return bool(value["key"] == key)
+        return bool(value[0] == key and (value[1:] == value[1]).all())
+
+    def work(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(600):
+            key = rng.randrange(12)
+            with suppress(KeyError):
+                match rng.randrange(8):
+                    case 0 | 1:
+                        mapping[key] = value_of(key)
+                    case 2:
+                        del mapping[key]
+                    case 3:
+                        mapping.update({each: value_of(each) for each in range(key, key + 3)})
+                    case 4:
+                        keys = [key, (key + 1) % 12, key]
+                        assert all(map(is_whole, keys, mapping.get_many(keys)))
+                    case 5:
+                        popped, value = mapping.popitem() if rng.random() < 0.1 else (key, mapping[key])
+                        assert is_whole(popped, value)
+                    case 6:
+                        region.free(region.write(b"no object" * 100, 0))  # others use the region, too
+                    case _:
+                        assert is_whole(key, mapping[key])
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert all(is_whole(key, value) for key, value in mapping.items())
+    assert len(region) == len(mapping)
+    mapping.clear()
+    assert len(region) == 0
+    check(region)
+
+
+def test_coroutines_get_and_set(new_region: NewRegion) -> None:
+    mapping: OverflowMap[str, Any] = OverflowMap(new_region(ownership="process"))
+
+    async def use() -> tuple[int, Any]:
+        ticks = 0
+
+        async def tick() -> None:
+            nonlocal ticks
+            while True:
+                ticks += 1
+                await asyncio.sleep(0)
+
+        ticker = asyncio.create_task(tick())
+        await asyncio.gather(*(mapping.aset(str(number), np.full(100_000, number)) for number in range(20)))
+        values = await asyncio.gather(*(mapping.aget(str(number)) for number in range(20)))
+        ticker.cancel()
+        return ticks, values
+
+    ticks, values = asyncio.run(use())
+    assert ticks > 20
+    assert all((value == number).all() for number, value in enumerate(values))
+
+
+def test_a_child_may_not_free(new_region: NewRegion) -> None:
+    mapping: OverflowMap[str, Any] = OverflowMap(new_region(ownership="process"))
+    mapping["key"] = 1
+    with mapping._lock:  # by another thread, say
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(10)
+            status = 1
+            try:
+                for verb in (
+                    mapping.clear,
+                    mapping.popitem,
+                    lambda: mapping.__delitem__("key"),
+                    lambda: mapping["key"],
+                ):
+                    try:
+                        verb()
+                    except WrongThreadError:
+                        continue
+                    break
+                else:
+                    status = 0
+            finally:
+                os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert mapping == {"key": 1}

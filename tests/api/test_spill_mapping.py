@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 from zict.tests import utils_test as zict_checks
 
-from kit import RunPython, in_thread, system
+from kit import NewRegion, RunPython, in_thread, system
 from nodedb_mem import (
     CapacityExceededError,
     EngineId,
     MemoryGovernor,
+    OverflowMap,
     RegionClosedError,
     SpillMapping,
     UnknownEngineError,
@@ -496,6 +497,30 @@ def test_a_value_that_cannot_be_weighed_names_its_key(new: New) -> None:
     with pytest.raises(TypeError, match="'a'"):
         mapping["a"] = [threading.Lock()]
     assert mapping["a"] == 1
+
+
+@pytest.mark.parametrize("weight", [1.5, None, "1", -1])
+def test_a_wrong_weight_names_the_key_and_changes_nothing(new: New, weight: Any) -> None:
+    mapping = new(weight=lambda value: weight)
+    with pytest.raises((TypeError, ValueError), match="'a'"):
+        mapping["a"] = 1
+    assert len(mapping) == mapping.stats().keys_in_ram == 0
+
+
+def test_wrong_arguments_are_refused_at_once(tmp_path: Path, new: New, new_region: NewRegion) -> None:
+    for wrong in (256, -1):
+        with pytest.raises(ValueError, match="engine"):
+            SpillMapping(1, tmp_path, engine=wrong)
+        with pytest.raises(ValueError, match="engine"):
+            OverflowMap(new_region(f"region {wrong}"), engine=wrong)
+    with pytest.raises(TypeError):
+        SpillMapping(1, tmp_path, engine="a")  # type: ignore[arg-type]
+    mapping = new()
+    mapping["a"] = array(1)
+    assert mapping.evict(np.int64(5)) > 5
+    for wrong in (1.5, "a"):
+        with pytest.raises(TypeError):
+            mapping.evict(wrong)
 
 
 def test_a_value_that_cannot_be_pickled_is_told_once_and_stays(new: New) -> None:
