@@ -82,6 +82,8 @@ _probe[0] = object()
 _IN_STATEMENT = _probe.count
 _probe.__setitem__(0, object())
 _IN_CALL = _probe.count
+if sys.version_info >= (3, 14):  # a statement may borrow the reference of the caller's variable
+    _IN_STATEMENT = _IN_CALL
 
 
 def known_references(caller: types.FrameType) -> int:
@@ -367,6 +369,8 @@ def holders(box: list[Any], known: int = 0, *, memory: Memory | None = None, vie
         for number, count in outside.items()
         if (count > 0 and not _is_harmless(seen[number], own_memory)) or stays(seen[number], own_memory=own_memory)
     ]
+    if _HIDES_ATTRIBUTES and _has_held_attributes(seen):
+        return Held(True, [], [])
     if others and (caches := _caches(seen, others)):
         others = [number for number in others if number not in caches]
     if not others:
@@ -391,6 +395,25 @@ def _are_attributes(seen: dict[int, Any], others: list[int]) -> bool:
         id(value.__dict__) in mappings
         for value in seen.values()
         if type(value).__dictoffset__ and hasattr(value, "__dict__")
+    )
+
+
+class _Plain:
+    pass
+
+
+_plain = _Plain()
+_OF_ATTRIBUTES = _count(_plain.__dict__)
+# From 3.13 on, the collector does not tell of the ``__dict__`` of an object that keeps its attributes in itself.
+_HIDES_ATTRIBUTES = sys.version_info >= (3, 13)
+
+
+def _has_held_attributes(seen: dict[int, Any]) -> bool:
+    """Whether others refer to a ``__dict__`` that the collector does not tell of."""
+    return any(
+        id(value.__dict__) not in seen and _count(value.__dict__) > _OF_ATTRIBUTES
+        for value in list(seen.values())
+        if type(value).__dictoffset__ == _Plain.__dictoffset__ and hasattr(value, "__dict__")
     )
 
 
