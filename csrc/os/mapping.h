@@ -1,5 +1,5 @@
 /* Address space: mappings of an open file, named by its descriptor. The only file with mmap, mremap, munmap, madvise and
- * mincore. It knows nothing of what the file holds.
+ * mincore, and the count of what faults there. It knows nothing of what the file holds.
  *
  * A mapping is counted: each view holds one use, whoever drops the last use unmaps. Its base never changes while more
  * than its first holder uses it. Functions that return a pointer give NULL with the error set.

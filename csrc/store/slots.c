@@ -19,7 +19,7 @@
 #define FIRST_ROOM ((uint64_t)64 << 10)
 
 /* The larger a folio, the longer a store to a page of it takes that was written back, and the more is written back for it; and
- * a folio is as large as the write that made it. Records are stored to at random: 2.5 us in pieces of 32 KiB, 20 to 40 in grains
+ * a folio is as large as the write that made it. Records are stored to at random: 3 us in pieces of 32 KiB, 20 to 40 in grains
  * (write_paths.c). Smaller pieces take longer to fill. */
 #define PIECE ((uint64_t)32 << 10)
 

@@ -189,7 +189,9 @@ static int clear_grain(ndm_i_store *store, uint64_t start, uint64_t end, uint64_
     const uint8_t state = ndm_i_grain_state(&store->grains, grain);
     const bool inside = grain * GRAIN >= vacant_from && ndm_i_min((grain + 1) * GRAIN, store->file->capacity) <= vacant;
     if (state == NDM_I_READY) {
+        const uint64_t before = ndm_i_watch_begin(store);
         memset(store->file->mapping->base + start, 0, end - start);
+        ndm_i_watch_end(store, before);
         return 0;
     }
     if (state != NDM_I_DROPPED || inside) {
@@ -247,7 +249,9 @@ static int put(ndm_i_store *store, uint64_t offset, const void *data, uint64_t s
         ndm_i_writer_admit(&store->writer, offset / GRAIN, ndm_i_grains_end(end));
     }
     ndm_i_store_touched(store, offset, end);
-    ndm_i_copy_in(store, offset, data, size);
+    const uint64_t before = ndm_i_watch_begin(store);
+    memcpy(store->file->mapping->base + offset, data, size);
+    ndm_i_watch_end(store, before);
     return NDM_OK;
 }
 

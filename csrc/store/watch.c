@@ -1,6 +1,8 @@
 /* See watch.h. */
 #include "store/watch.h"
 
+#include <string.h>
+
 /* One store of SELDOM is watched while there are no faults: 2 ns a store. After a fault MEANWHILE of them are, which takes as
  * long as the fault. A grain that was never mapped faults once, so a few faults mean nothing. */
 enum { SELDOM = 512, MEANWHILE = 64, MANY = 16 };
@@ -14,10 +16,8 @@ static void begin_round(ndm_i_store *store)
     }
 }
 
-void ndm_i_watched_copy(ndm_i_store *store, uint64_t offset, const void *data, uint64_t size)
+void ndm_i_watch_note(ndm_i_store *store, uint64_t before)
 {
-    const uint64_t before = ndm_i_mapping_faults();
-    memcpy(store->file->mapping->base + offset, data, size);
     if (ndm_i_mapping_faults() != before) {
         store->watched = MEANWHILE;
         if (++store->faults == MANY)

@@ -16,20 +16,21 @@
 
 #include "store/store.h"
 
-#include <string.h>
-
-/* Copy `size` bytes, small, to `offset`, and see whether that faults. */
-void ndm_i_watched_copy(ndm_i_store *store, uint64_t offset, const void *data, uint64_t size);
-
-/* Copy `size` bytes, small, to `offset`, in READY grains. */
-static inline void ndm_i_copy_in(ndm_i_store *store, uint64_t offset, const void *data, uint64_t size)
+/* Before and after a store through the mapping to READY grains. */
+static inline uint64_t ndm_i_watch_begin(ndm_i_store *store)
 {
-    if (store->unwatched == 0) {
-        ndm_i_watched_copy(store, offset, data, size);
-        return;
-    }
+    if (store->unwatched == 0)
+        return ndm_i_mapping_faults() + 1;
     store->unwatched--;
-    memcpy(store->file->mapping->base + offset, data, size);
+    return 0;
+}
+
+void ndm_i_watch_note(ndm_i_store *store, uint64_t before);
+
+static inline void ndm_i_watch_end(ndm_i_store *store, uint64_t before)
+{
+    if (before > 0)
+        ndm_i_watch_note(store, before - 1);
 }
 
 /* May the grain at `offset` have been written back since it was mapped? */

@@ -138,6 +138,18 @@ static void test_where_most_is_free(void)
     ndm_region_destroy(region);
 }
 
+static int64_t allocate_one(ndm_region *region, uint64_t number)
+{
+    char *view;
+    const int64_t slot = ndm_region_allocate(region, SIZE, 0, &view);
+    CHECK(slot >= 0);
+    memset(view, (int)(number % 251), SIZE);
+    memcpy(view, &number, sizeof number);
+    ndm_view_release(view);
+    CHECK(ndm_region_commit(region, slot) == NDM_OK);
+    return slot;
+}
+
 /* Once all has been written back, the first store to each page faults; but a grain is soon mapped anew as a whole. */
 static void test_written_back(void)
 {
@@ -156,7 +168,7 @@ static void test_written_back(void)
         const uint64_t faults = ndm_i_mapping_faults();
         for (uint64_t i = 0; i < COUNT; i++)
             if (slots[i] < 0)
-                slots[i] = write_one(region, i);
+                slots[i] = turn % 2 == 0 ? write_one(region, i) : allocate_one(region, i);
         CHECK(!on_disk(region) || region->store.round != round);
         CHECK(!region->data.large_folios || ndm_i_mapping_faults() - faults < PAGES * 2 / 3);
         CHECK(region->used_bytes == used);
