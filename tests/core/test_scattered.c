@@ -2,6 +2,7 @@
  * the core goes to the disk is counted, not timed. */
 #define _GNU_SOURCE
 #include "check.h"
+#include "os/bytes.h"
 #include "os/residency.h"
 #include "region/ledger.h"
 
