@@ -8,6 +8,7 @@
 #include "os/status.h"
 #include "store/blocks.h"
 #include "store/direct.h"
+#include "store/strays.h"
 #include "store/warm.h"
 #include "store/watch.h"
 
@@ -221,22 +222,6 @@ int ndm_i_store_clear(ndm_i_store *store, uint64_t offset, uint64_t size, uint64
     return NDM_OK;
 }
 
-__attribute__((noinline, cold)) void ndm_i_store_note_strays(ndm_i_store *store, uint64_t offset, uint64_t end)
-{
-    const ndm_i_mapping *mapping = store->file->mapping;
-    for (uint64_t stray = offset / NDM_I_HUGE; stray <= (end - 1) / NDM_I_HUGE; stray++) {
-        unsigned at = 0;
-        while (at < NDM_I_STRAYS && store->strays[at] != stray + 1)
-            at++;
-        if (at < NDM_I_STRAYS || store->grains.large[stray] == 0)
-            continue;
-        uint64_t *oldest = &store->strays[store->next_stray++ % NDM_I_STRAYS];
-        if (*oldest > 0 && *oldest * NDM_I_HUGE <= mapping->length)
-            ndm_i_mapping_forget(mapping, mapping->base + (*oldest - 1) * NDM_I_HUGE, NDM_I_HUGE, true);
-        *oldest = stray + 1;
-    }
-}
-
 /* Of a file that may be written to `offset` + `size`, into grains that are all `ready` or not. */
 static int put(ndm_i_store *store, uint64_t offset, const void *data, uint64_t size, uint64_t vacant, bool ready)
 {
@@ -248,7 +233,7 @@ static int put(ndm_i_store *store, uint64_t offset, const void *data, uint64_t s
             return ndm_i_direct_put(store, offset, data, size);
         ndm_i_writer_admit(&store->writer, offset / GRAIN, ndm_i_grains_end(end));
     }
-    ndm_i_store_touched(store, offset, end);
+    ndm_i_strays_touched(store, offset, end);
     const uint64_t before = ndm_i_watch_begin(store);
     memcpy(store->file->mapping->base + offset, data, size);
     ndm_i_watch_end(store, before);
@@ -320,7 +305,7 @@ int ndm_i_store_move(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t si
             done += piece;
         atomic_store_explicit(moved, done, memory_order_release); /* the next piece may overwrite what this one read */
         if (size < NDM_I_LARGE)
-            ndm_i_store_touched(store, from, from + size);
+            ndm_i_strays_touched(store, from, from + size);
         else if (store->forget_from != UINT64_MAX && (done - forgotten >= MOVE_STEP || done == size)) {
             forget_moved(store, from + forgotten, to + forgotten, done - forgotten);
             forgotten = done;
@@ -396,7 +381,7 @@ int ndm_i_store_load_viewed(const ndm_i_store *store, uint64_t offset, const voi
 int ndm_i_store_copy_out(ndm_i_store *store, uint64_t offset, void *buffer, uint64_t size)
 {
     if (size < store->direct_from)
-        ndm_i_store_touched(store, offset, offset + size);
+        ndm_i_strays_touched(store, offset, offset + size);
     return load_at(store, offset, store->file->mapping->base + offset, buffer, size);
 }
 

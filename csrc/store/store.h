@@ -110,15 +110,6 @@ static inline bool ndm_i_store_forgets(const ndm_i_store *store, uint64_t offset
     return true;
 }
 
-/* Bytes of [offset, end), small, are touched through the mapping: note those of its grains that hold large values, too. */
-void ndm_i_store_note_strays(ndm_i_store *store, uint64_t offset, uint64_t end);
-
-static inline void ndm_i_store_touched(ndm_i_store *store, uint64_t offset, uint64_t end)
-{
-    if (ndm_i_grains_hold_large(&store->grains, offset, end) && store->forget_from != UINT64_MAX)
-        ndm_i_store_note_strays(store, offset, end);
-}
-
 /* To be taken before what it is noted with: see seen.h. */
 static inline uint64_t ndm_i_store_moment(const ndm_i_store *store)
 {
