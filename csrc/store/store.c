@@ -397,7 +397,7 @@ int ndm_i_store_load(ndm_i_store *store, uint64_t offset, void *buffer, uint64_t
 
 /* ---- giving back ---------------------------------------------------------------------------------------- */
 
-void ndm_i_store_punch(ndm_i_store *store, uint64_t offset, uint64_t size, bool stored_to)
+bool ndm_i_store_punch(ndm_i_store *store, uint64_t offset, uint64_t size, bool stored_to)
 {
     ndm_i_file *file = store->file;
     const uint64_t unit = stored_to ? GRAIN : (uint64_t)sysconf(_SC_PAGESIZE);
@@ -410,16 +410,16 @@ void ndm_i_store_punch(ndm_i_store *store, uint64_t offset, uint64_t size, bool 
         end = ndm_i_round_down(end, NDM_I_HUGE);
     const uint64_t first = start / GRAIN, last = ndm_i_grains_end(end);
     if (start >= end)
-        return;
+        return false;
     bool has_blocks = false;
     for (uint64_t grain = first; !has_blocks && grain < last; grain++)
         has_blocks = ndm_i_grain_state(&store->grains, grain) >= NDM_I_PARTIAL ||
                      (ndm_i_grain_state(&store->grains, grain) == NDM_I_EMPTY && grain * GRAIN < store->allocated);
     if (!has_blocks)
-        return;
+        return false;
     const bool done = ndm_i_file_punch(file, start, end);
     if (!done && !file->can_punch)
-        return;
+        return false;
     /* One that failed may have taken some blocks before it did. */
     ndm_i_writer_lock(&store->writer);
     for (uint64_t grain = first; grain < last; grain++) {
@@ -436,6 +436,7 @@ void ndm_i_store_punch(ndm_i_store *store, uint64_t offset, uint64_t size, bool 
     for (uint64_t grain = ndm_i_round_up(start, NDM_I_HUGE) / GRAIN; done && grain < whole; grain++)
         ndm_i_grain_unmark(&store->grains, grain, NDM_I_WIDE);
     ndm_i_writer_unlock(&store->writer);
+    return true;
 }
 
 int ndm_i_store_evict(ndm_i_store *store, uint64_t start, uint64_t end, bool neighbours)

@@ -82,8 +82,8 @@ int ndm_i_store_copy_out(ndm_i_store *store, uint64_t offset, void *buffer, uint
 
 /* Give back the blocks of the whole pages in [offset, offset + size), which hold no value; if `stored_to`, somebody may
  * be storing through the mapping anywhere else, and only whole grains lose their blocks. Does nothing where the file
- * system cannot. */
-void ndm_i_store_punch(ndm_i_store *store, uint64_t offset, uint64_t size, bool stored_to);
+ * system cannot. Returns whether there was anything to do. */
+bool ndm_i_store_punch(ndm_i_store *store, uint64_t offset, uint64_t size, bool stored_to);
 
 /* Write [start, end) back and drop it from RAM. What shares folios with its ends goes along (`neighbours`), or keeps
  * them there. */
