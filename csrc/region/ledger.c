@@ -108,12 +108,14 @@ void ndm_i_settle(ndm_region *region)
 
 uint64_t ndm_i_free_bytes(const ndm_region *region, uint64_t *largest)
 {
-    /* A hole at the end reaches to the mark, a whole number of units; used_bytes is exact. */
+    /* A hole at the end reaches to the mark, a whole number of units; used_bytes is exact. What threads that failed have given
+     * back may lie above it as a whole, while others write below. */
     const ndm_i_extents *extents = &region->extents;
     const uint32_t last = ndm_i_extents_last(extents);
     uint64_t free_bytes = ndm_i_bytes(region, extents->free_units);
     if (last != NDM_I_NONE && ndm_i_extents_is_free(extents, last))
-        free_bytes -= ndm_i_bytes(region, extents->mark) - region->used_bytes;
+        free_bytes -= ndm_i_min(ndm_i_bytes(region, ndm_i_extents_length(extents, last)),
+                                ndm_i_bytes(region, extents->mark) - region->used_bytes);
     *largest = ndm_i_min(ndm_i_bytes(region, ndm_i_extents_largest(extents)), free_bytes);
     return free_bytes;
 }
@@ -208,10 +210,16 @@ void ndm_i_undo(ndm_region *region, const ndm_i_room *rooms, uint64_t count, ndm
     const uint64_t end = last == NDM_I_NONE                      ? 0
                          : ndm_i_extents_is_free(extents, last) ? ndm_i_extents_offset(extents, last)
                                                                  : extents->mark;
-    ndm_i_extents_lower(&region->extents, ndm_i_max(before.mark, end));
-    const bool stands = region->gate.shared && ndm_i_bytes(region, extents->mark) > before.capacity;
-    if (region->data.capacity > before.capacity && !stands)
-        ndm_i_store_shrink(&region->store, before.capacity);
+    ndm_i_extents_lower(&region->extents, ndm_i_max(ndm_i_max(before.mark, end), ndm_i_units(region, region->used_bytes)));
+    if (region->data.capacity <= before.capacity)
+        return;
+    /* And readers may still look at what was theirs. */
+    const bool shared = region->gate.shared, stands = ndm_i_bytes(region, extents->mark) > before.capacity;
+    if (shared && (stands || !ndm_i_slots_bar_readers(&region->slots)))
+        return;
+    ndm_i_store_shrink(&region->store, before.capacity);
+    if (shared)
+        ndm_i_slots_let_readers(&region->slots);
 }
 
 int ndm_i_take(ndm_region *region, ndm_i_room *rooms, uint64_t count, ndm_i_before *before)

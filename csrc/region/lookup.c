@@ -235,8 +235,8 @@ const char *ndm_i_reader_view(ndm_reader *reader, const ndm_value *value)
         return NULL;
     const char *view = (const char *)reader->values->base + value->offset;
     const uint64_t forget = value->size >= NDM_I_LARGE ? value->size : 0;
-    const bool wide = value->size >= NDM_I_DOUBLE; /* a guess: readers do not know what was there before */
-    if (!ndm_i_pins_add(&reader->home, (uint32_t)value->slot, reader->values, view, forget, wide, false)) {
+    /* All of the 2 MiB: readers do not know what was there before, and how large its folios were. */
+    if (!ndm_i_pins_add(&reader->home, (uint32_t)value->slot, reader->values, view, forget, true, false)) {
         ndm_i_fail(NDM_ERR_MEMORY, "no memory for a view");
         return NULL;
     }

@@ -144,8 +144,13 @@ int64_t ndm_region_allocate(ndm_region *region, uint64_t size, int64_t engine, c
         if (status != NDM_OK && ndm_i_room_other(region, &room, 1, &before, status))
             status = ndm_i_store_clear(&region->store, room.offset, size, room.vacant);
         address = (char *)region->data.mapping->base + room.offset;
-        if ((status = ndm_i_let_nobody(region, status, 1)) == NDM_OK)
+        if (status == NDM_OK)
             status = ndm_i_pin(region, room.extent, region->data.mapping, address, size, true);
+        const bool pinned = status == NDM_OK;
+        if (pinned) /* others may come in, and find that it is stored to */
+            ndm_i_writer_admit(&region->store.writer, room.offset / NDM_I_GRAIN, ndm_i_grains_end(room.offset + size));
+        if ((status = ndm_i_let_nobody(region, status, 1)) != NDM_OK && pinned)
+            ndm_view_release(address);
     }
     if (status == NDM_OK)
         *view = address;

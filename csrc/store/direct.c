@@ -53,15 +53,16 @@ static void note(ndm_i_store *store, uint64_t offset, uint64_t end, bool all)
     ndm_i_writer_admit(&store->writer, offset / GRAIN, ndm_i_grains_end(end));
 }
 
-/* Let others in, if that is allowed, while the bytes are written: none may take these grains for ones without values. */
-static bool let_others(ndm_i_store *store, uint64_t offset, uint64_t end)
+/* Let others in, if that is allowed, while the bytes are written: none may take these grains for ones without values. Where
+ * they have `all` their blocks, their states say so, too: others who take some of these change them. */
+static bool let_others(ndm_i_store *store, uint64_t offset, uint64_t end, bool all)
 {
     if (!store->writer.gate || !store->writer.gate->lets)
         return false;
     ndm_i_writer_lock(&store->writer);
     for (uint64_t grain = offset / GRAIN; grain < ndm_i_grains_end(end); grain++)
-        if (ndm_i_grain_state(&store->grains, grain) <= NDM_I_HOLE)
-            ndm_i_grain_set_state(&store->grains, grain, NDM_I_PARTIAL);
+        if (ndm_i_grain_state(&store->grains, grain) < (all ? NDM_I_READY : NDM_I_PARTIAL))
+            ndm_i_grain_set_state(&store->grains, grain, all ? NDM_I_BEGUN : NDM_I_PARTIAL);
     ndm_i_writer_unlock(&store->writer);
     return ndm_i_writer_let(&store->writer);
 }
@@ -70,12 +71,12 @@ static int put(ndm_i_store *store, uint64_t offset, struct iovec *parts, uint64_
 {
     const uint64_t end = offset + size;
     const bool all = prepare(store, offset, end), wide = all && make_wide(store, offset, end);
-    const bool let = let_others(store, offset, end);
+    const bool let = let_others(store, offset, end, all);
     const int refused = ndm_i_file_gather(store->file, parts, count, offset, wide);
     ndm_i_writer_come_back(&store->writer, let);
     if (refused)
         return ndm_i_fail_io(refused, "cannot write to the file");
-    note(store, offset, end, all);
+    note(store, offset, end, all && !(let && ndm_i_grains_have(&store->grains, offset, end, NDM_I_PARTIAL)));
     return NDM_OK;
 }
 

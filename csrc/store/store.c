@@ -218,7 +218,6 @@ int ndm_i_store_clear(ndm_i_store *store, uint64_t offset, uint64_t size, uint64
             return ndm_i_fail_io(refused, "cannot get room in the file");
         start = stop;
     }
-    ndm_i_writer_admit(&store->writer, offset / GRAIN, ndm_i_grains_end(end));
     return NDM_OK;
 }
 
@@ -226,17 +225,20 @@ int ndm_i_store_clear(ndm_i_store *store, uint64_t offset, uint64_t size, uint64
 static int put(ndm_i_store *store, uint64_t offset, const void *data, uint64_t size, uint64_t vacant, bool ready)
 {
     const uint64_t end = offset + size;
+    bool made = false;
     if (!ready) {
         /* If a grain cannot be had, there may yet be room for these bytes. */
         ready = size < store->pwrite_from && make_all_ready(store, offset, end, vacant) == 0;
         if (!ready)
             return ndm_i_direct_put(store, offset, data, size);
-        ndm_i_writer_admit(&store->writer, offset / GRAIN, ndm_i_grains_end(end));
+        made = true;
     }
     ndm_i_strays_touched(store, offset, end);
     const uint64_t before = ndm_i_watch_begin(store);
     memcpy(store->file->mapping->base + offset, data, size);
     ndm_i_watch_end(store, before);
+    if (made) /* others may come in, and take blocks of these grains: not before the store */
+        ndm_i_writer_admit(&store->writer, offset / GRAIN, ndm_i_grains_end(end));
     return NDM_OK;
 }
 

@@ -55,7 +55,8 @@ void ndm_i_store_shrink(ndm_i_store *store, uint64_t capacity);
 /* Copy `size` bytes to `offset`, by the way that suits the size and the grains. No value lies in [offset, vacant). */
 int ndm_i_store_put(ndm_i_store *store, uint64_t offset, const void *data, uint64_t size, uint64_t vacant);
 
-/* Zero [offset, offset + size), and make it safe to store to through the mapping. */
+/* Zero [offset, offset + size), and make it safe to store to through the mapping. The caller admits its grains to RAM (writer.h)
+ * once a writable view keeps their blocks from others. */
 int ndm_i_store_clear(ndm_i_store *store, uint64_t offset, uint64_t size, uint64_t vacant);
 
 /* Copy `size` bytes from one place of the file to another, from `*moved` on, front to back in pieces that overlap only

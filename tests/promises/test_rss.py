@@ -252,6 +252,25 @@ def test_a_reader(watch: Watch, size: int) -> None:
     assert watched.peak <= MOST
 
 
+@pytest.mark.parametrize("size", [64 * KIB, 128 * KIB])
+@pytest.mark.parametrize("before", [MIB, 2 * MIB])
+def test_a_reader_where_larger_values_were(watch: Watch, size: int, before: int) -> None:
+    """Their folios stay when they go, and a fault maps all of one."""
+    watched = watch(None)
+    region = watched.region
+    for slot in watched.fill(before):
+        region.free(slot)
+    references = [region.share(slot) for slot in watched.fill(size)]
+    assert region.path is not None
+    with OverflowReader(region.path) as reader:
+        for reference in references:
+            with reader.lease(reference) as view:
+                assert view[::4096] == blob(size)[::4096]
+            del view
+        watched.look()
+    assert watched.peak <= MOST
+
+
 @at_each_limit
 def test_values_of_all_sizes(watch: Watch, limit: int | None) -> None:
     watched = watch(limit)
