@@ -278,6 +278,18 @@ static void test_figures_of_room_that_was_given_back(void)
     close_region();
 }
 
+static void grow(void) { write_value(2 * MIB); }
+
+static void test_each_growth_is_counted_once(void)
+{
+    ndm_stats stats;
+    open_region(MIB, UINT64_MAX);
+    others = grow;
+    write_value(MIB / 2);
+    CHECK(ndm_region_stats(region, &stats) == NDM_OK && stats.growths == 1);
+    close_region();
+}
+
 int main(int count, char **arguments)
 {
     snprintf(path, sizeof path, "%s/let-in-%d", count > 1 ? arguments[1] : ".", (int)getpid());
@@ -294,5 +306,6 @@ int main(int count, char **arguments)
     test_readers_keep_what_a_failed_write_grew();
     test_the_mark_stays_where_others_have_been();
     test_figures_of_room_that_was_given_back();
+    test_each_growth_is_counted_once();
     return 0;
 }
