@@ -31,7 +31,7 @@ unexport PYTHONDONTWRITEBYTECODE
 SOURCE_DATE_EPOCH ?= $(or $(shell git log -1 --format=%ct 2>/dev/null),1767225600)
 
 .PHONY: help run test test-native test-python test-system test-aarch64 stress bench bench-quick bench-paths bench-write
-.PHONY: bench-ram bench-fragmentation bench-native bench-readers bench-scale bench-governor bench-spilling lint coverage
+.PHONY: bench-ram bench-fragmentation bench-native bench-readers bench-scale bench-governor bench-spilling bench-dask lint coverage
 .PHONY: sanitize tsan fuzz valgrind wheel wheel-smoke clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one environment would race
@@ -48,6 +48,7 @@ help:
 	@echo 'make bench-ram    spilling under a limit, in a small cgroup, and back (ARGS=--quick)'
 	@echo 'make bench-readers reading in another process, beside other ways there (ARGS=--quick)'
 	@echo 'make bench-spilling mappings that spill, beside zict, diskcache, shelve, joblib (ARGS=--quick)'
+	@echo 'make bench-dask   work on Dask workers that spill, to files and to regions (ARGS=--quick)'
 	@echo 'make bench-scale  cost against count: up to 32 million small values, and 16 GiB of large ones (ARGS=--quick)'
 	@echo 'make bench-paths  what the thresholds of the C core rest on'
 	@echo 'make bench-fragmentation  space needed beyond the live values, against malloc and jemalloc (ARGS=--quick)'
@@ -143,6 +144,9 @@ bench-readers: $(VENV)/.installed $(VENV)/.extra-bench
 
 bench-spilling: $(VENV)/.installed $(VENV)/.extra-bench
 	$(BIN)/python -W ignore benchmarks/spilling.py $(ARGS)
+
+bench-dask: $(VENV)/.installed $(VENV)/.extra-bench
+	$(BIN)/python benchmarks/dask_spill.py $(ARGS)
 
 bench-scale: $(VENV)/.installed $(VENV)/.extra-bench build/bench/scale
 	$(BIN)/python benchmarks/scale.py $(ARGS)

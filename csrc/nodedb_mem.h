@@ -342,6 +342,10 @@ int ndm_region_set_max_capacity(ndm_region *region, uint64_t max_capacity);
  * may be SIGBUS there. Linear in the number of extents. */
 int64_t ndm_region_trim(ndm_region *region);
 
+/* The same in pieces: it stops when it has gone through `budget` bytes of free space, and the next call goes on from there. 0
+ * when there is nothing left to give back. */
+int64_t ndm_region_trim_some(ndm_region *region, uint64_t budget);
+
 typedef struct {
     uint64_t moved_bytes;     /* by this call */
     uint64_t remaining_bytes; /* of holes that more calls with this budget may close; 0 when nothing is left to do */

@@ -112,7 +112,7 @@ class RegionControl:
             },
         )
 
-    def trim(self) -> int:
+    def trim(self, budget: int | None = None) -> int:
         """Give unused space back to the file system.
 
         Lowers `used_bytes` past free space at the end, shrinks the file to it (not below its size when opened; while
@@ -120,12 +120,25 @@ class RegionControl:
         tmpfs and on overlays nothing is given back while readers are there. Linear in the number of values. If the
         system refuses half-way, what was given back stays so.
 
+        Parameters
+        ----------
+        budget
+            The most bytes of free space to go through in this call, so that it is short; the next call goes on from
+            there. None for no limit.
+
         Returns
         -------
         int
-            Bytes of disk given back.
+            Bytes of disk given back. With a budget, 0 says that there is nothing left to give back.
+
+        Raises
+        ------
+        RegionSizeError
+            `budget` is negative (a `ValueError`).
         """
-        return control(lib.control_trim, self._where, self._handle)
+        if budget is None:
+            return control(lib.control_trim, self._where, self._handle)
+        return control(lib.control_trim_some, self._where, self._handle, _budget(budget))
 
     def compact(self, budget: int | None = None) -> Compaction:
         """Move values toward the start of the file, so that free space gathers at its end.
@@ -150,11 +163,8 @@ class RegionControl:
             A hole that `trim` had punched cannot get its blocks back (ENOSPC). Every value is intact, and values that
             were moved so far stay where they are.
         """
-        limit = _NO_LIMIT if budget is None else index(budget)
-        if limit < 0:
-            raise RegionSizeError("budget must not be negative")
         out = ffi.new("ndm_compaction *")
-        control(lib.control_compact, self._where, self._handle, min(limit, _NO_LIMIT), out)
+        control(lib.control_compact, self._where, self._handle, _NO_LIMIT if budget is None else _budget(budget), out)
         return Compaction(out.moved_bytes, out.remaining_bytes)
 
     def flush(self) -> None:
@@ -296,3 +306,11 @@ class RegionControl:
 
     def _allow_leases(self) -> None:
         control(lib.control_allow_leases, self._where, self._handle)
+
+
+def _budget(budget: int) -> int:
+    """Check how much a call may do."""
+    size = index(budget)
+    if size < 0:
+        raise RegionSizeError("budget must not be negative")
+    return min(size, _NO_LIMIT)

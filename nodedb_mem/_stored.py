@@ -112,24 +112,32 @@ def get(
         data = region.read(slot) if size > _SMALL else region.read_bytes(slot)
         _refuse_replaced(is_current)
         return decode(data, kept=kept), None, None
+    view, mapping = private_view(region, stored, may_map=may_map)
+    _refuse_replaced(is_current)
+    if mapping is None:
+        return decode(view, kept=kept), None, Memory(view)
+    value = load(split(view, head), kept)
+    if is_plain_array(value) and value.base is mapping:
+        return value, mapping, None
+    return value, mapping, Memory(view)
+
+
+def private_view(region: OverflowRegion, stored: Stored, *, may_map: bool = True) -> tuple[memoryview, Buffer | None]:
+    """View the bytes of an object, writable and the caller's own. The second is the mapping, if they are no copy."""
+    size = stored.size
     if size > _COPIED and may_map:
         try:
-            view = region.restore(slot)
+            view = region.restore(stored.slot)
         except RegionIOError as error:
             if error.errno != errno.ENOMEM:
                 raise
         else:
-            _refuse_replaced(is_current)
-            value = load(split(view, head), kept)
-            if is_plain_array(value) and value.base is view.obj:
-                return value, view.obj, None
-            return value, view.obj, Memory(view)
+            return view, view.obj
     room = bytearray(size + ALIGNMENT)
     start = -_memory.address_of(room) % ALIGNMENT
     view = memoryview(room)[start : start + size]
-    region.read_into(slot, view)
-    _refuse_replaced(is_current)
-    return decode(view, kept=kept), None, Memory(view)
+    region.read_into(stored.slot, view)
+    return view, None
 
 
 def _refuse_replaced(is_current: Callable[[], bool] | None) -> None:
@@ -138,9 +146,15 @@ def _refuse_replaced(is_current: Callable[[], bool] | None) -> None:
 
 
 def is_unchanged(
-    stored: Stored, encoded: Encoded, read: Callable[[int], memoryview], view: Buffer | None, pages: PageMap
+    stored: Stored,
+    encoded: Encoded,
+    read: Callable[[int], memoryview],
+    view: Buffer | None,
+    pages: PageMap,
+    *,
+    alignment: int = ALIGNMENT,
 ) -> bool:
-    """Whether an object, encoded again for a region of `ALIGNMENT`, is what was stored.
+    """Whether an object, encoded again for a region of that alignment, is what was stored.
 
     Parameters
     ----------
@@ -159,7 +173,7 @@ def is_unchanged(
     in_place = False
     end = 0
     for number, part in enumerate(parts):
-        start = -(-end // ALIGNMENT) * ALIGNMENT if encoded.aligned else end
+        start = -(-end // alignment) * alignment if encoded.aligned else end
         end = start + memoryview(part).nbytes
         if number == 0 and stored.head is not None:
             if part != stored.head:

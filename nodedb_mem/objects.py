@@ -59,16 +59,11 @@ class ObjectRef(NamedTuple):
         UndecodableError
             The bytes are no object, or its classes cannot be had here.
         """
+        if writable:
+            return decode(private_view(self.slot))
         reader = _reader_of(self.slot)
-        if self.slot.size <= _SMALL:
-            return decode(_copy(reader, self.slot) if writable else reader.read_bytes(self.slot))
-        try:
-            lease = reader.lease(self.slot)
-        except RegionIOError as error:
-            if error.errno != errno.EAGAIN:
-                raise
-            return decode(_copy(reader, self.slot) if writable else reader.read_bytes(self.slot))
-        return decode(_private(reader, lease) if writable else lease.view)
+        lease = _lease(reader, self.slot)
+        return decode(reader.read_bytes(self.slot) if lease is None else lease.view)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle without the paths that follow from the first."""
@@ -82,6 +77,28 @@ def _ref(path: str, incarnation: int, slot: int, generation: int, size: int, *be
     """Make a reference again that was pickled."""
     slots, leases = beside or (path + ".slots", path + ".leases")
     return ObjectRef(SlotRef(path, incarnation, slot, generation, size, slots, leases))
+
+
+def private_view(ref: SlotRef) -> memoryview:
+    """View a value copy-on-write, where a lease keeps it. Small ones are copied, and others where all leases are taken.
+
+    Raises as `ObjectRef.get` does.
+    """
+    reader = _reader_of(ref)
+    lease = _lease(reader, ref)
+    return _copy(reader, ref) if lease is None else _private(reader, lease)
+
+
+def _lease(reader: OverflowReader, ref: SlotRef) -> Lease | None:
+    """Lease a value. None if a copy is less, or all leases are taken."""
+    if ref.size <= _SMALL:
+        return None
+    try:
+        return reader.lease(ref)
+    except RegionIOError as error:
+        if error.errno != errno.EAGAIN:
+            raise
+        return None
 
 
 def _reader_of(ref: SlotRef) -> OverflowReader:

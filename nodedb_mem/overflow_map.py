@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import threading
 from collections.abc import Iterable, Mapping, MutableMapping
@@ -174,10 +173,14 @@ class OverflowMap(MutableMapping[K, V]):
 
     async def aget(self, key: K) -> V:
         """Give a value without keeping the event loop waiting, on a worker thread. Raises as ``[]``."""
+        import asyncio  # takes longer to import than all of this package
+
         return await asyncio.to_thread(self.__getitem__, key)
 
     async def aset(self, key: K, value: V) -> None:
         """Store a value on a worker thread. Raises as assignment."""
+        import asyncio  # as above
+
         await asyncio.to_thread(self.__setitem__, key, value)
 
     def share(self, key: K) -> ObjectRef:

@@ -13,6 +13,7 @@ static int64_t control_info(ndm_region *region, ndm_info *out);
 static void control_forget(int64_t details);
 static int64_t control_stats(ndm_region *region, ndm_stats *out, ndm_error *refusal);
 static int64_t control_trim(ndm_region *region, ndm_error *refusal);
+static int64_t control_trim_some(ndm_region *region, uint64_t budget, ndm_error *refusal);
 static int64_t control_compact(ndm_region *region, uint64_t budget, ndm_compaction *out, ndm_error *refusal);
 static int64_t control_flush(ndm_region *region, ndm_error *refusal);
 static int64_t control_close(ndm_region *region, ndm_error *refusal);
@@ -57,6 +58,11 @@ static int64_t control_stats(ndm_region *region, ndm_stats *out, ndm_error *refu
 }
 
 static int64_t control_trim(ndm_region *region, ndm_error *refusal) { return ndm_i_noted(ndm_region_trim(region), refusal); }
+
+static int64_t control_trim_some(ndm_region *region, uint64_t budget, ndm_error *refusal)
+{
+    return ndm_i_noted(ndm_region_trim_some(region, budget), refusal);
+}
 
 static int64_t control_compact(ndm_region *region, uint64_t budget, ndm_compaction *out, ndm_error *refusal)
 {

@@ -41,6 +41,7 @@ struct ndm_region {
     uint64_t live_bytes;
     uint64_t growths;
     uint64_t moved_bytes;  /* by compact() */
+    uint64_t trimmed_to;   /* where the next trim with a budget goes on; 0: at the start */
     uint64_t engine_bytes[256]; /* live, by engine */
     uint64_t engine_slots[256];
     unsigned unit_shift;   /* one unit of the extents is 1 << unit_shift bytes: the alignment */

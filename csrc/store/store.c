@@ -8,6 +8,7 @@
 #include "os/status.h"
 #include "store/blocks.h"
 #include "store/direct.h"
+#include "store/strays.h"
 #include "store/warm.h"
 #include "store/watch.h"
 
@@ -220,22 +221,6 @@ int ndm_i_store_clear(ndm_i_store *store, uint64_t offset, uint64_t size, uint64
     return NDM_OK;
 }
 
-__attribute__((noinline, cold)) void ndm_i_store_note_strays(ndm_i_store *store, uint64_t offset, uint64_t end)
-{
-    const ndm_i_mapping *mapping = store->file->mapping;
-    for (uint64_t stray = offset / NDM_I_HUGE; stray <= (end - 1) / NDM_I_HUGE; stray++) {
-        unsigned at = 0;
-        while (at < NDM_I_STRAYS && store->strays[at] != stray + 1)
-            at++;
-        if (at < NDM_I_STRAYS || store->grains.large[stray] == 0)
-            continue;
-        uint64_t *oldest = &store->strays[store->next_stray++ % NDM_I_STRAYS];
-        if (*oldest > 0 && *oldest * NDM_I_HUGE <= mapping->length)
-            ndm_i_mapping_forget(mapping, mapping->base + (*oldest - 1) * NDM_I_HUGE, NDM_I_HUGE, true);
-        *oldest = stray + 1;
-    }
-}
-
 /* Of a file that may be written to `offset` + `size`, into grains that are all `ready` or not. */
 static int put(ndm_i_store *store, uint64_t offset, const void *data, uint64_t size, uint64_t vacant, bool ready)
 {
@@ -248,7 +233,7 @@ static int put(ndm_i_store *store, uint64_t offset, const void *data, uint64_t s
             return ndm_i_direct_put(store, offset, data, size);
         made = true;
     }
-    ndm_i_store_touched(store, offset, end);
+    ndm_i_strays_touched(store, offset, end);
     const uint64_t before = ndm_i_watch_begin(store);
     memcpy(store->file->mapping->base + offset, data, size);
     ndm_i_watch_end(store, before);
@@ -322,7 +307,7 @@ int ndm_i_store_move(ndm_i_store *store, uint64_t from, uint64_t to, uint64_t si
             done += piece;
         atomic_store_explicit(moved, done, memory_order_release); /* the next piece may overwrite what this one read */
         if (size < NDM_I_LARGE)
-            ndm_i_store_touched(store, from, from + size);
+            ndm_i_strays_touched(store, from, from + size);
         else if (store->forget_from != UINT64_MAX && (done - forgotten >= MOVE_STEP || done == size)) {
             forget_moved(store, from + forgotten, to + forgotten, done - forgotten);
             forgotten = done;
@@ -398,7 +383,7 @@ int ndm_i_store_load_viewed(const ndm_i_store *store, uint64_t offset, const voi
 int ndm_i_store_copy_out(ndm_i_store *store, uint64_t offset, void *buffer, uint64_t size)
 {
     if (size < store->direct_from)
-        ndm_i_store_touched(store, offset, offset + size);
+        ndm_i_strays_touched(store, offset, offset + size);
     return load_at(store, offset, store->file->mapping->base + offset, buffer, size);
 }
 
@@ -414,7 +399,7 @@ int ndm_i_store_load(ndm_i_store *store, uint64_t offset, void *buffer, uint64_t
 
 /* ---- giving back ---------------------------------------------------------------------------------------- */
 
-void ndm_i_store_punch(ndm_i_store *store, uint64_t offset, uint64_t size, bool stored_to)
+bool ndm_i_store_punch(ndm_i_store *store, uint64_t offset, uint64_t size, bool stored_to)
 {
     ndm_i_file *file = store->file;
     const uint64_t unit = stored_to ? GRAIN : (uint64_t)sysconf(_SC_PAGESIZE);
@@ -427,16 +412,16 @@ void ndm_i_store_punch(ndm_i_store *store, uint64_t offset, uint64_t size, bool 
         end = ndm_i_round_down(end, NDM_I_HUGE);
     const uint64_t first = start / GRAIN, last = ndm_i_grains_end(end);
     if (start >= end)
-        return;
+        return false;
     bool has_blocks = false;
     for (uint64_t grain = first; !has_blocks && grain < last; grain++)
         has_blocks = ndm_i_grain_state(&store->grains, grain) >= NDM_I_PARTIAL ||
                      (ndm_i_grain_state(&store->grains, grain) == NDM_I_EMPTY && grain * GRAIN < store->allocated);
     if (!has_blocks)
-        return;
+        return false;
     const bool done = ndm_i_file_punch(file, start, end);
     if (!done && !file->can_punch)
-        return;
+        return false;
     /* One that failed may have taken some blocks before it did. */
     ndm_i_writer_lock(&store->writer);
     for (uint64_t grain = first; grain < last; grain++) {
@@ -453,6 +438,7 @@ void ndm_i_store_punch(ndm_i_store *store, uint64_t offset, uint64_t size, bool 
     for (uint64_t grain = ndm_i_round_up(start, NDM_I_HUGE) / GRAIN; done && grain < whole; grain++)
         ndm_i_grain_unmark(&store->grains, grain, NDM_I_WIDE);
     ndm_i_writer_unlock(&store->writer);
+    return true;
 }
 
 int ndm_i_store_evict(ndm_i_store *store, uint64_t start, uint64_t end, bool neighbours)

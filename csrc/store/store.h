@@ -83,8 +83,8 @@ int ndm_i_store_copy_out(ndm_i_store *store, uint64_t offset, void *buffer, uint
 
 /* Give back the blocks of the whole pages in [offset, offset + size), which hold no value; if `stored_to`, somebody may
  * be storing through the mapping anywhere else, and only whole grains lose their blocks. Does nothing where the file
- * system cannot. */
-void ndm_i_store_punch(ndm_i_store *store, uint64_t offset, uint64_t size, bool stored_to);
+ * system cannot. Returns whether there was anything to do. */
+bool ndm_i_store_punch(ndm_i_store *store, uint64_t offset, uint64_t size, bool stored_to);
 
 /* Write [start, end) back and drop it from RAM. What shares folios with its ends goes along (`neighbours`), or keeps
  * them there. */
@@ -109,15 +109,6 @@ static inline bool ndm_i_store_forgets(const ndm_i_store *store, uint64_t offset
     *wide = ndm_i_grains_are_wide(&store->grains, offset / NDM_I_GRAIN) ||
             ndm_i_grains_are_wide(&store->grains, (offset + size - 1) / NDM_I_GRAIN);
     return true;
-}
-
-/* Bytes of [offset, end), small, are touched through the mapping: note those of its grains that hold large values, too. */
-void ndm_i_store_note_strays(ndm_i_store *store, uint64_t offset, uint64_t end);
-
-static inline void ndm_i_store_touched(ndm_i_store *store, uint64_t offset, uint64_t end)
-{
-    if (ndm_i_grains_hold_large(&store->grains, offset, end) && store->forget_from != UINT64_MAX)
-        ndm_i_store_note_strays(store, offset, end);
 }
 
 /* To be taken before what it is noted with: see seen.h. */

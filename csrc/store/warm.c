@@ -5,6 +5,7 @@
 #include "os/bytes.h"
 #include "os/residency.h"
 #include "store/blocks.h"
+#include "store/strays.h"
 
 #define GRAIN NDM_I_GRAIN
 
@@ -47,7 +48,7 @@ bool ndm_i_store_warm(ndm_i_store *store, uint64_t offset, bool worth)
     }
     store->grains.rounds[grain] = store->round;
     if (ndm_i_grain_state(&store->grains, grain) == NDM_I_READY && (worth || ndm_i_is_cached(store->file, start, end))) {
-        ndm_i_store_touched(store, start, end);
+        ndm_i_strays_touched(store, start, end);
         ndm_i_mapping_renew(store->file->mapping, start, end);
     }
     return true;

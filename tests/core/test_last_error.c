@@ -158,6 +158,7 @@ static void test_space(ndm_region *region)
     for (int64_t slot = 10; slot < 20; slot += 2)
         KEEPS(ndm_region_free(region, slot) == NDM_OK);
     KEEPS(ndm_region_compact(region, UINT64_MAX >> 1, &done) == NDM_OK && ndm_region_trim(region) >= 0);
+    KEEPS(ndm_region_trim_some(region, 4096) >= 0);
     KEEPS(ndm_region_evict(region, NULL, 0) == NDM_OK && ndm_region_evict(region, &first, 1) == NDM_OK);
     KEEPS(ndm_region_flush(region) == NDM_OK && ndm_region_is_locked(region) == 0 && ndm_region_in_memory(region) == 0);
     KEEPS(ndm_region_stats(region, &stats) == NDM_OK && ndm_region_info(region, &info) == NDM_OK);

@@ -132,11 +132,14 @@ class Finalized(Plain):
         Finalized.ended += 1
 
 
-class BrokenError(Exception):
+class Unmakeable:
     """It can be pickled, and not made again."""
 
     def __init__(self, one: object, two: object) -> None:
-        super().__init__(one)
+        self.one = one
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Unmakeable, (self.one,)
 
 
 def counter() -> Callable[[], int]:
@@ -216,14 +219,13 @@ def test_no_finalizer_runs_before_its_time(mapping: Mapping) -> None:
 
 
 def test_what_cannot_be_made_again_does_not_go_out(mapping: Mapping, new_region: NewRegion) -> None:
-    mapping["a"] = error = BrokenError(1, 2)
-    del error
+    mapping["a"] = Unmakeable(1, 2)
     with pytest.raises(TypeError, match=r"'a'.*missing"):
         mapping.evict()
-    assert isinstance(mapping["a"], BrokenError) and mapping.stats().keys_out == 0
+    assert isinstance(mapping["a"], Unmakeable) and mapping.stats().keys_out == 0
     objects = OverflowMap[str, Any](new_region())
     with pytest.raises(TypeError, match="'a'"):
-        objects["a"] = {"error": BrokenError(1, 2)}
+        objects["a"] = {"inside": Unmakeable(1, 2)}
     assert len(objects) == len(objects.region) == 0
 
 

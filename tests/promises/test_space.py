@@ -506,3 +506,38 @@ def test_disk_bytes_are_those_of_the_file(new_region: NewRegion) -> None:
     fill(region, 30, 100_000)
     assert region.stats().disk_bytes == on_disk(region) >= 3_000_000
     assert region.stats().growths > 0
+
+
+def test_trimming_with_a_budget_gives_back_all_in_pieces(new_region: NewRegion) -> None:
+    region = new_region(initial_capacity=1 << 20, max_capacity=1 << 28)
+    if not region.stats().can_punch:
+        pytest.skip("the file system cannot punch holes")
+    slots = [region.write(bytes([i]) * (1 << 20), 0) for i in range(24)]
+    for slot in slots[::2]:
+        region.free(slot)
+    given = []
+    while piece := region.trim(2 << 20):
+        given.append(piece)
+    assert len(given) >= 6 and max(given) <= 3 << 20
+    assert region.stats().disk_bytes <= 13 << 20
+    region.free_many(slots[1::2])
+    while region.trim(2 << 20):
+        pass
+    assert region.stats().disk_bytes <= 1 << 20 and region.trim() == 0
+    with pytest.raises(ValueError, match="budget"):
+        region.trim(-1)
+
+
+def test_trimming_with_a_budget_goes_on_where_it_stopped(new_region: NewRegion) -> None:
+    region = new_region(initial_capacity=1 << 20, max_capacity=1 << 28)
+    if not region.stats().can_punch:
+        pytest.skip("the file system cannot punch holes")
+    slots = [region.write(bytes([i]) * 200_000, 0) for i in range(100)]
+    for slot in slots[::2]:
+        region.free(slot)
+    while region.trim(1 << 20):
+        pass
+    before = region.stats().disk_bytes
+    assert region.trim() == 0 and before <= 50 * 212_992 + (2 << 20)
+    for number in range(1, 100, 2):
+        assert region.read_bytes(slots[number]) == bytes([number]) * 200_000

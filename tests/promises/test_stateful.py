@@ -383,12 +383,13 @@ class RegionMachine(RuleBasedStateMachine):
         stored = (*self.live.values(), *(pinned for pinned in self.pinned if pinned.views))
         return max((s.offset + len(s.data) for s in stored if s.data), default=0)
 
-    @rule()
-    def trim(self) -> None:
-        self.region.trim()
+    @rule(budget=st.sampled_from([None, 0, 70_000, 1 << 20]))
+    def trim(self, budget: int | None) -> None:
+        self.region.trim(budget)
         assert self.end() <= self.region.used_bytes <= min(self.used, self.round_up(self.end()))
         self.used = self.region.used_bytes
-        assert self.region.capacity == max(self.used, self.initial)
+        least = max(self.used, self.initial)
+        assert self.region.capacity == least if budget is None else self.region.capacity >= least
 
     @rule(budget=st.one_of(st.none(), st.integers(0, 100_000), st.sampled_from([1, 64, 4096])))
     def compact(self, budget: int | None) -> None:

@@ -63,3 +63,9 @@ def test_vector_search_finds_what_a_search_in_ram_finds(tmp_path: Path) -> None:
 def test_shared_arrays_adds_up_in_each_way(tmp_path: Path) -> None:
     shown = run_example("shared_arrays.py", "--size", 8 << 20, "--tasks", 4, "--directory", tmp_path)
     assert [line.split("  ")[0] for line in shown.splitlines()] == ["by reference", "shared memory", "joblib", "pickle"]
+
+
+@pytest.mark.skipif(find_spec("distributed") is None, reason="dask and distributed are not installed")
+def test_dask_spill_uses_a_matrix_with_files_and_with_regions(tmp_path: Path) -> None:
+    shown = run_example("dask_spill.py", "--blocks", 20, "--memory", 400_000_000, "--directory", tmp_path)
+    assert [line.split()[0] for line in shown.splitlines()] == ["files", "regions"]
