@@ -228,7 +228,7 @@ int ndm_i_take(ndm_region *region, ndm_i_room *rooms, uint64_t count, ndm_i_befo
     int status = ndm_i_slots_reserve(&region->slots, count);
     if (status != NDM_OK)
         return ndm_i_explained(region, status);
-    *before = (ndm_i_before){region->extents.mark, region->data.capacity};
+    *before = (ndm_i_before){.mark = region->extents.mark, .capacity = region->data.capacity};
     status = take_extents(region, rooms, count, &taken, &furthest);
     if (status == NDM_OK && furthest > region->data.capacity && ndm_i_limbo_is_unsettled(&region->limbo)) {
         /* Growing is when space is short: what nobody leases comes home, once. */
@@ -239,6 +239,8 @@ int ndm_i_take(ndm_region *region, ndm_i_room *rooms, uint64_t count, ndm_i_befo
     }
     if (status == NDM_OK)
         status = reach(region, furthest);
+    if (region->gate.shared && region->data.capacity == before->capacity)
+        before->capacity = UINT64_MAX;
     if (status != NDM_OK)
         ndm_i_undo(region, rooms, taken, *before);
     return status == NDM_OK ? NDM_OK : ndm_i_explained(region, status);

@@ -111,7 +111,8 @@ typedef struct {
 
 /* The space as it was before it was taken. */
 typedef struct {
-    uint64_t mark, capacity;
+    uint64_t mark;
+    uint64_t capacity; /* of many threads UINT64_MAX if the file did not grow for it: if it has grown since, others needed that */
 } ndm_i_before;
 
 /* The end of what is taken, also by those who write now and have let others in. */

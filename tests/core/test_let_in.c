@@ -22,7 +22,7 @@ static ndm_region *region;
 static uint8_t bytes[2 * MIB];
 
 static void (*others)(void); /* to be called once, when a verb that let others in comes back */
-static bool disk_fails, disk_is_slow;
+static bool disk_fails, disk_is_slow, table_is_full;
 
 void __real_ndm_i_gate_come_back(ndm_i_gate *gate, bool let);
 void __wrap_ndm_i_gate_come_back(ndm_i_gate *gate, bool let);
@@ -30,6 +30,8 @@ ssize_t __real_pwritev(int fd, const struct iovec *parts, int count, off_t offse
 ssize_t __wrap_pwritev(int fd, const struct iovec *parts, int count, off_t offset);
 int __real_sync_file_range(int fd, off_t offset, off_t count, unsigned flags);
 int __wrap_sync_file_range(int fd, off_t offset, off_t count, unsigned flags);
+int __real_ndm_i_slots_reserve(ndm_i_slots *slots, uint64_t count);
+int __wrap_ndm_i_slots_reserve(ndm_i_slots *slots, uint64_t count);
 
 void __wrap_ndm_i_gate_come_back(ndm_i_gate *gate, bool let)
 {
@@ -54,6 +56,11 @@ int __wrap_sync_file_range(int fd, off_t offset, off_t count, unsigned flags)
     if (disk_is_slow)
         usleep(20000);
     return __real_sync_file_range(fd, offset, count, flags);
+}
+
+int __wrap_ndm_i_slots_reserve(ndm_i_slots *slots, uint64_t count)
+{
+    return table_is_full ? NDM_ERR_IO : __real_ndm_i_slots_reserve(slots, count);
 }
 
 static void open_region(uint64_t initial, uint64_t limit)
@@ -181,6 +188,25 @@ static void test_blocks_go_before_a_view_is_stored_to(void)
     close_region();
 }
 
+static void fill_table(void) { table_is_full = true; }
+
+/* Others have taken the slots, and there are no more: the view that was pinned ends. */
+static void test_no_slot_is_left_for_a_view(void)
+{
+    open_region(64 * MIB, 4 * MIB);
+    disk_is_slow = true;
+    others = fill_table;
+    int64_t slot = 0;
+    for (int i = 0; i < 1000 && slot >= 0; i++) {
+        char *view;
+        if ((slot = ndm_region_allocate(region, 100 * KIB, 0, &view)) >= 0)
+            ndm_view_release(view);
+    }
+    disk_is_slow = table_is_full = false;
+    CHECK(slot == NDM_ERR_IO && !ndm_i_pins_any(&region->home));
+    close_region();
+}
+
 /* ---- a value could not be written ----------------------------------------------------------------------- */
 
 static ndm_reader *reader;
@@ -252,6 +278,18 @@ static void test_figures_of_room_that_was_given_back(void)
     close_region();
 }
 
+static void grow(void) { write_value(2 * MIB); }
+
+static void test_each_growth_is_counted_once(void)
+{
+    ndm_stats stats;
+    open_region(MIB, UINT64_MAX);
+    others = grow;
+    write_value(MIB / 2);
+    CHECK(ndm_region_stats(region, &stats) == NDM_OK && stats.growths == 1);
+    close_region();
+}
+
 int main(int count, char **arguments)
 {
     snprintf(path, sizeof path, "%s/let-in-%d", count > 1 ? arguments[1] : ".", (int)getpid());
@@ -263,9 +301,11 @@ int main(int count, char **arguments)
         test_blocks_go_while_a_value_is_written();
         test_blocks_go_before_a_value_is_stored();
         test_blocks_go_before_a_view_is_stored_to();
+        test_no_slot_is_left_for_a_view();
     }
     test_readers_keep_what_a_failed_write_grew();
     test_the_mark_stays_where_others_have_been();
     test_figures_of_room_that_was_given_back();
+    test_each_growth_is_counted_once();
     return 0;
 }
