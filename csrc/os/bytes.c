@@ -73,6 +73,14 @@ int ndm_i_file_allocate(ndm_i_file *file, uint64_t start, uint64_t end)
     return 0;
 }
 
+int ndm_i_file_allocate_beyond(const ndm_i_file *file, uint64_t start, uint64_t end)
+{
+    while (file->can_allocate && fallocate(file->fd, FALLOC_FL_KEEP_SIZE, (off_t)start, (off_t)(end - start)) != 0)
+        if (errno != EINTR)
+            return errno == EOPNOTSUPP ? 0 : errno;
+    return 0;
+}
+
 /* Each piece is written as it is. */
 static int rewrite(const ndm_i_file *file)
 {

@@ -21,6 +21,10 @@ int64_t ndm_i_file_load_some(const ndm_i_file *file, uint64_t offset, void *buff
  * gets them there. 0 or errno. */
 int ndm_i_file_allocate(ndm_i_file *file, uint64_t start, uint64_t end);
 
+/* The same for [start, end) beyond the file's end, which stays where it is. What is not used goes with the next
+ * ndm_i_file_shrink(). */
+int ndm_i_file_allocate_beyond(const ndm_i_file *file, uint64_t start, uint64_t end);
+
 /* Get blocks for all of the file, whatever the file system knows; its bytes stay. 0 or errno. */
 int ndm_i_file_get_blocks(ndm_i_file *file);
 

@@ -72,25 +72,28 @@ void ndm_i_store_fini(ndm_i_store *store)
     store->seen = NULL;
 }
 
+/* Where the folio that the file's end cuts has to have blocks up to, once the file is longer, lest a store to it needs some. */
+static uint64_t end_of_cut(const ndm_i_store *store, uint64_t old)
+{
+    if (old % NDM_I_HUGE > 0 && atomic_load(store->writer.storing) > 0 && ndm_i_grains_are_wide(&store->grains, old / GRAIN))
+        return ndm_i_round_up(old, NDM_I_HUGE);
+    const bool whole = old % GRAIN > 0 && ndm_i_grain_state(&store->grains, old / GRAIN) >= NDM_I_READY;
+    return whole ? ndm_i_round_up(old, GRAIN) : old;
+}
+
 /* The file has grown. What the old end cut has blocks up to there only: its grain, and a folio around that. 0 or errno. */
 static int mend_cut(ndm_i_store *store, uint64_t old)
 {
     ndm_i_file *file = store->file;
     const uint64_t grain = old / GRAIN, rest = ndm_i_min(ndm_i_grains_end(old) * GRAIN, file->capacity);
-    uint64_t end = rest;
-    if (old % NDM_I_HUGE > 0 && ndm_i_grains_are_wide(&store->grains, grain)) {
-        if (atomic_load(store->writer.storing) == 0) {
-            ndm_i_writer_lock(&store->writer);
-            ndm_i_grains_doubt(&store->grains, grain, grain + 1);
-            ndm_i_writer_unlock(&store->writer);
-            return 0;
-        }
-        end = ndm_i_min(ndm_i_round_up(old, NDM_I_HUGE), file->capacity);
+    if (old % NDM_I_HUGE > 0 && atomic_load(store->writer.storing) == 0 && ndm_i_grains_are_wide(&store->grains, grain)) {
+        ndm_i_writer_lock(&store->writer);
+        ndm_i_grains_doubt(&store->grains, grain, grain + 1);
+        ndm_i_writer_unlock(&store->writer);
     }
+    const uint64_t end = ndm_i_min(end_of_cut(store, old), file->capacity);
     const bool whole = old % GRAIN > 0 && ndm_i_grain_state(&store->grains, grain) >= NDM_I_READY;
-    if (end == rest && !whole)
-        return 0;
-    const int refused = ndm_i_file_allocate(file, old, end);
+    const int refused = end > old ? ndm_i_file_allocate(file, old, end) : 0;
     return refused || !whole ? refused : ndm_i_file_write(file, NULL, rest - old, old);
 }
 
@@ -101,17 +104,18 @@ int ndm_i_store_grow(ndm_i_store *store, uint64_t needed, uint64_t wanted, uint6
     int status = make_room(store, ndm_i_grains_end(wanted));
     if (status != NDM_OK)
         return status;
-    ndm_i_writer_lock(&store->writer); /* the thread looks at the mapping and the capacity */
-    status = ndm_i_file_grow(file, needed, wanted, ceiling);
-    ndm_i_writer_unlock(&store->writer);
-    if (status != NDM_OK)
-        return status;
-    const int refused = mend_cut(store, old);
-    if (refused) {
-        ndm_i_store_shrink(store, old);
-        return ndm_i_fail_io(refused, "cannot extend the file");
+    /* First: other threads may be storing through views, and may need the blocks as soon as the file is longer. */
+    const uint64_t end = ndm_i_min(end_of_cut(store, old), wanted);
+    int refused = end > old && file->keeps_blocks ? ndm_i_file_allocate_beyond(file, old, end) : 0;
+    if (!refused) {
+        ndm_i_writer_lock(&store->writer); /* the thread looks at the mapping and the capacity */
+        status = ndm_i_file_grow(file, needed, wanted, ceiling);
+        ndm_i_writer_unlock(&store->writer);
+        refused = status == NDM_OK ? mend_cut(store, old) : 0;
     }
-    return NDM_OK;
+    if ((refused || (status != NDM_OK && end > old)) && ndm_i_file_size(file) >= old) /* else somebody cut it short */
+        ndm_i_store_shrink(store, old);
+    return refused ? ndm_i_fail_io(refused, "cannot extend the file") : status;
 }
 
 void ndm_i_store_shrink(ndm_i_store *store, uint64_t capacity)

@@ -11,7 +11,7 @@ OBJECTS  := $(patsubst %.c,$(OUT)/%.o,$(filter-out csrc/python/%,$(sort $(wildca
 # What is given to the linker for one program: which system calls of the core are led to the program.
 LINK-test_forks := $(addprefix -Wl$(COMMA)--wrap=,open memfd_create close mmap munmap mremap madvise)
 LINK-test_last_error := $(addprefix -Wl$(COMMA)--wrap=,mmap mremap)
-LINK-test_let_in := $(addprefix -Wl$(COMMA)--wrap=,ndm_i_gate_come_back ndm_i_slots_reserve pwritev sync_file_range)
+LINK-test_let_in := $(addprefix -Wl$(COMMA)--wrap=,ndm_i_gate_come_back ndm_i_slots_reserve ftruncate pwritev sync_file_range)
 LINK-test_mapping := $(addprefix -Wl$(COMMA)--wrap=,mmap munmap mremap)
 LINK-test_adopt := -Wl,--wrap=nanosleep
 

@@ -22,7 +22,7 @@ static ndm_region *region;
 static uint8_t bytes[2 * MIB];
 
 static void (*others)(void); /* to be called once, when a verb that let others in comes back */
-static bool disk_fails, disk_is_slow, table_is_full;
+static bool disk_fails, disk_is_slow, table_is_full, growth_is_watched;
 
 void __real_ndm_i_gate_come_back(ndm_i_gate *gate, bool let);
 void __wrap_ndm_i_gate_come_back(ndm_i_gate *gate, bool let);
@@ -107,6 +107,18 @@ static uint64_t blocks_of(uint64_t grain)
         total += ndm_i_min(extent->fe_logical + extent->fe_length, end) - ndm_i_max(extent->fe_logical, start);
     }
     return total;
+}
+
+int __real_ftruncate(int fd, off_t size);
+int __wrap_ftruncate(int fd, off_t size);
+
+int __wrap_ftruncate(int fd, off_t size)
+{
+    const int status = __real_ftruncate(fd, size);
+    if (growth_is_watched && fd == region->data.fd)
+        CHECK(blocks_of(0) == NDM_I_GRAIN);
+    growth_is_watched = growth_is_watched && fd != region->data.fd;
+    return status;
 }
 
 static void check_blocks(void)
@@ -278,6 +290,19 @@ static void test_figures_of_room_that_was_given_back(void)
     close_region();
 }
 
+/* The end of the file cuts the grain of a view, and other threads store to it as soon as the file is longer. */
+static void test_growth_beside_a_view(void)
+{
+    open_region(100 * KIB, UINT64_MAX);
+    char *view;
+    CHECK(ndm_region_allocate(region, 50 * KIB, 0, &view) >= 0);
+    growth_is_watched = true;
+    write_value(900 * KIB);
+    CHECK(!growth_is_watched);
+    ndm_view_release(view);
+    close_region();
+}
+
 static void grow(void) { write_value(2 * MIB); }
 
 static void test_each_growth_is_counted_once(void)
@@ -302,6 +327,7 @@ int main(int count, char **arguments)
         test_blocks_go_before_a_value_is_stored();
         test_blocks_go_before_a_view_is_stored_to();
         test_no_slot_is_left_for_a_view();
+        test_growth_beside_a_view();
     }
     test_readers_keep_what_a_failed_write_grew();
     test_the_mark_stays_where_others_have_been();

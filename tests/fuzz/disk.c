@@ -128,7 +128,7 @@ int disk_fallocate(int fd, int mode, off_t offset, off_t size)
         return punch(fd, offset, size);
     if (fails(FAIL_ALLOCATE))
         return -1;
-    if (disk.no_allocate) {
+    if (disk.no_allocate || mode & FALLOC_FL_KEEP_SIZE) { /* beyond the end: here nobody stores while a file grows */
         errno = EOPNOTSUPP;
         return -1;
     }
