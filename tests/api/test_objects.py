@@ -230,6 +230,7 @@ def test_by_joblib(run_python: RunPython, tmp_path: Path) -> None:
     assert _run(run_python, path, tmp_path) == "done\n"
 
 
+@pytest.mark.system
 def test_by_dask(run_python: RunPython, tmp_path: Path) -> None:
     pytest.importorskip("dask")
     path = tmp_path / "main.py"

@@ -9,7 +9,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
-from kit import Check, Mount, NewRegion, RunToEnd, blob
+from kit import Check, Mount, NewRegion, RunToEnd, blob, system
 from nodedb_mem import EngineId, OverflowRegion, RegionClosedError, WrongThreadError
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -201,7 +201,7 @@ assert view == seen
 
 
 @file_systems
-@pytest.mark.parametrize("size", [700, 30_000, 300_000])
+@pytest.mark.parametrize("size", [system(700), 30_000, 300_000])
 def test_a_full_disk_in_the_middle_of_compact_loses_nothing(
     mount: Mount, run_to_end: RunToEnd, kind: str, size: int
 ) -> None:

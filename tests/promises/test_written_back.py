@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kit import Check, NewRegion, StartPython
+from kit import Check, NewRegion, StartPython, system
 from nodedb_mem import OverflowReader, OverflowRegion
 
 COUNT, MIB = 20_000, 1 << 20
@@ -28,7 +28,7 @@ def write_back(region: OverflowRegion) -> None:
 
 
 @pytest.mark.parametrize("by", ["flush", "fsync", "evict"])
-@pytest.mark.parametrize("limit", [None, 4 * MIB, 0])
+@pytest.mark.parametrize("limit", [None, 4 * MIB, system(0)])
 @pytest.mark.parametrize("size", [100, 1500])
 def test_values_rewritten_after_write_back(
     new_region: NewRegion, check: Check, size: int, limit: int | None, by: str
