@@ -61,7 +61,7 @@ def encode_for(key: object, value: object, alignment: int, kept: Sequence[object
 def put(region: OverflowRegion, key: object, encoded: Encoded, engine: int) -> Stored:
     """Write an encoded object. Raises what `OverflowRegion.write` does; errors for want of room carry the key."""
     try:
-        slot = region._gather(encoded.parts, engine, encoded.aligned)
+        slot = _gather(region, encoded, engine)
     except (CapacityExceededError, RegionIOError) as error:
         error.key = key
         raise
@@ -70,6 +70,16 @@ def put(region: OverflowRegion, key: object, encoded: Encoded, engine: int) -> S
         first = encoded.parts[0]
         head = first if isinstance(first, bytes) and len(first) <= _HEAD else None
     return Stored(slot, encoded.size, encoded.copied, head)
+
+
+def _gather(region: OverflowRegion, encoded: Encoded, engine: int) -> int:
+    """Gather the parts into one slot; the region need not remember where they lie."""
+    if len(encoded.parts) == 1:
+        return region.write(encoded.parts[0], engine)
+    number = region._check_engine(engine)
+    slot: int = _memory.write_vectored(region._holder, encoded.parts, engine, encoded.aligned)[0]
+    region._learn(number, engine)
+    return slot
 
 
 class ReplacedError(Exception):

@@ -172,15 +172,6 @@ class OverflowRegion(RegionConstructors):
         self._learn(number, engine)
         return slot
 
-    def _gather(self, parts: list[Buffer], engine: int, aligned: bool) -> int:
-        """Gather parts into one slot, for a caller who knows where they lie."""
-        if len(parts) == 1:
-            return self.write(parts[0], engine)
-        number = self._check_engine(engine)
-        slot: int = _memory.write_vectored(self._holder, parts, engine, aligned)[0]
-        self._learn(number, engine)
-        return slot
-
     def parts(self, slot: int) -> SlotParts:
         """Say where the parts of a live slot lie in its value. A value has one part, unless `write_vectored` wrote it.
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, Self, SupportsIndex, T
 
 from nodedb_mem._governed import engine_number
 from nodedb_mem._reserving import Account
+from nodedb_mem._session import Session
 from nodedb_mem._sizeof import sizeof
 from nodedb_mem._tiers import COLD, Entry, Tiers
 from nodedb_mem.engine import EngineId
@@ -117,7 +118,7 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
         self._process = os.getpid()
         self._entries: dict[K, Entry] = {}
         self._tiers = Tiers(region, engine, weight)
-        self._session = _Session(self._lock, self._tiers, self._entries)
+        self._session = Session(self._lock, self._tiers, self._entries)
         try:
             self._account.open(self._give_back)
         except BaseException:
@@ -468,29 +469,6 @@ class SpillMapping(MutableMapping[K, V], Generic[K, V]):
             self._has_logged = True
             # As text: the error's traceback has the value.
             _log.warning("a value stays in RAM, beyond the budget: %s", str(error))
-
-
-class _Session:
-    """What one thread does, with the lock of the mapping."""
-
-    __slots__ = ("entries", "lock", "tiers")
-
-    def __init__(self, lock: threading.RLock, tiers: Tiers, entries: dict[Any, Entry]) -> None:
-        self.lock = lock
-        self.tiers = tiers
-        self.entries = entries
-
-    def __enter__(self) -> Tiers:
-        tiers = self.tiers
-        if tiers.closed:
-            raise RegionClosedError("the mapping is closed")
-        if tiers.unsettled and " count=1 " in repr(self.lock):  # not inside of another session
-            tiers.mend(self.entries)
-        return tiers
-
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        if kind is None and self.tiers.transit is None:
-            self.tiers.unsettled = False
 
 
 def _checked(budget: int) -> int:
