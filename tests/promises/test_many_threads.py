@@ -418,8 +418,10 @@ def test_hits_go_on_while_a_large_value_is_written(mount: Mount, vectored: bool)
 @pytest.mark.parametrize("size", [1000, MIB])
 @pytest.mark.parametrize("many", [False, True])
 def test_hits_go_on_while_a_value_is_copied_out(
-    mount: Mount, new_region: NewRegion, check: Check, size: int, many: bool
+    mount: Mount, new_region: NewRegion, check: Check, sanitized: bool, size: int, many: bool
 ) -> None:
+    if sanitized:
+        pytest.skip("AddressSanitizer maps memory at any time, and the kernel maps none while a fault waits for a disk")
     disk = mount("ext4", 64)
     region = new_region(ownership="process")
     values = make_values(region)
