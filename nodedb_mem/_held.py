@@ -16,6 +16,7 @@ import mmap
 import sys
 import types
 import weakref
+from collections import Counter
 from datetime import date, datetime, time, timedelta, tzinfo
 from decimal import Decimal
 from fractions import Fraction
@@ -337,7 +338,8 @@ def holders(box: list[Any], known: int = 0, *, memory: Memory | None = None, vie
         if view is not None and box[0].base is view:
             return Held(True, [], []) if _count_argument(view) > _OF_VIEW else _NOT_HELD
         if not _may_have_held_base(box[0].base, own_memory):
-            return _NOT_HELD
+            is_one = box[0].flags.forc or not box[0].flags.writeable or not _has_overlap(box[0])
+            return _NOT_HELD if is_one else Held(True, [], [])
     elif stays(box[0], own_memory=own_memory):
         return Held(True, [], [])
     seen: dict[int, Any] = {id(box[0]): box[0]}
@@ -371,6 +373,8 @@ def holders(box: list[Any], known: int = 0, *, memory: Memory | None = None, vie
     ]
     if _HIDES_ATTRIBUTES and _has_held_attributes(seen):
         return Held(True, [], [])
+    if _has_common_memory(seen, inner):
+        return Held(True, [], [])
     if others and (caches := _caches(seen, others)):
         others = [number for number in others if number not in caches]
     if not others:
@@ -378,6 +382,43 @@ def holders(box: list[Any], known: int = 0, *, memory: Memory | None = None, vie
     if others[0] == own or _are_attributes(seen, others):
         return Held(True, [], [])
     return Held(False, [seen[number] for number in others], _find_shared(seen, inner, outside, others))
+
+
+def _has_common_memory(seen: dict[int, Any], inner: dict[int, int]) -> bool:
+    """Whether a store to one part of a value changes another part: pickle makes each array again by itself.
+
+    What is the memory of views, and nothing else, is no part. What pandas keeps beside its own arrays is its business.
+    """
+    own = next(iter(seen))
+    numpy = sys.modules.get("numpy")
+    if numpy is None or type(seen[own]).__module__.partition(".")[0] == "pandas":
+        return False
+    arrays = [value for value in seen.values() if isinstance(value, numpy.ndarray)]
+    if not arrays:
+        return False
+    views = Counter(id(array.base) for array in arrays if array.base is not None)
+    views.update(map(id, gc.get_referents(*(value for value in seen.values() if type(value) is _MANAGED))))
+    memories = [number for number in views if number in inner and not isinstance(seen[number], numpy.ndarray)]
+    if any(inner[number] > views[number] for number in memories):
+        return True
+    parts = [each for each in arrays if id(each) == own or inner[id(each)] > views[id(each)]]
+    if any(each.flags.writeable and _has_overlap(each) for each in parts):
+        return True
+    places = sorted((*Span.of(each).extent(), number) for number, each in enumerate(parts) if each.size)
+    for at, (_, end, number) in enumerate(places):
+        for begin, _, other in places[at + 1 :]:
+            if begin >= end:
+                break
+            one, two = parts[number], parts[other]
+            if (one.flags.writeable or two.flags.writeable) and not Span.of(one).is_apart(Span.of(two)):
+                return True
+    return False
+
+
+def _has_overlap(array: Any) -> bool:
+    """Whether elements of an array lie on one another."""
+    begin, end = Span.of(array).extent()
+    return bool(array.nbytes > end - begin)
 
 
 def _caches(seen: dict[int, Any], others: list[int]) -> set[int]:

@@ -25,9 +25,10 @@ from __future__ import annotations
 import io
 import pickle
 import sys
+from collections import ChainMap
 from functools import lru_cache
 from struct import Struct
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from zlib import crc32
 
 from nodedb_mem._held import is_plain_array
@@ -295,6 +296,11 @@ def _name(pickler: Any, obj: object) -> int | None:
     return number
 
 
+def _refuse_view(view: memoryview) -> NoReturn:
+    """Refuse, as pickle does, what cloudpickle would make bytes of."""
+    raise TypeError("cannot pickle 'memoryview' object")
+
+
 def _pickler(base: Any, kept: Sequence[object], prove: bool) -> Any:
     """Make a class of picklers."""
     verbs: dict[str, Any] = {"numbers": {id(each): number for number, each in enumerate(kept)}}
@@ -302,6 +308,8 @@ def _pickler(base: Any, kept: Sequence[object], prove: bool) -> Any:
         verbs["persistent_id"] = _name
     if prove and base is pickle.Pickler:
         verbs["reducer_override"] = _note_type
+    if base is not pickle.Pickler:
+        verbs["dispatch_table"] = ChainMap({memoryview: _refuse_view}, base.dispatch_table)
     return type("Pickler", (base,), verbs)
 
 

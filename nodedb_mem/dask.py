@@ -80,10 +80,10 @@ class SpillPlugin(WorkerPlugin):
     name = _NAME
 
     def __init__(self, **settings: Any) -> None:
-        self.settings = {key.replace("_", "-"): value for key, value in settings.items()}
-        unknown = self.settings.keys() - _DEFAULTS.keys()
+        self.settings, unknown = _known(settings)
         if unknown:
             raise TypeError(f"unknown settings: {', '.join(sorted(unknown))}")
+        _check(self.settings)
 
     def setup(self, worker: Worker) -> None:
         """Make a worker spill into a region."""
@@ -100,6 +100,8 @@ def _switch(worker: Worker, settings: Mapping[str, Any]) -> None:
         from nodedb_mem import _dask_buffer
 
         if type(worker.data) is _dask_buffer.RegionBuffer:
+            if settings:
+                _log.warning("The worker spills to a region already; new settings hold once it has been restarted")
             return
         _probe(worker.local_directory)
         with warnings.catch_warnings(record=True) as caught:  # Python shows no ResourceWarning by itself
@@ -152,9 +154,34 @@ def _probe(directory: str) -> None:
             buffer.close()
 
 
+def _known(settings: Mapping[str, Any]) -> tuple[dict[str, Any], set[str]]:
+    """Take settings by their names, in either spelling; the second are names that there are not."""
+    named = {key.replace("_", "-"): value for key, value in settings.items()}
+    return {key: value for key, value in named.items() if key in _DEFAULTS}, named.keys() - _DEFAULTS.keys()
+
+
+def _check(settings: Mapping[str, Any]) -> None:
+    """Refuse settings that no worker can use."""
+    for name, least in (("max-capacity", _SMALLEST), ("cache-limit", 0)):
+        if settings.get(name) is not None:
+            try:
+                size = parse_bytes(settings[name])
+            except (TypeError, ValueError, AttributeError):
+                size = -1
+            if isinstance(settings[name], bool) or size < least:
+                raise ValueError(f"{name}: {least} bytes or more are needed, not {settings[name]!r}")
+    alignment = int(settings.get("alignment", _DEFAULTS["alignment"]))
+    if alignment not in [1 << power for power in range(6, 13)]:
+        raise ValueError(f"alignment: a power of two from 64 to 4096 is needed, not {settings['alignment']!r}")
+
+
 def _open(worker: Worker, settings: Mapping[str, Any]) -> OverflowRegion:
     """Open a worker's region."""
-    wanted = {**_DEFAULTS, **dask.config.get(_NAME, {}), **settings}
+    configured, unknown = _known(dask.config.get(_NAME, None) or {})
+    if unknown:
+        _log.warning("Unknown settings in the section %s: %s", _NAME, ", ".join(sorted(unknown)))
+    wanted = {**_DEFAULTS, **configured, **settings}
+    _check(wanted)
     directory = wanted["directory"] or worker.local_directory
     ceiling = shutil.disk_usage(directory).free * 95 // 100
     if wanted["max-capacity"] is not None:

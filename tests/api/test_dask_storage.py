@@ -726,3 +726,27 @@ def test_a_worker_without_a_limit_is_left_alone(tmp_path: Path) -> None:
 def test_unknown_settings_are_refused() -> None:
     with pytest.raises(TypeError, match="cache-limits"):
         nodedb_mem.dask.SpillPlugin(cache_limits=5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_capacity": "nonsense"},
+        {"max_capacity": True},
+        {"max_capacity": 10},
+        {"cache_limit": [1]},
+        {"alignment": 8},
+    ],
+)
+def test_wrong_settings_are_refused_at_the_client(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(settings)).replace("_", "-")):
+        nodedb_mem.dask.SpillPlugin(**settings)
+
+
+def test_settings_may_come_from_the_environment(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def work(client: Client, one: Worker, other: Worker) -> None:
+        assert one.data.store.stats().max_capacity == 50_000_000
+
+    # as Dask reads DASK_NODEDB_MEM__MAX_CAPACITY
+    run_cluster(work, tmp_path, **PRELOAD, **{"nodedb-mem": {"max_capacity": "50 MB", "max-capcity": 5}})
+    assert "max-capcity" in caplog.text

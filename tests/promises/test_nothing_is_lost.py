@@ -218,6 +218,50 @@ def test_no_finalizer_runs_before_its_time(mapping: Mapping) -> None:
     assert Finalized.ended == 2
 
 
+class Growing:
+    def __init__(self) -> None:
+        self.room = np.zeros(1 << 16)
+        self.used = self.room[:10]
+
+
+COMMON = {
+    "attributes": Growing,
+    "a view beside its array": lambda: (lambda a: {"all": a, "tail": a[5:]})(np.zeros(10_000)),
+    "views that overlap": lambda: (lambda a: [a[:50], a[40:]])(np.zeros(10_000)),
+    "a transposed one": lambda: (lambda a: (a, a.T))(np.zeros((100, 100))),
+    "a small part": lambda: (lambda a: [a, a[::2]])(np.zeros(20)),
+    "a bytearray": lambda: (lambda b: [b, np.frombuffer(b, "u1")])(bytearray(100_000)),
+    "rows that overlap": lambda: np.lib.stride_tricks.as_strided(np.zeros(10_000), (3, 10_000), (0, 8)),
+    "windows": lambda: np.lib.stride_tricks.sliding_window_view(np.zeros(10_000), 5, writeable=True),
+    "a buffer's rows": lambda: np.ndarray((3, 10_000), buffer=np.zeros(10_000), strides=(0, 8)),
+}
+
+
+@pytest.mark.parametrize("make", COMMON.values(), ids=COMMON)
+def test_memory_that_parts_of_a_value_have_in_common_stays(mapping: Mapping, make: Callable[[], Any]) -> None:
+    mapping["a"] = make()
+    assert mapping.evict() == 0 and mapping.stats().keys_out == 0
+    value = mapping["a"]
+    parts = list(vars(value).values() if isinstance(value, Growing) else getattr(value, "values", lambda: value)())
+    assert np.shares_memory(*(np.frombuffer(each, "u1") if isinstance(each, bytearray) else each for each in parts[:2]))
+
+
+def test_parts_of_an_array_that_are_apart_go_out(mapping: Mapping) -> None:
+    array = np.arange(10_000)
+    mapping["a"] = [array[:5_000], array[5_000:]]
+    del array
+    assert mapping.evict() > 0 and mapping.stats().keys_out == 1
+    assert mapping["a"][1][0] == 5_000
+    mapping["b"] = np.broadcast_to(np.arange(1_000), (10, 1_000))  # nobody can store to it
+    assert mapping.evict(["b"]) > 0 and mapping["b"][3][5] == 5
+
+
+def test_a_memoryview_inside_is_not_made_bytes(mapping: Mapping) -> None:
+    with pytest.raises(TypeError, match=r"'a'.*memoryview"):
+        mapping["a"] = [memoryview(bytearray(100_000))]
+    assert len(mapping) == 0
+
+
 def test_what_cannot_be_made_again_does_not_go_out(mapping: Mapping, new_region: NewRegion) -> None:
     mapping["a"] = Unmakeable(1, 2)
     with pytest.raises(TypeError, match=r"'a'.*missing"):
