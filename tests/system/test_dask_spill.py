@@ -24,6 +24,14 @@ pytestmark = [
     pytest.mark.skipif(find_spec("distributed") is None, reason="needs dask and distributed"),
 ]
 
+
+@pytest.fixture(autouse=True)
+def not_sanitized(sanitized: bool) -> None:
+    """Workers are judged by their RSS, of which AddressSanitizer has a multiple of its own."""
+    if sanitized:
+        pytest.skip("AddressSanitizer's own memory counts towards the limit of a worker")
+
+
 MB = 1_000_000
 SHARED = """
     import logging, os, sys, time
