@@ -254,11 +254,11 @@ fuzz: $(addprefix $(FUZZ)/,$(FUZZERS))
 
 # Without sanitizers, which valgrind cannot stand.
 # Not test_writer: it duplicates mappings by mremap of 0 bytes, which valgrind refuses. It runs under ASan and TSan.
-# Not test_forks: a child keeps the books of other threads' regions, and valgrind takes them for leaks.
+# Not test_forks and test_process: a child keeps the books of other threads' regions, and valgrind takes them for leaks.
 # Not test_last_error: valgrind takes the part that a moved mapping has gained for memory that may not be written to.
 # Nor test_governor_threads: one thread would wait for another's lock on a file, and valgrind lets no other run meanwhile.
 # Nor test_governor_deaths, which traces.
-CHECKED := $(filter-out test_writer test_forks test_last_error test_governor_threads test_governor_deaths,\
+CHECKED := $(filter-out test_writer test_forks test_process test_last_error test_governor_threads test_governor_deaths,\
 	$(notdir $(basename $(wildcard tests/core/test_*.c))))
 
 valgrind:
