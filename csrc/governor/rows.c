@@ -182,7 +182,8 @@ static void vacate(ndm_governor *governor, ndm_i_row *row)
     for (uint32_t i = 0; i < NDM_I_WAITERS; i++)
         if (books->waiters[i].ticket != 0 && books->waiters[i].row == number)
             books->waiters[i].ticket = 0;
-    row->used = row->peak = row->real = row->pid = row->attention = 0;
+    row->used = row->peak = row->real = row->pid = 0;
+    row->attention = 0;
     row->claimed = 0;
     ndm_i_books_recount(governor);
 }

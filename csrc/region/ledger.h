@@ -74,7 +74,7 @@ static inline void ndm_i_leave(ndm_region *const *region)
 }
 
 /* The verb leaves the region when it returns, wherever that is. */
-#define NDM_I_LEAVES(region) __attribute__((cleanup(ndm_i_leave))) ndm_region *const entered = (region)
+#define NDM_I_LEAVES(region) __attribute__((cleanup(ndm_i_leave), unused)) ndm_region *const entered = (region)
 
 /* From here on others may come in while this verb waits for the disk: it has taken or pinned what it works on. */
 static inline void ndm_i_let_others(ndm_region *region)
